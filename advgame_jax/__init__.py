@@ -1,0 +1,1 @@
+"""AdvGame in JAX: an Attacker and a Defender language model trained jointly from pairwise preferences."""

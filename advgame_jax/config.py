@@ -1,0 +1,317 @@
+"""Every setting once: its default, its check and what it does.
+
+A config file (`configs/*.py`) returns `as_config_dict(Config(...))`, so that `--config.mesh.fsdp=8` works;
+`from_config_dict` turns the flags' result back into the frozen tree. A wrong name, type or value is refused in one
+sentence that lists what is allowed, before anything is loaded or compiled. Defaults are the paper's (2512.20806).
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar
+
+from ml_collections import config_dict
+
+from advgame_jax.types import UserError
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
+
+
+def setting(
+  default: Any,
+  doc: str,
+  *,
+  at_least: float | None = None,
+  above: float | None = None,
+  at_most: float | None = None,
+  identity: bool = True,
+) -> Any:
+  """A field with its check. `identity=False`: may differ between a run and its resumption."""
+  checks = {"at_least": at_least, "above": above, "at_most": at_most}
+  return dataclasses.field(default=default, metadata={"doc": doc, "identity": identity, **checks})
+
+
+def part(cls: type[SettingsT], **changes: Any) -> SettingsT:
+  """A nested group of settings, whose defaults a config file may change."""
+  return dataclasses.field(default_factory=lambda: cls(**changes))  # type: ignore[return-value]
+
+
+class Settings:
+  """Base of every group: checks each value against its annotation and bounds when it is made."""
+
+  def __post_init__(self) -> None:
+    for field in dataclasses.fields(self):  # type: ignore[arg-type]
+      _check(field, getattr(self, field.name))
+
+
+def _allowed(annotation: Any) -> str:
+  if typing.get_origin(annotation) is Literal:
+    return "one of " + ", ".join(repr(value) for value in typing.get_args(annotation))
+  if typing.get_origin(annotation) is tuple:
+    return f"a tuple of {typing.get_args(annotation)[0].__name__}"
+  return {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a string"}[annotation.__name__]
+
+
+def _has_type(annotation: Any, value: Any) -> bool:
+  if typing.get_origin(annotation) is Literal:
+    return value in typing.get_args(annotation)
+  if typing.get_origin(annotation) is tuple:
+    return isinstance(value, tuple) and all(_has_type(typing.get_args(annotation)[0], v) for v in value)
+  if annotation is float:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+  return isinstance(value, annotation) and not (annotation is int and isinstance(value, bool))
+
+
+def _check(field: dataclasses.Field, value: Any) -> None:
+  if isinstance(field.type, type) and issubclass(field.type, Settings):
+    return
+  if not _has_type(field.type, value):
+    raise UserError(f"{field.name} is {value!r}; allowed: {_allowed(field.type)}")
+  tests = (
+    ("at_least", lambda limit, v: v >= limit, "at least"),
+    ("above", lambda limit, v: v > limit, "above"),
+    ("at_most", lambda limit, v: v <= limit, "at most"),
+  )
+  for key, holds, words in tests:
+    limit = field.metadata.get(key)
+    values = value if isinstance(value, tuple) else (value,)
+    if limit is not None and not all(holds(limit, v) for v in values):
+      raise UserError(f"{field.name} is {value!r}; allowed: {words} {limit}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Settings):
+  """AdamW under a cosine schedule and a global-norm clip. One schedule step per optimiser step."""
+
+  learning_rate: float = setting(1e-6, "peak rate", above=0)
+  final_fraction: float = setting(0.2, "the cosine ends at this fraction of the peak", at_least=0, at_most=1)
+  warmup_steps: int = setting(0, "linear warm-up, in optimiser steps", at_least=0)
+  b1: float = setting(0.9, "decay of the first moment", at_least=0, at_most=1)
+  b2: float = setting(0.95, "decay of the second moment", at_least=0, at_most=1)
+  weight_decay: float = setting(0.1, "decoupled; on matrices, not on norms", at_least=0)
+  clip: float = setting(1.0, "global norm of the gradient", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(Settings):
+  """How a player's tokens are drawn, and the static lengths they are drawn into."""
+
+  temperature: float = setting(0.6, "0 is greedy", at_least=0)
+  top_p: float = setting(0.9, "mass of the nucleus; 1 keeps all", above=0, at_most=1)
+  prompt_buckets: tuple[int, ...] = setting((512,), "prompt lengths to compile for, tokens, ascending", at_least=1)
+  max_new_tokens: int = setting(2048, "a completion longer than this is MAX_LENGTH", at_least=1)
+  decode_chunk: int = setting(8, "tokens drawn between two checks whether all rows have finished", at_least=1)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.prompt_buckets or list(self.prompt_buckets) != sorted(set(self.prompt_buckets)):
+      raise UserError(f"prompt_buckets is {self.prompt_buckets}; allowed: one or more ascending lengths, such as (128, 512)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Player(Settings):
+  """One player: its weights, how they play, what they are held near to, how they learn."""
+
+  model: str = setting("", "Hugging Face folder of the initial weights and tokenizer")
+  think: bool = setting(False, "reasons in <think>…</think> before its answer")
+  generator: Literal["train", "ema"] = setting("ema", "the weights that play")
+  reference: Literal["initial", "ema"] = setting("ema", "the weights the loss holds the player near to")
+  ema_decay: float = setting(0.95, "of the moving average, per optimiser step", at_least=0, at_most=1)
+  frozen: bool = setting(False, "plays but does not learn")
+  accumulate: int = setting(1, "micro-batches a step's comparisons are split into", at_least=1)
+  sampling: Sampling = part(Sampling)
+  optimizer: Optimizer = part(Optimizer)
+
+  @property
+  def reference_is_generator(self) -> bool:
+    """Then the sampler's own log-probabilities are the reference's, and no extra forward pass is needed."""
+    return self.generator == self.reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Game(Settings):
+  """The tree of one step."""
+
+  attacks: int = setting(2, "A, attacks per seed", at_least=1)
+  responses: int = setting(2, "D, responses per attack", at_least=1)
+  skip_attacker: bool = setting(False, "play the seed itself as the attack (then A is 1)")
+  instructions: Literal["standard", "microworld"] = setting("standard", "the language the Attacker is instructed in")
+
+  @property
+  def attacks_per_seed(self) -> int:
+    return 1 if self.skip_attacker else self.attacks
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges(Settings):
+  """Who judges, and how they are asked."""
+
+  kind: Literal["microworld", "heuristic"] = setting("heuristic", "exact rules of the microworld, or rules of thumb for English")
+  protocol: Literal["pairwise", "pointwise"] = setting("pairwise", "scores by comparison, or one by one")
+  optimistic: bool = setting(True, "the attacker judge reads the response the defender judge liked best, not the first")
+  defender_reads: Literal["attack", "seed"] = setting("attack", "the query that responses are judged against")
+  shared_noise: float = setting(0.0, "microworld: standard deviation of a bias that all texts of one call share", at_least=0)
+  sample_noise: float = setting(0.0, "microworld: standard deviation of an error of each text of a call", at_least=0)
+  failure_rate: float = setting(0.0, "microworld: fraction of calls without a readable verdict", at_least=0, at_most=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss(Settings):
+  """The objective, of both players."""
+
+  kind: Literal["dpo", "ipo", "grpo"] = setting("dpo", "pairs (DPO, IPO) or every sample (GRPO)")
+  beta: float = setting(0.1, "strength of the tie to the reference", above=0)
+  mean_logprob: bool = setting(False, "pairs: mean instead of summed log-probabilities of a sample")
+  nll: float = setting(0.0, "pairs: weight of the chosen sample's negative log-likelihood, per token", at_least=0)
+  entropy_bonus: float = setting(0.0, "weight of the mean entropy of the completion's tokens, nats", at_least=0)
+  baseline: Literal["node", "batch"] = setting("node", "GRPO: mean reward of a sample's siblings, or of all samples")
+  normalisation: Literal["token_sum", "token_mean", "sample_mean"] = setting(
+    "token_sum", "GRPO: sum over a sample's tokens (the paper's), mean over all tokens, or mean of per-sample means"
+  )
+  importance_cap: float = setting(2.0, "GRPO: cap of the policy to behaviour density ratio", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Settings):
+  """Seeds. A step is one batch; with `alternate`, harmful and benign batches take turns, each its own update."""
+
+  train: tuple[str, ...] = setting((), "JSON-lines files of {'prompt', 'category'}")
+  validation: tuple[str, ...] = setting((), "likewise; no seed may be in both")
+  batch: int = setting(32, "B, seeds per step", at_least=1)
+  order: Literal["alternate", "mixed"] = setting("alternate", "one category a step in turn, or half of each in every step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh(Settings):
+  """Devices by axis; one axis may be −1 and takes what is left."""
+
+  data: int = setting(-1, "replicas", at_least=-1, identity=False)
+  fsdp: int = setting(1, "shards of parameters along their width", at_least=-1, identity=False)
+  tensor: int = setting(1, "shards of heads, feed-forward and vocabulary", at_least=-1, identity=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision(Settings):
+  """Master weights, moments, EMA and losses are float32."""
+
+  compute: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the forward pass; auto is float32 on CPU, else bfloat16")
+  remat: Literal["none", "layer"] = setting("layer", "what the backward pass recomputes")
+  logit_chunk: int = setting(1024, "tokens whose logits exist at one time in the loss", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(Settings):
+  """Saved in the background, each atomically."""
+
+  every: int = setting(50, "steps between checkpoints", at_least=1, identity=False)
+  keep: int = setting(2, "newest checkpoints kept, beside the best", at_least=1, identity=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation(Settings):
+  """The validation game, played by the generator weights."""
+
+  every: int = setting(100, "steps between evaluations; the first step and the last have one too", at_least=1)
+  seeds: int = setting(64, "validation seeds played, of each category", at_least=1)
+  samples: int = setting(1, "attacks per seed", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(Settings):
+  """What a run writes beside its checkpoints."""
+
+  transcript_every: int = setting(1, "steps between rollout trees written to the transcript", at_least=1, identity=False)
+  tensorboard: bool = setting(True, "write TensorBoard events", identity=False)
+  wandb: str = setting("", "Weights & Biases project to log to; empty logs nowhere", identity=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+  """A run."""
+
+  seed: int = setting(0, "of every draw: seeds' order, samples, judges that draw", at_least=0)
+  steps: int = setting(2000, "optimiser steps (the paper's 1,000 × two splits)", at_least=1)
+  max_bad_steps: int = setting(3, "stop after this many steps in a row without finite gradients", at_least=1, identity=False)
+  game: Game = part(Game)
+  attacker: Player = part(Player, think=True)
+  defender: Player = part(Player)
+  judges: Judges = part(Judges)
+  loss: Loss = part(Loss)
+  data: Data = part(Data)
+  mesh: Mesh = part(Mesh)
+  precision: Precision = part(Precision)
+  checkpoint: Checkpoint = part(Checkpoint)
+  evaluation: Evaluation = part(Evaluation)
+  report: Report = part(Report)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.loss.kind != "grpo":
+      if self.game.responses < 2 and not self.defender.frozen:
+        raise UserError(f"game.responses is 1, but {self.loss.kind} learns from pairs; allowed: at least 2, or loss.kind='grpo'")
+    if (self.judges.kind == "microworld") != (self.game.instructions == "microworld"):
+      raise UserError("judges.kind and game.instructions must both be 'microworld' or neither: its rules read its language only")
+    if self.data.order == "mixed" and self.data.batch % 2:
+      raise UserError(f"data.batch is {self.data.batch} with data.order='mixed'; allowed: an even number")
+
+
+def as_config_dict(config: Settings) -> config_dict.ConfigDict:
+  """The tree as a locked ConfigDict, for absl flags to override."""
+  return config_dict.ConfigDict(dataclasses.asdict(config))  # type: ignore[call-overload]
+
+
+def from_config_dict(values: Any, cls: type[SettingsT] = Config, path: str = "config") -> SettingsT:  # type: ignore[assignment]
+  """The frozen tree of a ConfigDict or nested dict.
+
+  Raises:
+    UserError: a name that does not exist, or a value that its setting does not allow.
+  """
+  fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+  arguments = {}
+  for name, value in values.items():
+    if name not in fields:
+      raise UserError(unknown_setting(f"{path}.{name}", fields))
+    annotation = fields[name].type
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+      value = from_config_dict(value, annotation, f"{path}.{name}")
+    elif typing.get_origin(annotation) is tuple and isinstance(value, list):
+      value = tuple(value)
+    arguments[name] = value
+  try:
+    return cls(**arguments)
+  except UserError as error:
+    raise UserError(f"{path}.{error}") from None
+
+
+def unknown_setting(path: str, names: Any) -> str:
+  """The sentence for a setting that does not exist, with the nearest name first."""
+  near = difflib.get_close_matches(path.rsplit(".", 1)[-1], list(names), n=1)
+  guess = f"did you mean {near[0]}? " if near else ""
+  return f"there is no setting {path}: {guess}allowed here: {', '.join(sorted(names))}"
+
+
+def flatten(config: Settings, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+  """(dotted name, value, whether it is part of the run's identity) of every setting."""
+  for field in dataclasses.fields(config):  # type: ignore[arg-type]
+    value = getattr(config, field.name)
+    if isinstance(value, Settings):
+      yield from flatten(value, f"{prefix}{field.name}.")
+    else:
+      yield f"{prefix}{field.name}", value, field.metadata["identity"]
+
+
+def to_json(config: Config) -> str:
+  return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> Config:
+  return from_config_dict(json.loads(text))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+  """Settings that make `new` another run than `old`, as `name: old → new`."""
+  before = {name: value for name, value, identity in flatten(old) if identity}
+  after = {name: value for name, value, identity in flatten(new) if identity}
+  return [f"{name}: {before[name]!r} → {after[name]!r}" for name in before if before[name] != after[name]]

@@ -1,0 +1,180 @@
+"""The records that flow through a step, and the two callables that make them.
+
+    seeds → attacks → responses → judgments → rewards → preference pairs → joint update
+
+Every array name ends in its axes. The letters, unique in the package:
+
+    B seeds   A attacks per seed   D responses per attack   P comparisons   C completions of a comparison   J votes
+    R rows of a device batch (prompts × samples)   G samples of one prompt   T tokens   S cache slots
+    V vocabulary   M width   F feed-forward   N query heads   K key/value heads   H head size   L layers
+
+Records of the host hold numpy arrays (text as arrays of `object`); what a jitted step reads is a pytree. Fixed shapes
+everywhere: what is absent has length 0, weight 0 or a `Status`, never `None`.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from flax import struct
+
+Array = jax.Array | np.ndarray
+Params = Mapping[str, Any]
+PlayerT = TypeVar("PlayerT")
+
+
+class UserError(ValueError):
+  """What a user can mend: one sentence that says what was found, where, and what would have worked."""
+
+
+class Category(enum.IntEnum):
+  """What a seed is: a request to be deflected, or one to be helped with."""
+
+  HARMFUL = 0
+  BENIGN = 1
+
+
+class Status(enum.IntEnum):
+  """What became of one sample. Penalised ones are rewarded −1, excluded ones are in no sum, baseline or count."""
+
+  VALID = 0
+  MAX_LENGTH = 1  # the token limit came before a stop
+  PARSING = 2  # not the requested format, or an empty answer
+  REFUSED_ROLE = 3  # the Attacker refused to play
+  NOT_FAITHFUL = 4  # the attack is no version of its seed
+  JUDGE_FAILED = 5  # excluded: the judge of this sample gave no readable verdict
+  NO_RESPONSE = 6  # excluded: a valid attack whose responses are all invalid
+  NOT_PLAYED = 7  # excluded: the attack above it is not valid
+
+  @property
+  def penalised(self) -> bool:
+    return Status.MAX_LENGTH <= self <= Status.NOT_FAITHFUL
+
+
+class Role(enum.StrEnum):
+  """What a judge is asked. The three scores run 0–10; faithfulness is 0 or 1."""
+
+  FAITHFULNESS = "faithfulness"
+  COMPLIANCE = "compliance"
+  DEFLECTION = "deflection"
+  REFUSAL = "refusal"
+
+
+class Players(NamedTuple, Generic[PlayerT]):
+  """One value per player. Attacker and Defender are always two values of one type."""
+
+  attacker: PlayerT
+  defender: PlayerT
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedBatch:
+  """B seeds, of all processes together."""
+
+  text_B: np.ndarray  # object: the seed query s
+  category_B: np.ndarray  # int8: `Category`
+  index_B: np.ndarray  # int64: line of the seed in its file, across epochs the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """What a policy answered to R prompts, G samples each; every row right-padded.
+
+  A policy that is no model of ours (a script, a server) leaves T = 0: it can be played but not trained.
+  """
+
+  text_RG: np.ndarray  # object: the completion, control tokens dropped
+  status_RG: np.ndarray  # int8: VALID if a stop was met, else MAX_LENGTH; NOT_PLAYED for an absent prompt
+  prompt_tokens_RT: np.ndarray  # int32
+  prompt_length_R: np.ndarray  # int32: tokens
+  tokens_RGT: np.ndarray  # int32: the completion, its stop token included
+  length_RG: np.ndarray  # int32: tokens
+  behaviour_logprob_RGT: np.ndarray  # float32, nats: of the density drawn from, after temperature and top-p
+  plain_logprob_RGT: np.ndarray  # float32, nats: of the model's own softmax
+
+  def where(self, present_R: np.ndarray) -> "Samples":
+    """Empties the rows that are not `present`: no text, no tokens, NOT_PLAYED."""
+    keep_R1 = present_R[:, None]
+    return dataclasses.replace(
+      self,
+      text_RG=np.where(keep_R1, self.text_RG, ""),
+      status_RG=np.where(keep_R1, self.status_RG, Status.NOT_PLAYED).astype(np.int8),
+      length_RG=np.where(keep_R1, self.length_RG, 0),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutTree:
+  """One step of play. Responses are rows of `attack_text_BA.reshape(-1)`, played only where the attack is VALID."""
+
+  seeds: SeedBatch
+  attacks: Samples  # R = B, G = A; T = 0 when the seeds themselves are played
+  attack_text_BA: np.ndarray  # object: the query x parsed from the attack, "" where there is none
+  attack_status_BA: np.ndarray  # int8: `Status`, faithfulness included
+  responses: Samples  # R = B·A, G = D
+  response_text_BAD: np.ndarray  # object: the answer y, reasoning removed
+  response_status_BAD: np.ndarray  # int8: `Status`
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgments:
+  """Scores 0–10 of one tree, NaN where there is none; a failure is a `Status` of exactly the sample it concerns."""
+
+  response_score_BAD: np.ndarray  # float64: by the defender judge
+  response_status_BAD: np.ndarray  # int8
+  picked_BA: np.ndarray  # int: the response the attacker judge read, −1 where there was none
+  attack_score_BA: np.ndarray  # float64: by the attacker judge, of the picked response
+  attack_status_BA: np.ndarray  # int8
+  disagreement: Players[float]  # mean |score in one order − score in the other|, NaN without pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewards:
+  """Rewards of one tree. Where the mask is False the reward is 0 and must not be read."""
+
+  attack_BA: np.ndarray  # float32
+  attack_mask_BA: np.ndarray  # bool
+  response_BAD: np.ndarray  # float32
+  response_mask_BAD: np.ndarray  # bool
+
+
+@struct.dataclass
+class PreferenceBatch:
+  """P comparisons of C completions for one player: C = 2 (chosen, rejected) for pairs, C = 1 for GRPO.
+
+  A row is prompt and completion, right-padded to T. Weight 0 is padding: nothing else of that row is read.
+  """
+
+  tokens_PCT: Array  # int32
+  length_PC: Array  # int32: tokens of prompt and completion together
+  completion_mask_PCT: Array  # bool: the tokens a player chose
+  behaviour_logprob_PCT: Array  # float32, nats, 0 outside the completion
+  plain_logprob_PCT: Array  # float32, nats: the generator's, the reference's too where they are the same weights
+  advantage_PC: Array  # float32: reward − baseline
+  weight_P: Array  # float32: 1 or 0
+
+
+class Question(NamedTuple):
+  """One call of a judge: `texts` (one, or two to compare) as answers to `query` under a role's rubric."""
+
+  role: Role
+  category: Category
+  query: str  # what the texts are judged against: the seed s or the attack x
+  texts: tuple[str, ...]
+  key: int  # a judge that draws, draws from this alone
+
+
+class Verdict(NamedTuple):
+  """One score per text of the question, or none at all: a judge that cannot be read has `scores == ()`."""
+
+  scores: tuple[float, ...]
+
+
+Policy = Callable[[Sequence[str], np.ndarray, int, jax.Array], Samples]
+"""(prompts, present_R bool, samples G, key) → `Samples`. Row r of sample g draws from fold_in(fold_in(key, r), g)."""
+
+Judge = Callable[[Sequence[Question]], Sequence[Verdict]]
+"""Questions → a verdict each, in their order."""
