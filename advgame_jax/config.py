@@ -35,7 +35,7 @@ def setting(
 
 def part(cls: type[SettingsT], **changes: Any) -> SettingsT:
   """A nested group of settings, whose defaults a config file may change."""
-  return dataclasses.field(default_factory=lambda: cls(**changes))  # type: ignore[return-value]
+  return dataclasses.field(default_factory=lambda: cls(**changes))
 
 
 class Settings:
@@ -107,7 +107,9 @@ class Sampling(Settings):
   def __post_init__(self) -> None:
     super().__post_init__()
     if not self.prompt_buckets or list(self.prompt_buckets) != sorted(set(self.prompt_buckets)):
-      raise UserError(f"prompt_buckets is {self.prompt_buckets}; allowed: one or more ascending lengths, such as (128, 512)")
+      raise UserError(
+        f"prompt_buckets is {self.prompt_buckets}; allowed: one or more ascending lengths, such as (128, 512)"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +150,15 @@ class Game(Settings):
 class Judges(Settings):
   """Who judges, and how they are asked."""
 
-  kind: Literal["microworld", "heuristic"] = setting("heuristic", "exact rules of the microworld, or rules of thumb for English")
+  kind: Literal["microworld", "heuristic"] = setting(
+    "heuristic", "exact rules of the microworld, or rules of thumb for English"
+  )
   protocol: Literal["pairwise", "pointwise"] = setting("pairwise", "scores by comparison, or one by one")
   optimistic: bool = setting(True, "the attacker judge reads the response the defender judge liked best, not the first")
   defender_reads: Literal["attack", "seed"] = setting("attack", "the query that responses are judged against")
-  shared_noise: float = setting(0.0, "microworld: standard deviation of a bias that all texts of one call share", at_least=0)
+  shared_noise: float = setting(
+    0.0, "microworld: standard deviation of a bias that all texts of one call share", at_least=0
+  )
   sample_noise: float = setting(0.0, "microworld: standard deviation of an error of each text of a call", at_least=0)
   failure_rate: float = setting(0.0, "microworld: fraction of calls without a readable verdict", at_least=0, at_most=1)
 
@@ -180,7 +186,9 @@ class Data(Settings):
   train: tuple[str, ...] = setting((), "JSON-lines files of {'prompt', 'category'}")
   validation: tuple[str, ...] = setting((), "likewise; no seed may be in both")
   batch: int = setting(32, "B, seeds per step", at_least=1)
-  order: Literal["alternate", "mixed"] = setting("alternate", "one category a step in turn, or half of each in every step")
+  order: Literal["alternate", "mixed"] = setting(
+    "alternate", "one category a step in turn, or half of each in every step"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +204,9 @@ class Mesh(Settings):
 class Precision(Settings):
   """Master weights, moments, EMA and losses are float32."""
 
-  compute: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the forward pass; auto is float32 on CPU, else bfloat16")
+  compute: Literal["auto", "float32", "bfloat16"] = setting(
+    "auto", "of the forward pass; auto is float32 on CPU, else bfloat16"
+  )
   remat: Literal["none", "layer"] = setting("layer", "what the backward pass recomputes")
   logit_chunk: int = setting(1024, "tokens whose logits exist at one time in the loss", at_least=1)
 
@@ -222,7 +232,9 @@ class Evaluation(Settings):
 class Report(Settings):
   """What a run writes beside its checkpoints."""
 
-  transcript_every: int = setting(1, "steps between rollout trees written to the transcript", at_least=1, identity=False)
+  transcript_every: int = setting(
+    1, "steps between rollout trees written to the transcript", at_least=1, identity=False
+  )
   tensorboard: bool = setting(True, "write TensorBoard events", identity=False)
   wandb: str = setting("", "Weights & Biases project to log to; empty logs nowhere", identity=False)
 
@@ -233,7 +245,9 @@ class Config(Settings):
 
   seed: int = setting(0, "of every draw: seeds' order, samples, judges that draw", at_least=0)
   steps: int = setting(2000, "optimiser steps (the paper's 1,000 × two splits)", at_least=1)
-  max_bad_steps: int = setting(3, "stop after this many steps in a row without finite gradients", at_least=1, identity=False)
+  max_bad_steps: int = setting(
+    3, "stop after this many steps in a row without finite gradients", at_least=1, identity=False
+  )
   game: Game = part(Game)
   attacker: Player = part(Player, think=True)
   defender: Player = part(Player)
@@ -248,11 +262,14 @@ class Config(Settings):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.loss.kind != "grpo":
-      if self.game.responses < 2 and not self.defender.frozen:
-        raise UserError(f"game.responses is 1, but {self.loss.kind} learns from pairs; allowed: at least 2, or loss.kind='grpo'")
+    if self.loss.kind != "grpo" and self.game.responses < 2 and not self.defender.frozen:
+      raise UserError(
+        f"game.responses is 1, but {self.loss.kind} learns from pairs; allowed: at least 2, or loss.kind='grpo'"
+      )
     if (self.judges.kind == "microworld") != (self.game.instructions == "microworld"):
-      raise UserError("judges.kind and game.instructions must both be 'microworld' or neither: its rules read its language only")
+      raise UserError(
+        "judges.kind and game.instructions must both be 'microworld' or neither: its rules read its language only"
+      )
     if self.data.order == "mixed" and self.data.batch % 2:
       raise UserError(f"data.batch is {self.data.batch} with data.order='mixed'; allowed: an even number")
 
