@@ -198,6 +198,9 @@ class Mesh(Settings):
   data: int = setting(-1, "replicas", at_least=-1, identity=False)
   fsdp: int = setting(1, "shards of parameters along their width", at_least=-1, identity=False)
   tensor: int = setting(1, "shards of heads, feed-forward and vocabulary", at_least=-1, identity=False)
+  decode: Literal["replicated", "tensor"] = setting(
+    "replicated", "generate with whole weights on each device, or split over `tensor`", identity=False
+  )
 
 
 @dataclasses.dataclass(frozen=True)
