@@ -1,0 +1,202 @@
+"""Jitted sampling: prefill each distinct prompt once, then draw token by token on the device.
+
+Rows are right-padded and carry their own positions and keys, so that what a row samples depends on its key and its
+prompt alone: not on the batch, the padding, the bucket or the mesh it sits in.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advgame_jax import model, scoring
+from advgame_jax.model import Cache, ModelConfig
+from advgame_jax.sharding import LOCAL, Layout
+from advgame_jax.types import Params
+
+_BLOCK = 128
+
+
+class Drawn(NamedTuple):
+  """What was drawn for R = Q·G rows; prompt q's samples are rows q·G … q·G + G − 1."""
+
+  tokens_RT: jax.Array  # int32, 0 after the row's end
+  length_R: jax.Array  # int32, the stop token included
+  stopped_R: jax.Array  # bool: a stop was met within the limit
+  behaviour_logprob_RT: jax.Array  # float32, nats, 0 after the row's end
+  plain_logprob_RT: jax.Array  # likewise
+
+
+class SamplingState(NamedTuple):
+  """The carry of the decode loop."""
+
+  step: jax.Array
+  hidden_RM: jax.Array  # what the next token is drawn from
+  own: Cache
+  stop_state_R: jax.Array
+  done_R: jax.Array
+  drawn: Drawn
+
+
+def stop_table(token_texts: Sequence[str], stop_ids: Sequence[int], stop_strings: Sequence[str]) -> np.ndarray:
+  """The automaton that recognises stops: [states, V] int16, start in state 0, the last state is the stop.
+
+  A stop string may begin and end in the middle of tokens: a state is the longest prefix of a stop string that the text
+  ends in (Aho & Corasick 1975). A stop id leads from every state to the last.
+  """
+  prefixes = sorted({text[:i] for text in stop_strings for i in range(len(text))} | {""}, key=lambda p: (len(p), p))
+  stop = len(prefixes)
+  alphabet = sorted(set("".join(stop_strings)))
+  step = np.zeros((stop + 1, len(alphabet) + 1), np.int16)  # the last column is any other character
+  step[stop] = stop
+  for state, prefix in enumerate(prefixes):
+    for column, char in enumerate(alphabet):
+      text = prefix + char
+      suffixes = [text[i:] for i in range(len(text) + 1)]
+      hit = any(suffix in stop_strings for suffix in suffixes)
+      step[state, column] = stop if hit else prefixes.index(next(s for s in suffixes if s in prefixes))
+  columns = {char: column for column, char in enumerate(alphabet)}
+  table_SV = np.repeat(np.arange(stop + 1, dtype=np.int16)[:, None], len(token_texts), 1)
+  encoded = [[columns.get(char, len(alphabet)) for char in text] for text in token_texts]
+  for position in range(max(map(len, encoded), default=0)):
+    ids = np.array([i for i, text in enumerate(encoded) if len(text) > position])
+    chars = np.array([encoded[i][position] for i in ids])
+    table_SV[:, ids] = step[table_SV[:, ids], chars]
+  table_SV[:, list(stop_ids)] = stop
+  return table_SV
+
+
+def draw(density_RV: jax.Array, uniform_R: jax.Array) -> jax.Array:
+  """The token at quantile `uniform` of each row's density: an inverse CDF in two levels, blocks and their tokens.
+
+  Exact in distribution with one random number a row, where a Gumbel draw needs one per word of the vocabulary. A token
+  of probability 0 is never drawn.
+  """
+  R, V = density_RV.shape
+  density_RbX = jnp.pad(density_RV, ((0, 0), (0, -V % _BLOCK))).reshape(R, -1, _BLOCK)
+  mass_Rb = jnp.sum(density_RbX, -1)
+  rest_R = uniform_R * jnp.sum(mass_Rb, -1)
+  block_R, before_R = _quantile(mass_Rb, rest_R)
+  inside_RX = jnp.take_along_axis(density_RbX, block_R[:, None, None], 1)[:, 0]
+  token_R, _ = _quantile(inside_RX, rest_R - before_R)
+  return block_R * _BLOCK + token_R
+
+
+def _quantile(mass_RX: jax.Array, target_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The first index whose cumulative mass exceeds the target, never one of mass 0; and the mass before it."""
+  cumulative_RX = jnp.cumsum(mass_RX, -1)
+  X = mass_RX.shape[1]
+  last_R = X - 1 - jnp.argmax(mass_RX[:, ::-1] > 0, -1)
+  index_R = jnp.minimum(jnp.sum(cumulative_RX <= target_R[:, None], -1), last_R)
+  before_R = jnp.take_along_axis(cumulative_RX - mass_RX, index_R[:, None], 1)[:, 0]
+  return index_R, before_R
+
+
+def row_keys(key: jax.Array, prompts: int, group: int) -> jax.Array:
+  """[R] keys: fold_in(fold_in(key, q), g)."""
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  return jax.vmap(fold, (0, None))(fold(key, jnp.arange(prompts)), jnp.arange(group)).reshape(-1)
+
+
+def sample(
+  config: ModelConfig,
+  params: Params,
+  tokens_QT: jax.Array,
+  length_Q: jax.Array,
+  present_Q: jax.Array,
+  key: jax.Array,
+  temperature: jax.Array,
+  top_p: jax.Array,
+  stops_SV: jax.Array,
+  *,
+  group: int,
+  max_new_tokens: int,
+  chunk: int = 8,
+  layout: Layout = LOCAL,
+) -> Drawn:
+  """G samples for each of Q prompts, at most `max_new_tokens` each. Consumes `key`.
+
+  Args:
+    params: in the compute dtype.
+    tokens_QT: prompts, padded on the right; `length_Q` ≥ 1 of each.
+    present_Q: bool; an absent prompt draws nothing and is waited for by nobody.
+    temperature: scalar, 0 is greedy. `top_p`: scalar, 1 keeps all.
+    stops_SV: of `stop_table`.
+    chunk: tokens between two checks whether all rows are done.
+  """
+  Q, R = tokens_QT.shape[0], tokens_QT.shape[0] * group
+  slots = max_new_tokens + -max_new_tokens % chunk
+  keys_R = row_keys(key, Q, group)
+  dtype = params["embed"].dtype
+  with jax.named_scope("prefill"):
+    hidden_QTM, prompt = model.forward(config, params, tokens_QT, dtype=dtype, layout=layout)
+    last_QM = jnp.take_along_axis(hidden_QTM, length_Q[:, None, None] - 1, 1)[:, 0]
+  prompt_mask_QTS = (jnp.arange(tokens_QT.shape[1]) < length_Q[:, None])[:, None]
+  length_R = jnp.repeat(length_Q, group)
+  stop = stops_SV.shape[0] - 1
+
+  def draw_one(state: SamplingState) -> tuple[SamplingState, jax.Array]:
+    """Draws each row's next token and records it where the row is not done."""
+    logits_RV = model.logits(params, state.hidden_RM)
+    density_RV = scoring.behaviour(logits_RV, temperature, top_p)
+    uniform_R = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(keys_R)
+    token_R = jnp.where(state.done_R, 0, draw(density_RV, uniform_R))
+    behaviour_R = jnp.log(jnp.take_along_axis(density_RV, token_R[:, None], 1)[:, 0])
+    plain_R = scoring.plain_logprob(logits_RV, token_R)
+    stop_state_R = stops_SV[state.stop_state_R, token_R].astype(jnp.int32)
+    stopped_R = ~state.done_R & (stop_state_R == stop)
+
+    def record(x_RT: jax.Array, x_R: jax.Array) -> jax.Array:
+      x_R = jnp.where(state.done_R, 0, x_R).astype(x_RT.dtype)
+      return jax.lax.dynamic_update_index_in_dim(x_RT, x_R, state.step, 1)
+
+    drawn = Drawn(
+      tokens_RT=record(state.drawn.tokens_RT, token_R),
+      length_R=state.drawn.length_R + ~state.done_R,
+      stopped_R=state.drawn.stopped_R | stopped_R,
+      behaviour_logprob_RT=record(state.drawn.behaviour_logprob_RT, behaviour_R),
+      plain_logprob_RT=record(state.drawn.plain_logprob_RT, plain_R),
+    )
+    done_R = state.done_R | stopped_R | (state.step + 1 >= max_new_tokens)
+    return state._replace(stop_state_R=stop_state_R, done_R=done_R, drawn=drawn), token_R
+
+  def draw_and_decode(_: Any, state: SamplingState) -> SamplingState:
+    state, token_R = draw_one(state)
+    with jax.named_scope("decode"):
+      hidden_RM, own = model.decode(
+        config,
+        params,
+        token_R,
+        length_R + state.step,
+        prompt,
+        prompt_mask_QTS,
+        state.own,
+        state.step,
+        layout=layout,
+      )
+    return state._replace(step=state.step + 1, hidden_RM=hidden_RM, own=own)
+
+  zeros_RT = jnp.zeros((R, slots), jnp.float32)
+  zeros_R = jnp.zeros(R, jnp.int32)
+  state = SamplingState(
+    step=jnp.int32(0),
+    hidden_RM=layout.constrain(jnp.repeat(last_QM, group, 0), "rows", None),
+    own=model.empty_cache(config, R, slots, dtype),
+    stop_state_R=zeros_R,
+    done_R=~jnp.repeat(present_Q, group),
+    drawn=Drawn(zeros_RT.astype(jnp.int32), zeros_R, zeros_R > 0, zeros_RT, zeros_RT),
+  )
+  state = jax.lax.while_loop(
+    lambda state: ~jnp.all(state.done_R),
+    lambda state: jax.lax.fori_loop(0, chunk, draw_and_decode, state),
+    state,
+  )
+  trim = lambda x_RT: x_RT[:, :max_new_tokens]
+  drawn = state.drawn
+  return drawn._replace(
+    tokens_RT=trim(drawn.tokens_RT),
+    behaviour_logprob_RT=trim(drawn.behaviour_logprob_RT),
+    plain_logprob_RT=trim(drawn.plain_logprob_RT),
+  )
