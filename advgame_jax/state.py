@@ -1,0 +1,81 @@
+"""What a run holds between steps: one `PlayerState` per player, and the optimiser that moves it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from advgame_jax import config as config_lib
+from advgame_jax import model
+from advgame_jax.model import ModelConfig
+from advgame_jax.types import Params, Players
+
+
+@struct.dataclass
+class PlayerState:
+  """One player. Weights that its settings do not call for are an empty dict."""
+
+  params: Params  # float32 master weights
+  ema: Params  # float32 moving average, where it generates or is the reference
+  initial: Params  # where it is the reference
+  optimizer: optax.OptState
+  bad_steps: jax.Array  # int32: steps in a row skipped for gradients that were not finite
+
+
+@struct.dataclass
+class TrainState:
+  """Both players; `step` is the number of the next step to be played."""
+
+  players: Players[PlayerState]
+  step: jax.Array
+
+
+def schedule(settings: config_lib.Optimizer, steps: int) -> optax.Schedule:
+  """Linear warm-up, then a cosine from the peak to `final_fraction` of it at `steps`."""
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0 if settings.warmup_steps else settings.learning_rate,
+    peak_value=settings.learning_rate,
+    warmup_steps=settings.warmup_steps,
+    decay_steps=max(steps, settings.warmup_steps + 1),
+    end_value=settings.learning_rate * settings.final_fraction,
+  )
+
+
+def make_optimizer(settings: config_lib.Optimizer, steps: int, config: ModelConfig) -> optax.GradientTransformation:
+  """AdamW with decoupled weight decay on all but norms, after a clip of the global norm."""
+  decayed = jax.tree.map(lambda spec: not spec.norm, model.param_specs(config))
+  adamw = optax.adamw(
+    schedule(settings, steps), settings.b1, settings.b2, weight_decay=settings.weight_decay, mask=decayed
+  )
+  return optax.chain(optax.clip_by_global_norm(settings.clip), adamw)
+
+
+def init_player(settings: config_lib.Player, optimizer: optax.GradientTransformation, params: Params) -> PlayerState:
+  """A player before its first step. The state owns copies: no two of its leaves share a buffer."""
+  copy = lambda: jax.tree.map(jnp.copy, params)
+  uses = (settings.generator, settings.reference)
+  learns = not settings.frozen
+  return PlayerState(
+    params=copy(),
+    ema=copy() if learns and "ema" in uses else {},
+    initial=copy() if learns and "initial" in uses else {},
+    optimizer=optimizer.init(params) if learns else (),
+    bad_steps=jnp.int32(0),
+  )
+
+
+def generator(settings: config_lib.Player, state: PlayerState) -> Params:
+  """The weights that play."""
+  return state.params if settings.frozen or settings.generator == "train" else state.ema
+
+
+def reference(settings: config_lib.Player, state: PlayerState) -> Params:
+  """The weights the loss holds a learning player near to."""
+  return state.ema if settings.reference == "ema" else state.initial
+
+
+def learning_rate(settings: config_lib.Optimizer, steps: int, state: PlayerState) -> Any:
+  """The rate of the next update."""
+  return schedule(settings, steps)(optax.tree.get(state.optimizer, "ScaleByScheduleState").count)

@@ -1,0 +1,130 @@
+"""The joint update: both players' losses, gradients, optimiser and moving average in one pure function."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from advgame_jax import config as config_lib
+from advgame_jax import losses, model, scoring
+from advgame_jax import state as state_lib
+from advgame_jax.model import ModelConfig
+from advgame_jax.sharding import LOCAL, Layout
+from advgame_jax.state import PlayerState, TrainState
+from advgame_jax.types import Params, Players, PreferenceBatch
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How one player is updated: everything static."""
+
+  model: ModelConfig
+  player: config_lib.Player
+  loss: config_lib.Loss
+  precision: config_lib.Precision
+  steps: int
+  dtype: Any = jnp.float32
+  layout: Layout = LOCAL
+
+  @property
+  def optimizer(self) -> optax.GradientTransformation:
+    return state_lib.make_optimizer(self.player.optimizer, self.steps, self.model)
+
+
+def joint_update(
+  recipes: Players[Recipe], state: TrainState, batch: Players[PreferenceBatch]
+) -> tuple[TrainState, Metrics]:
+  """One step of both players from the same tree; `step` advances by one.
+
+  A player whose batch has no comparison with a weight, or whose gradients are not finite, stays as it is: weights,
+  moments, schedule and moving average. So does a frozen one. Pure: programs apply `jit`, donation and shardings.
+
+  Returns:
+    The new state, and scalars by '{player}/{name}'.
+  """
+  updated = Players(*map(_update_player, recipes, state.players, batch))
+  metrics = {
+    f"{name}/{key}": value for name, (_, scalars) in zip(Players._fields, updated) for key, value in scalars.items()
+  }
+  players = Players(*(player for player, _ in updated))
+  return TrainState(players=players, step=state.step + 1), metrics
+
+
+def _update_player(recipe: Recipe, state: PlayerState, batch: PreferenceBatch) -> tuple[PlayerState, Metrics]:
+  if recipe.player.frozen:
+    return state, {}
+  gradient, metrics = _gradient(recipe, state, batch)
+  norm = optax.global_norm(gradient)
+  finite = jnp.isfinite(norm)
+  comparisons = jnp.sum(batch.weight_P)
+  moves = finite & (comparisons > 0)
+  steps, optimizer = recipe.steps, recipe.player.optimizer
+  rate = state_lib.learning_rate(optimizer, steps, state)
+
+  changes, optimizer_state = recipe.optimizer.update(gradient, state.optimizer, state.params)
+  params = optax.apply_updates(state.params, changes)
+  ema = optax.incremental_update(params, state.ema, 1 - recipe.player.ema_decay) if state.ema else {}
+  new = state.replace(params=params, ema=ema, optimizer=optimizer_state)
+  new = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, state)
+  new = new.replace(bad_steps=jnp.where(finite, 0, state.bad_steps + 1))
+  extra = {"comparisons": comparisons, "grad_norm": norm, "learning_rate": rate, "bad_steps": new.bad_steps}
+  return new, metrics | extra | {"skipped": 1.0 - moves.astype(jnp.float32)}
+
+
+def _gradient(recipe: Recipe, state: PlayerState, batch: PreferenceBatch) -> tuple[Params, Metrics]:
+  """The gradient of the whole batch's loss, summed over micro-batches, and the metrics of the loss."""
+  total = losses.totals(batch)
+
+  def loss(params: Params, part: PreferenceBatch) -> tuple[jax.Array, Metrics]:
+    logprob_PCT, entropy_PCT = _score(recipe, params, part, entropy=recipe.loss.entropy_bonus > 0)
+    if recipe.player.reference_is_generator:
+      reference_PCT = part.plain_logprob_PCT
+    else:
+      reference_PCT, _ = _score(recipe, state_lib.reference(recipe.player, state), part, entropy=False)
+    return losses.preference_loss(recipe.loss, part, logprob_PCT, reference_PCT, entropy_PCT, total)
+
+  def add(carry: Any, part: PreferenceBatch) -> tuple[Any, None]:
+    gradient, metrics = jax.grad(loss, has_aux=True)(state.params, part)
+    return jax.tree.map(jnp.add, carry, (gradient, metrics)), None
+
+  parts = micro_batches(batch, recipe.player.accumulate)
+  first = jax.eval_shape(lambda: jax.grad(loss, has_aux=True)(state.params, jax.tree.map(lambda x: x[0], parts)))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+  (gradient, metrics), _ = jax.lax.scan(add, zeros, parts)
+  return gradient, metrics
+
+
+def micro_batches(batch: PreferenceBatch, parts: int) -> PreferenceBatch:
+  """[P, …] → [parts, P / parts, …]; part i takes every parts-th comparison, so that each keeps P's sharding."""
+  return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _score(recipe: Recipe, params: Params, batch: PreferenceBatch, entropy: bool) -> tuple[jax.Array, jax.Array]:
+  """Log-probabilities of the live tokens, and their entropies (zeros where not asked for), [P, C, T]."""
+  shape = batch.tokens_PCT.shape
+  rows = lambda x_PCT: x_PCT.reshape(-1, shape[-1])
+  scored = scoring.score(
+    recipe.model,
+    params,
+    rows(batch.tokens_PCT),
+    rows(losses.live_tokens(batch)),
+    scoring.logprob_and_entropy if entropy else scoring.plain_logprob,
+    chunk=recipe.precision.logit_chunk,
+    dtype=recipe.dtype,
+    layout=recipe.layout,
+    remat=recipe.precision.remat == "layer",
+  )
+  logprob_RT, entropy_RT = scored if entropy else (scored, jnp.zeros_like(scored))
+  return logprob_RT.reshape(shape), entropy_RT.reshape(shape)
+
+
+def update_flops(recipe: Recipe, rows: int, tokens: int) -> float:
+  """FLOPs of one update of rows of `tokens` tokens each, padding included: forward, backward, reference."""
+  if recipe.player.frozen:
+    return 0.0
+  forward = model.forward_flops(recipe.model, rows * tokens, tokens / 2)
+  return forward * (3 + (recipe.precision.remat == "layer") + (not recipe.player.reference_is_generator))
