@@ -1,0 +1,123 @@
+"""Rewards → the comparisons a player learns from: best against worst of a node (DPO, IPO), or every sample (GRPO).
+
+A node is what has several samples: a seed with its attacks, or an attack with its responses. Both players are the same
+arithmetic over (samples, reward_RG, mask_RG), with a node in each row R and its samples along G.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from advgame_jax import config as config_lib
+from advgame_jax.types import Players, PreferenceBatch, Rewards, RolloutTree, Samples, Status
+
+
+class _Choice(NamedTuple):
+  """Which samples are compared, before their tokens are laid out."""
+
+  row_P: np.ndarray  # int: the node
+  sample_PC: np.ndarray  # int: the sample of that node
+  length_PC: np.ndarray  # int: tokens of its completion that are kept
+  advantage_PC: np.ndarray  # float64: reward − baseline
+  weight_P: np.ndarray  # bool
+
+
+def select_comparisons(
+  loss: config_lib.Loss, tree: RolloutTree, rewards: Rewards, row_tokens: Players[int]
+) -> Players[PreferenceBatch]:
+  """What each player learns from one tree; the shapes depend on those of the tree and on `loss.kind` alone.
+
+  Args:
+    loss: its kind chooses pairs (P = nodes, C = 2) or all samples (P = nodes × samples, C = 1), its baseline which
+      rewards the latter are measured against.
+    tree: B × A attacks (nodes: B) and B·A × D responses (nodes: B·A).
+    rewards: of the same tree; masked ones are read nowhere.
+    row_tokens: T of each player's rows, tokens of prompt and completion together.
+
+  Raises:
+    ValueError: a compared row is longer than `row_tokens`.
+  """
+  shape_RG = tree.responses.text_RG.shape
+  return Players(
+    attacker=_select(loss, tree.attacks, rewards.attack_BA, rewards.attack_mask_BA, row_tokens.attacker),
+    defender=_select(
+      loss,
+      tree.responses,
+      rewards.response_BAD.reshape(shape_RG),
+      rewards.response_mask_BAD.reshape(shape_RG),
+      row_tokens.defender,
+    ),
+  )
+
+
+def _select(
+  loss: config_lib.Loss, samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray, row_tokens: int
+) -> PreferenceBatch:
+  # A sample without tokens is no model's: seeds played as they are, a script, a server.
+  mask_RG = mask_RG & (samples.length_RG > 0)
+  reward_RG = np.where(mask_RG, reward_RG, 0.0).astype(np.float64)
+  if loss.kind == "grpo":
+    choice = _every_sample(samples, reward_RG, mask_RG, None if loss.baseline == "batch" else 1)
+  else:
+    choice = _best_against_worst(samples, reward_RG, mask_RG)
+  return _lay_out(samples, choice, row_tokens)
+
+
+def _best_against_worst(samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray) -> _Choice:
+  """One pair per node, the first among equals; no pair where all are equal. Column 0 is the chosen one."""
+  best_R = np.where(mask_RG, reward_RG, -np.inf).argmax(axis=1)
+  worst_R = np.where(mask_RG, reward_RG, np.inf).argmin(axis=1)
+  sample_PC = np.stack([best_R, worst_R], axis=1)
+  reward_PC = np.take_along_axis(reward_RG, sample_PC, axis=1)
+  length_PC = np.take_along_axis(samples.length_RG, sample_PC, axis=1)
+  status_PC = np.take_along_axis(samples.status_RG, sample_PC, axis=1)
+  # Otherwise the pair would mostly teach that the tokens after the limit are bad.
+  shortest_P = np.where(status_PC[:, 1] == Status.MAX_LENGTH, length_PC.min(axis=1), length_PC[:, 1])
+  return _Choice(
+    row_P=np.arange(len(reward_RG)),
+    sample_PC=sample_PC,
+    length_PC=np.stack([length_PC[:, 0], shortest_P], axis=1),
+    advantage_PC=reward_PC - reward_PC.mean(axis=1, keepdims=True),
+    weight_P=reward_PC[:, 0] > reward_PC[:, 1],  # fewer than two unmasked tie with themselves
+  )
+
+
+def _every_sample(samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray, axis: int | None) -> _Choice:
+  """Each sample by itself, against the mean reward of the unmasked along `axis` (None: of all)."""
+  count = mask_RG.sum(axis=axis, keepdims=True)
+  baseline = (reward_RG * mask_RG).sum(axis=axis, keepdims=True) / np.maximum(count, 1)
+  nodes, group = reward_RG.shape
+  return _Choice(
+    row_P=np.repeat(np.arange(nodes), group),
+    sample_PC=np.tile(np.arange(group), nodes)[:, None],
+    length_PC=samples.length_RG.reshape(-1, 1),
+    advantage_PC=(reward_RG - baseline).reshape(-1, 1),
+    weight_P=mask_RG.reshape(-1),
+  )
+
+
+def _lay_out(samples: Samples, choice: _Choice, row_tokens: int) -> PreferenceBatch:
+  """Prompt and completion of each chosen sample, in one right-padded row; rows of weight 0 stay empty."""
+  shape_PCT = (*choice.sample_PC.shape, row_tokens)
+  batch = PreferenceBatch(
+    tokens_PCT=np.zeros(shape_PCT, np.int32),
+    length_PC=np.zeros(shape_PCT[:2], np.int32),
+    completion_mask_PCT=np.zeros(shape_PCT, bool),
+    behaviour_logprob_PCT=np.zeros(shape_PCT, np.float32),
+    plain_logprob_PCT=np.zeros(shape_PCT, np.float32),
+    advantage_PC=np.where(choice.weight_P[:, None], choice.advantage_PC, 0.0).astype(np.float32),
+    weight_P=choice.weight_P.astype(np.float32),
+  )
+  for p, c in np.argwhere(np.broadcast_to(choice.weight_P[:, None], shape_PCT[:2])):
+    r, g, kept = choice.row_P[p], choice.sample_PC[p, c], choice.length_PC[p, c]
+    start = samples.prompt_length_R[r]
+    stop = start + kept
+    if stop > row_tokens:
+      raise ValueError(f"a sample has {start} + {kept} tokens, but rows are {row_tokens} tokens long")
+    batch.tokens_PCT[p, c, :start] = samples.prompt_tokens_RT[r, :start]
+    batch.tokens_PCT[p, c, start:stop] = samples.tokens_RGT[r, g, :kept]
+    batch.length_PC[p, c] = stop
+    batch.completion_mask_PCT[p, c, start:stop] = True
+    batch.behaviour_logprob_PCT[p, c, start:stop] = samples.behaviour_logprob_RGT[r, g, :kept]
+    batch.plain_logprob_PCT[p, c, start:stop] = samples.plain_logprob_RGT[r, g, :kept]
+  return batch
