@@ -1,0 +1,170 @@
+"""What plays: a model of ours, or a script, bound into a `Policy`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from advgame_jax import config as config_lib
+from advgame_jax import model, sampler, sharding
+from advgame_jax.model import ModelConfig
+from advgame_jax.sharding import Layout
+from advgame_jax.tokenizer import Tokenizer
+from advgame_jax.types import Params, Policy, Samples, Status
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+  """A model of ours without its weights: how it is asked, laid out and sampled. Compiled once per prompt bucket."""
+
+  model: ModelConfig
+  tokenizer: Tokenizer
+  sampling: config_lib.Sampling
+  mesh: Mesh
+  layout: Layout
+  dtype: Any
+  stop_strings: tuple[str, ...] = ()
+
+  def policy(self, params: Params) -> Policy:
+    """These weights, laid out by `decode_weights`, as a player."""
+    return functools.partial(_play, self, params)
+
+  @functools.cached_property
+  def decode_weights(self) -> Callable[[Params], Params]:
+    """Training weights → the copy that generates: compute dtype, decode layout."""
+    specs = model.param_specs(self.model)
+    shardings = jax.tree.map(
+      lambda spec: sharding.named(self.mesh, self.layout, spec.axes, spec.shape, spec.hf_name), specs
+    )
+    cast = lambda params: jax.tree.map(lambda x: x.astype(self.dtype), params)
+    return jax.jit(cast, out_shardings=shardings)
+
+  @functools.cached_property
+  def _sample(self) -> Callable[..., sampler.Drawn]:
+    rows = sharding.rows_sharding(self.mesh, self.layout)
+    sample = functools.partial(
+      sampler.sample,
+      self.model,
+      max_new_tokens=self.sampling.max_new_tokens,
+      chunk=self.sampling.decode_chunk,
+      layout=self.layout,
+    )
+    return jax.jit(sample, static_argnames="group", out_shardings=rows)
+
+  @functools.cached_property
+  def _stops(self) -> np.ndarray:
+    table_SV = sampler.stop_table(self.tokenizer.token_texts(), self.tokenizer.stop_ids, self.stop_strings)
+    # The embedding may be longer than the tokenizer; what lies beyond is never a stop.
+    return np.pad(table_SV, ((0, 0), (0, self.model.vocab - table_SV.shape[1])))
+
+  def prompt_length(self, prompt: str) -> int:
+    """Tokens of a user turn, template included."""
+    return len(self.tokenizer.encode_chat(prompt))
+
+  @property
+  def longest_prompt(self) -> int:
+    return self.sampling.prompt_buckets[-1]
+
+  def row_tokens(self, prompt_bucket: int) -> int:
+    """T of a training row: a prompt of this bucket and the longest completion."""
+    return prompt_bucket + self.sampling.max_new_tokens
+
+
+def _play(
+  player: LanguageModel, params: Params, prompts: Sequence[str], present_R: np.ndarray, group: int, key: jax.Array
+) -> Samples:
+  """`Policy` of a model. A prompt longer than the largest bucket is not played, as if it were absent."""
+  encoded = [player.tokenizer.encode_chat(p) if here else [] for p, here in zip(prompts, present_R, strict=True)]
+  present_R = present_R & np.array([len(ids) <= player.longest_prompt for ids in encoded])
+  encoded = [ids if here else [] for ids, here in zip(encoded, present_R)]
+  longest = max(map(len, encoded), default=0)
+  bucket = next(size for size in player.sampling.prompt_buckets if size >= longest)
+  tokens_RT, length_R = pad_rows(encoded, bucket)
+  drawn = _draw(player, params, tokens_RT, length_R, present_R, group, key)
+  R, split = len(prompts), lambda x: x.reshape(len(prompts), group, *x.shape[1:])
+  tokens_RGT, length_RG, stopped_RG = split(drawn.tokens_RT), split(drawn.length_R), split(drawn.stopped_R)
+  text_RG = np.empty((R, group), object)
+  for r, g in np.ndindex(R, group):
+    text_RG[r, g] = player.tokenizer.decode(tokens_RGT[r, g, : length_RG[r, g]].tolist())
+  status_RG = np.where(stopped_RG, Status.VALID, Status.MAX_LENGTH)
+  return Samples(
+    text_RG=text_RG,
+    status_RG=np.where(present_R[:, None], status_RG, Status.NOT_PLAYED).astype(np.int8),
+    prompt_tokens_RT=tokens_RT,
+    prompt_length_R=length_R,
+    tokens_RGT=tokens_RGT,
+    length_RG=length_RG,
+    behaviour_logprob_RGT=split(drawn.behaviour_logprob_RT),
+    plain_logprob_RGT=split(drawn.plain_logprob_RT),
+  )
+
+
+def pad_rows(encoded: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Token lists → [R, width] int32 padded on the right with 0, and their lengths."""
+  tokens_RT = np.zeros((len(encoded), width), np.int32)
+  for row, ids in zip(tokens_RT, encoded):
+    row[: len(ids)] = ids
+  return tokens_RT, np.array([len(ids) for ids in encoded], np.int32)
+
+
+def _draw(
+  player: LanguageModel,
+  params: Params,
+  tokens_RT: np.ndarray,
+  length_R: np.ndarray,
+  present_R: np.ndarray,
+  group: int,
+  key: jax.Array,
+) -> sampler.Drawn:
+  """This process's prompts → what was drawn for them, as numpy. Rows are padded to fill the mesh."""
+  rows = sharding.rows_sharding(player.mesh, player.layout)
+  parts = max(1, sharding.shards(player.mesh, player.layout.rows) // jax.process_count())
+  pad = lambda x: np.pad(x, ((0, -len(x) % parts), *((0, 0),) * (x.ndim - 1)))
+  # An absent prompt still has one token, so that its last one exists.
+  local = (pad(tokens_RT), np.maximum(pad(length_R), 1), pad(present_R))
+  temperature, top_p = np.float32(player.sampling.temperature), np.float32(player.sampling.top_p)
+  with jax.set_mesh(player.mesh):
+    global_rows = sharding.to_global(local, rows)
+    drawn = player._sample(params, *global_rows, key, temperature, top_p, player._stops, group=group)
+  count = len(tokens_RT) * group
+  return jax.tree.map(lambda x: x[:count], sharding.to_host(drawn))
+
+
+def scripted(answer: Callable[[str, int], str]) -> Policy:
+  """A player that is a function (prompt, sample index) → text. It is never trained."""
+
+  def play(prompts: Sequence[str], present_R: np.ndarray, group: int, key: jax.Array) -> Samples:
+    R = len(prompts)
+    text_RG = np.empty((R, group), object)
+    for r, g in np.ndindex(R, group):
+      text_RG[r, g] = answer(prompts[r], g) if present_R[r] else ""
+    return textual(text_RG, np.where(present_R[:, None], Status.VALID, Status.NOT_PLAYED) + np.zeros((1, group), int))
+
+  return play
+
+
+def textual(text_RG: np.ndarray, status_RG: np.ndarray) -> Samples:
+  """Samples that have text but no tokens: of a script, a server, or the seeds themselves."""
+  R, G = text_RG.shape
+  no_tokens, no_lengths = np.zeros((R, G, 0), np.float32), np.zeros((R, G), np.int32)
+  return Samples(
+    text_RG=text_RG,
+    status_RG=status_RG.astype(np.int8),
+    prompt_tokens_RT=np.zeros((R, 0), np.int32),
+    prompt_length_R=np.zeros(R, np.int32),
+    tokens_RGT=no_tokens.astype(np.int32),
+    length_RG=no_lengths,
+    behaviour_logprob_RGT=no_tokens,
+    plain_logprob_RGT=no_tokens,
+  )
+
+
+def compute_dtype(settings: config_lib.Precision) -> Any:
+  """The dtype of the forward pass; float32 beats bfloat16 on CPU."""
+  auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return jnp.dtype(auto if settings.compute == "auto" else settings.compute)
