@@ -1,0 +1,256 @@
+"""Text ↔ token ids. What a player wrote is encoded so that it can never become a control token.
+
+A chat template puts the player's text between control tokens: `head ids · before TEXT after · tail ids`. Head and tail
+are encoded once, with control tokens; `before TEXT after` is what lies between the last control token in front of the
+text and the first one behind it. It is encoded as one piece, as it would be inside the whole, by a tokenizer that knows
+no control tokens. For text without control strings the ids are those of encoding the rendered template.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import tokenizers
+
+from advgame_jax.types import UserError
+
+# A template may ask for today's date: prompts must not depend on the day a run is resumed.
+TEMPLATE_DATE = "26 Jul 2024"
+FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+)
+
+_MARKUP = re.compile(r"<.*>|\[.*\]|.*<\|.*", re.DOTALL)
+_PLACEHOLDER = "placeholder7f3c9e51d2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A fast tokenizer with its chat template. Built by `load`.
+
+  Control ids are the special tokens, and the added tokens that look like markup (`<tool_call>`). Only special tokens
+  are dropped by `decode`: a model's `<think>` may be an added token that a parser has to see. The token for unknown
+  words is neither: any text may hold it.
+  """
+
+  vocab_size: int  # ids are below this; a model's embedding may be longer
+  pad_id: int
+  stop_ids: tuple[int, ...]  # the first one ends an assistant turn
+  control_ids: frozenset[int]  # what `encode_chat` never makes of a player's text
+  special_ids: frozenset[int]  # of these, the ones that `decode` drops
+  turn: "Turn"
+  _all: tokenizers.Tokenizer  # knows control tokens
+  _no_control: tokenizers.Tokenizer
+  _no_special: tokenizers.Tokenizer
+  _files: dict[str, bytes]
+
+  def encode_chat(self, user_text: str) -> list[int]:
+    """One user turn and the start of the answer to it.
+
+    Where the template trims its content, so is the text. Control strings in it are broken apart by a space where the
+    vocabulary holds them as words.
+
+    Raises:
+      UserError: the text holds a control token that is a single character, so that nothing can break it apart.
+    """
+    text = user_text.strip() if self.turn.trims else user_text
+    between = _encode_without(self._no_control, f"{self.turn.before}{text}{self.turn.after}", self.control_ids)
+    return [*self.turn.head, *between, *self.turn.tail]
+
+  def encode_completion(self, text: str) -> list[int]:
+    """The ids a model should answer with after `encode_chat`: the text, then the token that ends its turn."""
+    return [*_encode_without(self._no_special, self.turn.lead + text, self.special_ids), self.stop_ids[0]]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids, special tokens dropped, spaces as they are."""
+    return self._all.decode([i for i in ids if i not in self.special_ids], skip_special_tokens=False)
+
+  def token_texts(self) -> list[str]:
+    """For every id the text it adds when decoded behind another token; "" for special tokens."""
+    anchor = next(i for i in range(self.vocab_size) if i not in self.control_ids and self.decode([i]).strip().isalnum())
+    start = self.decode([anchor])
+    pairs = [[anchor] if i in self.special_ids else [anchor, i] for i in range(self.vocab_size)]
+    return [text.removeprefix(start) for text in self._all.decode_batch(pairs, skip_special_tokens=False)]
+
+  def save(self, folder: str | pathlib.Path) -> None:
+    """Writes the files this was loaded from, byte for byte."""
+    for name, content in self._files.items():
+      (pathlib.Path(folder) / name).write_bytes(content)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """A chat template, taken apart at the player's text."""
+
+  head: tuple[int, ...]  # up to the last control token in front of the text
+  before: str
+  after: str
+  tail: tuple[int, ...]  # from the first control token behind the text to the start of the answer
+  trims: bool  # the template drops white space around the text
+  lead: str  # white space that an answer begins with
+  end: tuple[int, ...]  # control tokens behind an answer
+
+
+def load(folder: str | pathlib.Path) -> Tokenizer:
+  """The tokenizer of a Hugging Face folder.
+
+  Raises:
+    UserError: no folder, no fast tokenizer, no chat template, or a template that does not show the user's text once.
+  """
+  folder = pathlib.Path(folder)
+  fast = _read(folder)
+  source = json.loads(fast.backend_tokenizer.to_str())
+  source |= {"truncation": None, "padding": None, "post_processor": None}
+  everything = tokenizers.Tokenizer.from_str(json.dumps(source))
+  added = {token["id"]: token for token in source["added_tokens"]}
+  turn = _take_apart(functools.partial(_render, fast, folder), everything, frozenset(added), folder)
+
+  declared = {fast.bos_token_id, fast.eos_token_id, fast.pad_token_id, *turn.end[:1], *_declared_stops(folder)}
+  unknown = {_unknown_id(source["model"], everything)} - declared
+  special = ({i for i, token in added.items() if token["special"]} | declared & added.keys()) - unknown
+  markup = {i for i, token in added.items() if _MARKUP.fullmatch(token["content"])}
+  control = (special | markup | {*turn.head, *turn.tail, *turn.end} & added.keys()) - unknown
+  stops = [*turn.end[:1], *(i for i in (fast.eos_token_id, *_declared_stops(folder)) if i is not None)]
+  if not stops:
+    raise UserError(f"{folder}: nothing ends an answer; allowed: a chat template or an eos_token that does")
+
+  tokenizer = Tokenizer(
+    vocab_size=max(everything.get_vocab().values()) + 1,
+    pad_id=stops[0] if fast.pad_token_id is None else fast.pad_token_id,
+    stop_ids=tuple(dict.fromkeys(stops)),
+    control_ids=frozenset(control),
+    special_ids=frozenset(special),
+    turn=turn,
+    _all=everything,
+    _no_control=_without(source, control),
+    _no_special=_without(source, special),
+    _files={name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()},
+  )
+  _check_unknown(tokenizer, folder)
+  return tokenizer
+
+
+def _read(folder: pathlib.Path) -> Any:
+  """transformers' fast tokenizer of a folder: its files are read, none of its code is run."""
+  if not folder.is_dir():
+    raise UserError(f"there is no folder {folder} to load a tokenizer from; allowed: a Hugging Face folder")
+  if not (folder / "tokenizer.json").is_file():
+    slow = [name for name in ("tokenizer.model", "vocab.json", "spiece.model") if (folder / name).is_file()]
+    found = f"only a slow tokenizer ({slow[0]})" if slow else "no tokenizer"
+    raise UserError(f"{folder} holds {found}; allowed: a fast one, saved as tokenizer.json and tokenizer_config.json")
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no news here
+  from transformers import PreTrainedTokenizerFast
+
+  try:
+    fast = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+  except Exception as error:  # transformers and tokenizers raise bare Exception for a broken file
+    raise UserError(f"{folder}: the tokenizer's files cannot be read ({error})") from error
+  if not fast.chat_template:
+    raise UserError(f"{folder}: the tokenizer has no chat template; allowed: one in chat_template.jinja")
+  return fast
+
+
+def _render(fast: Any, folder: pathlib.Path, *turns: str) -> str:
+  """The template over alternating user and assistant turns, up to the start of an answer if one is due."""
+  messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+  due = len(turns) % 2 == 1
+  try:
+    return fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=due, date_string=TEMPLATE_DATE)
+  except Exception as error:  # whatever the template's own code raises
+    raise UserError(f"{folder}: the chat template fails on one user turn ({error})") from error
+
+
+def _take_apart(
+  render: Callable[..., str], everything: tokenizers.Tokenizer, added: frozenset[int], folder: pathlib.Path
+) -> Turn:
+  padded = f" {_PLACEHOLDER} "
+  prompt = render(padded)
+  seam = _PLACEHOLDER if padded not in prompt else padded
+  if prompt.count(_PLACEHOLDER) != 1:
+    raise UserError(
+      f"{folder}: the chat template shows the user's text {prompt.count(_PLACEHOLDER)} times; allowed: exactly once"
+    )
+  front, behind = (everything.encode(part, add_special_tokens=False) for part in prompt.split(seam))
+  front_text, behind_text = prompt.split(seam)
+  last = max((i + 1 for i, token in enumerate(front.ids) if token in added), default=0)
+  first = min((i for i, token in enumerate(behind.ids) if token in added), default=len(behind.ids))
+  before = front_text[front.offsets[last - 1][1] :] if last else front_text
+  after = behind_text[: behind.offsets[first][0]] if first < len(behind.ids) else behind_text
+
+  lead, _, end = render(padded, _PLACEHOLDER).rpartition(_PLACEHOLDER)
+  lead = lead.removeprefix(prompt) if lead.startswith(prompt) else ""
+  end_ids = [token for token in everything.encode(end, add_special_tokens=False).ids if token in added]
+  return Turn(
+    head=tuple(front.ids[:last]),
+    before=before,
+    after=after,
+    tail=tuple(behind.ids[first:]),
+    trims=seam == _PLACEHOLDER,
+    lead="" if lead.strip() else lead,
+    end=tuple(end_ids),
+  )
+
+
+def _declared_stops(folder: pathlib.Path) -> list[int]:
+  """The end-of-sequence ids that the model's own configurations name."""
+  stops: list[int] = []
+  for name in ("generation_config.json", "config.json"):
+    if (folder / name).is_file():
+      try:
+        declared = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+      except ValueError as error:
+        raise UserError(f"{folder / name} is no JSON ({error})") from error
+      stops += declared if isinstance(declared, list) else [] if declared is None else [declared]
+  return stops
+
+
+def _unknown_id(model: dict[str, Any], everything: tokenizers.Tokenizer) -> int | None:
+  """The id that the tokenizer's model gives to what it does not know."""
+  return model["unk_id"] if "unk_id" in model else everything.token_to_id(model.get("unk_token") or "")
+
+
+def _without(source: dict[str, Any], hidden: Iterable[int]) -> tokenizers.Tokenizer:
+  """The tokenizer for text inside a turn, to which these added tokens are ordinary text."""
+  hidden = set(hidden)
+  added = [token | {"special": token["id"] in hidden} for token in source["added_tokens"]]
+  # Inside a turn no piece is the first of its text, which is where such a scheme puts its mark.
+  inside = lambda node: node | {"prepend_scheme": "never"} if node.get("prepend_scheme") == "first" else node
+  tokenizer = tokenizers.Tokenizer.from_str(
+    json.dumps(json.loads(json.dumps(source), object_hook=inside) | {"added_tokens": added})
+  )
+  tokenizer.encode_special_tokens = True
+  return tokenizer
+
+
+def _encode_without(tokenizer: tokenizers.Tokenizer, text: str, hidden: frozenset[int]) -> list[int]:
+  """Encodes text, breaking apart what the vocabulary holds of `hidden` as words."""
+  text = text.encode("utf-8", "replace").decode()  # a lone surrogate, which JSON can hold, is no text
+  while True:
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    words = [span for token, span in zip(encoding.ids, encoding.offsets) if token in hidden]
+    if not words:
+      return encoding.ids
+    for start, end in reversed(words):
+      word = text[start:end].lstrip()
+      if len(word.rstrip()) < 2:
+        raise UserError(f"a text holds the control token {word!r}, which cannot be broken apart: {text[:60]!r}")
+      text = f"{text[: end - len(word) + 1]} {text[end - len(word) + 1 :]}"
+
+
+def _check_unknown(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+  """A vocabulary whose unknown word is a control token, or missing, could not encode what players write."""
+  try:
+    tokenizer.encode_chat("☃ ⟁zqxj \u0378")
+  except Exception as error:  # tokenizers raises bare Exception for a missing unknown token
+    raise UserError(
+      f"{folder}: the tokenizer's token for unknown words is missing or a control token; allowed: one of its own"
+    ) from error
