@@ -60,7 +60,7 @@ DEFENDER: Mapping[str, Mapping[Answer, float]] = {
 PAD, UNKNOWN, EOS, USER, ASSISTANT = "<pad>", "<unk>", "<eos>", "<user>", "<assistant>"
 SPECIAL = (PAD, UNKNOWN, EOS, USER, ASSISTANT)
 VOCABULARY_MULTIPLE = 8  # so that a mesh can share the vocabulary out
-MAX_POSITIONS = 128  # tokens; the longest prompt and completion take some 40
+MAX_POSITIONS = 128  # tokens; the longest prompt and completion take 30
 
 CHAT_TEMPLATE = (
   "{% for message in messages %}{{ '' if loop.first else ' ' }}"

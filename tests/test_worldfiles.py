@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 import transformers
 
 from advgame_jax import microworld, worldfiles
@@ -135,6 +136,13 @@ def test_a_strange_word_is_unknown_and_special_tokens_are_dropped_from_text(toke
   assert set(tokenizer.all_special_tokens) == set(worldfiles.SPECIAL)
 
 
+def test_the_tokenizer_file_alone_knows_the_special_tokens(folder):
+  words = tokenizers.Tokenizer.from_file(str(folder / "attacker" / "tokenizer.json"))
+  ids = words.encode("<user> sure . <eos>").ids
+  assert (ids[0], ids[-1]) == (3, 2)
+  assert (words.decode(ids), words.decode(ids, skip_special_tokens=False)) == ("sure .", "<user> sure . <eos>")
+
+
 def test_every_id_has_a_word_and_their_number_divides_evenly(tokenizer):
   words = worldfiles.vocabulary()
   assert len(set(words)) == len(words) == len(tokenizer)
@@ -157,7 +165,7 @@ def test_the_chat_template(tokenizer):
 
 def test_the_longest_example_fits_the_model(rows, tokenizer):
   lengths = [len(tokenizer(row["prompt"] + " " + row["completion"])["input_ids"]) for row in rows["attacker"]]
-  assert max(lengths) + 3 < worldfiles.MAX_POSITIONS / 2
+  assert max(lengths) + 3 <= worldfiles.MAX_POSITIONS / 2
 
 
 def test_the_model_folder_describes_the_player(folder):
