@@ -154,6 +154,9 @@ class Judges(Settings):
     "heuristic", "exact rules of the microworld, or rules of thumb for English"
   )
   protocol: Literal["pairwise", "pointwise"] = setting("pairwise", "scores by comparison, or one by one")
+  attacker: bool = setting(True, "score attacks; without, a valid one is rewarded 0")
+  defender: bool = setting(True, "score responses; without, a valid one is rewarded 0")
+  retries: int = setting(1, "times a call without a readable verdict is asked again", at_least=0)
   optimistic: bool = setting(True, "the attacker judge reads the response the defender judge liked best, not the first")
   defender_reads: Literal["attack", "seed"] = setting("attack", "the query that responses are judged against")
   shared_noise: float = setting(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from advgame_jax.config import Loss
-from advgame_jax.types import PreferenceBatch
+from advgame_jax.types import Array, PreferenceBatch
 
 
 class Totals(NamedTuple):
@@ -57,7 +57,7 @@ def grpo(
 
 def live_tokens(batch: PreferenceBatch) -> jax.Array:
   """[P, C, T] bool: completion tokens of comparisons that have a weight."""
-  return batch.completion_mask_PCT & (batch.weight_P > 0)[:, None, None]
+  return jnp.logical_and(batch.completion_mask_PCT, (batch.weight_P > 0)[:, None, None])
 
 
 def totals(batch: PreferenceBatch) -> Totals:
@@ -70,7 +70,7 @@ def preference_loss(
   settings: Loss,
   batch: PreferenceBatch,
   logprob_PCT: jax.Array,
-  reference_PCT: jax.Array,
+  reference_PCT: Array,
   entropy_PCT: jax.Array,
   total: Totals,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -105,8 +105,8 @@ def preference_loss(
     if settings.normalisation == "token_mean":
       loss = jnp.sum(token_PCT) / total.tokens
     else:
-      per_sample = {"token_sum": 1, "sample_mean": tokens_PC}[settings.normalisation]
-      loss = mean(jnp.mean(jnp.sum(token_PCT, -1) / per_sample, -1))
+      sample_PC = jnp.sum(token_PCT, -1) / (tokens_PC if settings.normalisation == "sample_mean" else 1)
+      loss = mean(jnp.mean(sample_PC, -1))
   else:
     delta_PC = jnp.sum(delta_PCT, -1) / (tokens_PC if settings.mean_logprob else 1)
     loss = mean({"dpo": dpo, "ipo": ipo}[settings.kind](delta_PC, settings.beta))

@@ -175,7 +175,7 @@ def forward(
   mask_1TS = attention.causal_mask(T)
 
   def layer_step(x_RTM: jax.Array, layer: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    kept = []
+    kept: list[jax.Array] = []
 
     def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
       key_RKSH, value_RKSH = key_RTKH.swapaxes(1, 2), value_RTKH.swapaxes(1, 2)

@@ -143,25 +143,10 @@ def scripted(answer: Callable[[str, int], str]) -> Policy:
     text_RG = np.empty((R, group), object)
     for r, g in np.ndindex(R, group):
       text_RG[r, g] = answer(prompts[r], g) if present_R[r] else ""
-    return textual(text_RG, np.where(present_R[:, None], Status.VALID, Status.NOT_PLAYED) + np.zeros((1, group), int))
+    status_R = np.where(present_R, Status.VALID, Status.NOT_PLAYED)
+    return Samples.of_text(text_RG, np.repeat(status_R[:, None], group, 1))
 
   return play
-
-
-def textual(text_RG: np.ndarray, status_RG: np.ndarray) -> Samples:
-  """Samples that have text but no tokens: of a script, a server, or the seeds themselves."""
-  R, G = text_RG.shape
-  no_tokens, no_lengths = np.zeros((R, G, 0), np.float32), np.zeros((R, G), np.int32)
-  return Samples(
-    text_RG=text_RG,
-    status_RG=status_RG.astype(np.int8),
-    prompt_tokens_RT=np.zeros((R, 0), np.int32),
-    prompt_length_R=np.zeros(R, np.int32),
-    tokens_RGT=no_tokens.astype(np.int32),
-    length_RG=no_lengths,
-    behaviour_logprob_RGT=no_tokens,
-    plain_logprob_RGT=no_tokens,
-  )
 
 
 def compute_dtype(settings: config_lib.Precision) -> Any:

@@ -14,6 +14,7 @@ everywhere: what is absent has length 0, weight 0 or a `Status`, never `None`.
 
 import dataclasses
 import enum
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -95,14 +96,20 @@ class Samples:
   behaviour_logprob_RGT: np.ndarray  # float32, nats: of the density drawn from, after temperature and top-p
   plain_logprob_RGT: np.ndarray  # float32, nats: of the model's own softmax
 
-  def where(self, present_R: np.ndarray) -> "Samples":
-    """Empties the rows that are not `present`: no text, no tokens, NOT_PLAYED."""
-    keep_R1 = present_R[:, None]
-    return dataclasses.replace(
-      self,
-      text_RG=np.where(keep_R1, self.text_RG, ""),
-      status_RG=np.where(keep_R1, self.status_RG, Status.NOT_PLAYED).astype(np.int8),
-      length_RG=np.where(keep_R1, self.length_RG, 0),
+  @classmethod
+  def of_text(cls, text_RG: np.ndarray, status_RG: np.ndarray) -> "Samples":
+    """Samples without tokens: of a script, a server, or the seeds themselves."""
+    R, G = text_RG.shape
+    nothing_RGT = np.zeros((R, G, 0), np.float32)
+    return cls(
+      text_RG=text_RG,
+      status_RG=status_RG.astype(np.int8),
+      prompt_tokens_RT=np.zeros((R, 0), np.int32),
+      prompt_length_R=np.zeros(R, np.int32),
+      tokens_RGT=nothing_RGT.astype(np.int32),
+      length_RG=np.zeros((R, G), np.int32),
+      behaviour_logprob_RGT=nothing_RGT,
+      plain_logprob_RGT=nothing_RGT,
     )
 
 
@@ -164,7 +171,13 @@ class Question(NamedTuple):
   category: Category
   query: str  # what the texts are judged against: the seed s or the attack x
   texts: tuple[str, ...]
-  key: int  # a judge that draws, draws from this alone
+  key: int  # a judge that draws, draws from this alone: see `fold_key`
+
+
+def fold_key(key: int, *parts: int) -> int:
+  """A 63-bit key of a place under `key`; distinct places have independent ones."""
+  digest = hashlib.blake2b(repr((key, *map(int, parts))).encode(), digest_size=8).digest()
+  return int.from_bytes(digest, "big") >> 1
 
 
 class Verdict(NamedTuple):

@@ -68,9 +68,9 @@ def _update_player(recipe: Recipe, state: PlayerState, batch: PreferenceBatch) -
   changes, optimizer_state = recipe.optimizer.update(gradient, state.optimizer, state.params)
   params = optax.apply_updates(state.params, changes)
   ema = optax.incremental_update(params, state.ema, 1 - recipe.player.ema_decay) if state.ema else {}
-  new = state.replace(params=params, ema=ema, optimizer=optimizer_state)
+  new = dataclasses.replace(state, params=params, ema=ema, optimizer=optimizer_state)
   new = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, state)
-  new = new.replace(bad_steps=jnp.where(finite, 0, state.bad_steps + 1))
+  new = dataclasses.replace(new, bad_steps=jnp.where(finite, 0, state.bad_steps + 1))
   extra = {"comparisons": comparisons, "grad_norm": norm, "learning_rate": rate, "bad_steps": new.bad_steps}
   return new, metrics | extra | {"skipped": 1.0 - moves.astype(jnp.float32)}
 

@@ -1,0 +1,122 @@
+"""Seeds: JSON-lines files, checked whole before a run, and the batch of any step."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from advgame_jax.config import Data
+from advgame_jax.types import Category, SeedBatch, UserError
+
+_FORM = '{"prompt": "…", "category": "harmful" or "benign"}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Seed:
+  """One query, and where it came from."""
+
+  text: str
+  category: Category
+  index: int  # its place in the files of its split, in their order
+
+
+def load(paths: Sequence[str], what: str) -> list[Seed]:
+  """All seeds of a split.
+
+  Raises:
+    UserError: a file that is missing or empty, a line that is no seed, or two seeds alike.
+  """
+  if not paths:
+    raise UserError(f"config.data.{what} names no file; allowed: JSON-lines files of {_FORM}")
+  seeds: list[Seed] = []
+  first: dict[str, str] = {}
+  for path in map(pathlib.Path, paths):
+    before = len(seeds)
+    for number, line in enumerate(_lines(path), 1):
+      if line.strip():
+        text, category = _parse(line, place := f"{path}, line {number}")
+        if (same := first.setdefault(normalise(text), place)) != place:
+          raise UserError(f"{place}: the same seed as {same}; allowed: each seed once")
+        seeds.append(Seed(text, category, len(seeds)))
+    if len(seeds) == before:
+      raise UserError(f"{path} holds no seed; allowed: one or more lines of {_FORM}")
+  return seeds
+
+
+def normalise(text: str) -> str:
+  """What makes two seeds the same: everything but case and white space."""
+  return " ".join(text.casefold().split())
+
+
+def check_disjoint(train: Sequence[Seed], validation: Sequence[Seed]) -> None:
+  """Refuses a seed that is both played and validated on."""
+  played = {normalise(seed.text) for seed in train}
+  shared = [seed for seed in validation if normalise(seed.text) in played]
+  if shared:
+    raise UserError(
+      f"{len(shared)} validation seeds are training seeds too, the first is number {shared[0].index + 1} of "
+      "config.data.validation; allowed: disjoint files"
+    )
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+  try:
+    return path.read_text(encoding="utf-8").splitlines()
+  except OSError as error:
+    raise UserError(f"seed file {path} cannot be read: {error.strerror}; allowed: a JSON-lines file") from None
+  except UnicodeDecodeError as error:
+    raise UserError(f"seed file {path} is not UTF-8 at byte {error.start}; allowed: a JSON-lines file") from None
+
+
+def _parse(line: str, place: str) -> tuple[str, Category]:
+  try:
+    row = json.loads(line)
+  except json.JSONDecodeError as error:
+    raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); allowed: {_FORM}") from None
+  if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+    raise UserError(f"{place}: no text under 'prompt'; allowed: {_FORM}")
+  names = {category.name.lower(): category for category in Category}
+  if row.get("category") not in names:
+    raise UserError(f"{place}: category is {row.get('category')!r}; allowed: {', '.join(names)}")
+  return row["prompt"], names[row["category"]]
+
+
+class SeedBatches:
+  """The batch of any step, a pure function of (seeds, settings, seed, step): resuming needs no position but the step.
+
+  Each category is shuffled anew every epoch. `alternate` plays the categories that there are in turn; `mixed` plays
+  half of each.
+  """
+
+  def __init__(self, seeds: Sequence[Seed], settings: Data, seed: int):
+    by_category = [[s for s in seeds if s.category == category] for category in Category]
+    self._order = settings.order
+    self._batch = settings.batch
+    self._streams = [
+      grain.MapDataset.source(part).seed(seed + c).shuffle().repeat() for c, part in enumerate(by_category) if part
+    ]
+    if settings.order == "mixed" and len(self._streams) < len(Category):
+      raise UserError("config.data.train has seeds of one category only; allowed with data.order='mixed': both")
+
+  def __getitem__(self, step: int) -> SeedBatch:
+    if self._order == "mixed":
+      half = self._batch // 2
+      chosen = [stream[i] for stream in self._streams for i in range(step * half, (step + 1) * half)]
+    else:
+      turn, which = divmod(step, len(self._streams))
+      chosen = [self._streams[which][i] for i in range(turn * self._batch, (turn + 1) * self._batch)]
+    return as_batch(chosen)
+
+
+def as_batch(seeds: Sequence[Seed]) -> SeedBatch:
+  """Seeds in the order given."""
+  text_B = np.empty(len(seeds), object)
+  text_B[:] = [seed.text for seed in seeds]
+  return SeedBatch(
+    text_B=text_B,
+    category_B=np.array([seed.category for seed in seeds], np.int8),
+    index_B=np.array([seed.index for seed in seeds], np.int64),
+  )
