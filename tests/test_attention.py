@@ -1,0 +1,96 @@
+"""Segmented attention against one float64 softmax, and at the edge of what a mask can hide."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from advgame_jax import attention
+from advgame_jax.attention import Segment
+
+R, T, N, K, H = 4, 3, 6, 2, 8
+attend = jax.jit(attention.attend)
+
+
+def draw(seed=0):
+  rng = np.random.default_rng(seed)
+  return lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+
+def segment(normal, Q, S, seed=0):
+  mask_QTS = np.random.default_rng(seed).random((Q, T, S)) < 0.6
+  mask_QTS[..., 0] = True
+  return Segment(normal(Q, K, S, H), normal(Q, K, S, H), mask_QTS)
+
+
+def repeat(part):
+  """The segment with each group's keys written out for each of its rows."""
+  return Segment(*(np.repeat(x, R // len(x), 0) for x in part))
+
+
+def reference(query_RTNH, segments):
+  whole = [np.concatenate([repeat(part)[i] for part in segments], 2) for i in range(3)]
+  return tiny.attention(query_RTNH, *whole)
+
+
+@pytest.mark.parametrize("groups", [[R], [1], [2, R], [1, 2, R]], ids=str)
+def test_equals_one_softmax_over_all_segments_in_float64(groups):
+  normal = draw(1)
+  query_RTNH = normal(R, T, N, H)
+  segments = [segment(normal, Q, 3 + i, seed=i) for i, Q in enumerate(groups)]
+  np.testing.assert_allclose(attend(query_RTNH, segments), reference(query_RTNH, segments), atol=2e-6)
+
+
+def test_several_segments_equal_their_concatenation():
+  normal = draw(2)
+  query_RTNH = normal(R, T, N, H)
+  one, other = segment(normal, R, 4, seed=1), segment(normal, R, 5, seed=2)
+  joined = Segment(*(np.concatenate(pair, 2) for pair in zip(one, other)))
+  np.testing.assert_allclose(attend(query_RTNH, [one, other]), attend(query_RTNH, [joined]), atol=1e-6)
+
+
+def test_a_shared_segment_equals_its_repetition():
+  normal = draw(3)
+  query_RTNH = normal(R, T, N, H)
+  shared = segment(normal, 2, 5)
+  np.testing.assert_allclose(attend(query_RTNH, [shared]), attend(query_RTNH, [repeat(shared)]), atol=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+  normal = draw(4)
+  query_RTNH, small, large = normal(R, T, N, H), segment(normal, 2, 5), segment(normal, R, 5)
+  large = large._replace(key_QKSH=300 * large.key_QKSH)
+  for segments in ([small, large], [large, small]):
+    np.testing.assert_allclose(attend(query_RTNH, segments), reference(query_RTNH, segments), atol=1e-4)
+
+
+def test_rows_that_see_nothing_stay_finite_and_touch_no_other():
+  normal = draw(5)
+  query_RTNH, part = normal(R, T, N, H), segment(normal, R, 5)
+  blind = part._replace(mask_QTS=np.where(np.arange(R)[:, None, None] == 1, False, part.mask_QTS))
+  output = np.asarray(attend(query_RTNH, [blind]))
+  assert np.isfinite(output).all()
+  np.testing.assert_array_equal(np.delete(output, 1, 0), np.delete(attend(query_RTNH, [part]), 1, 0))
+
+
+def test_gradients_are_finite_and_zero_where_masked():
+  normal = draw(6)
+  query_RTNH, part = normal(R, T, N, H), segment(normal, R, 5)
+  mask_QTS = np.array(part.mask_QTS)
+  mask_QTS[1] = False
+  mask_QTS[:, :, 3] = False
+
+  def loss(query_RTNH, key, value):
+    output = attention.attend(query_RTNH, [Segment(key, value, mask_QTS)])
+    return jnp.sum(jnp.where(mask_QTS.any(-1)[..., None, None], output, 0) ** 2)
+
+  gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(query_RTNH, part.key_QKSH, part.value_QKSH)
+  assert all(np.isfinite(g).all() for g in gradients)
+  for g in gradients[1:]:
+    np.testing.assert_array_equal(g[:, :, 3], 0)
+    assert np.abs(g[0, :, 0]).max() > 0
+
+
+def test_causal_mask_shows_a_token_itself_and_the_past():
+  np.testing.assert_array_equal(attention.causal_mask(3)[0], [[1, 0, 0], [1, 1, 0], [1, 1, 1]])

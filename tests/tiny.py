@@ -1,0 +1,119 @@
+"""Tiny models and batches for the law tests, and float64 numpy references that share no code with the package."""
+
+import functools
+
+import jax
+import numpy as np
+
+from advgame_jax import model
+from advgame_jax.model import ModelConfig
+from advgame_jax.types import PreferenceBatch
+
+CONFIG = ModelConfig(
+  vocab=128, width=32, layers=2, heads=4, kv_heads=2, head_size=8, feed_forward=48, tied=True, rope_theta=100.0
+)
+
+
+@functools.cache
+def params(config: ModelConfig = CONFIG, seed: int = 0, scale: float = 8.0):
+  """Weights well above their initial scale, norms off 1: every part of the model shows in its output."""
+  fresh = model.init(config, jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+  grown = lambda spec, x: np.asarray(x) * (1 + 0.3 * rng.normal(size=x.shape) if spec.norm else scale)
+  return jax.tree.map(lambda spec, x: jax.numpy.asarray(grown(spec, x), np.float32), model.param_specs(config), fresh)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+  """In float64, over the last axis."""
+  logits = logits.astype(np.float64)
+  shifted = logits - logits.max(-1, keepdims=True)
+  return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def attention(query_RTNH: np.ndarray, key_RKSH: np.ndarray, value_RKSH: np.ndarray, mask_RTS: np.ndarray) -> np.ndarray:
+  """Query head n reads key head n // (N / K); one softmax over all unmasked slots, float64."""
+  R, T, N, H = query_RTNH.shape
+  output_RTNH = np.zeros((R, T, N, H))
+  for n in range(N):
+    k = n // (N // key_RKSH.shape[1])
+    logits_RTS = query_RTNH[:, :, n].astype(np.float64) @ key_RKSH[:, k].astype(np.float64).swapaxes(1, 2) / H**0.5
+    weight_RTS = np.exp(log_softmax(np.where(mask_RTS, logits_RTS, -1e300)))
+    output_RTNH[:, :, n] = weight_RTS @ value_RKSH[:, k].astype(np.float64)
+  return output_RTNH
+
+
+def frequencies(config: ModelConfig) -> np.ndarray:
+  """Rotary frequencies by the case distinction of the Llama 3.1 release, float64."""
+  result = []
+  for i in range(config.head_size // 2):
+    frequency = 1 / config.rope_theta ** (2 * i / config.head_size)
+    wavelength = 2 * np.pi / frequency
+    if config.rope_factor == 1 or wavelength < config.rope_original_length / config.rope_high_frequency:
+      result.append(frequency)
+    elif wavelength > config.rope_original_length / config.rope_low_frequency:
+      result.append(frequency / config.rope_factor)
+    else:
+      span = config.rope_high_frequency - config.rope_low_frequency
+      smooth = (config.rope_original_length / wavelength - config.rope_low_frequency) / span
+      result.append((1 - smooth) * frequency / config.rope_factor + smooth * frequency)
+  return np.array(result)
+
+
+def llama_logits(config: ModelConfig, params, tokens_RT: np.ndarray) -> np.ndarray:
+  """The whole model in float64, [R, T, V]: rotations as products of complex numbers."""
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  R, T = tokens_RT.shape
+  turn_TH = np.exp(1j * np.arange(T)[:, None] * frequencies(config))
+  mask_RTS = np.broadcast_to(np.tril(np.ones((T, T), bool)), (R, T, T))
+
+  def norm(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * scale
+
+  def rope(x_RTNH):
+    h = config.head_size // 2
+    turned = (x_RTNH[..., :h] + 1j * x_RTNH[..., h:]) * turn_TH[:, None]
+    return np.concatenate([turned.real, turned.imag], -1)
+
+  x_RTM = params["embed"][tokens_RT]
+  for i in range(config.layers):
+    layer = {name: value[i] for name, value in params["layers"].items()}
+    y_RTM = norm(x_RTM, layer["attention_norm"])
+    query, key, value = (np.tensordot(y_RTM, layer[name], 1) for name in ("query", "key", "value"))
+    read_RTNH = attention(rope(query), rope(key).swapaxes(1, 2), value.swapaxes(1, 2), mask_RTS)
+    x_RTM = x_RTM + np.tensordot(read_RTNH, layer["output"], 2)
+    y_RTM = norm(x_RTM, layer["mlp_norm"])
+    gate = y_RTM @ layer["gate"]
+    x_RTM = x_RTM + (gate / (1 + np.exp(-gate)) * (y_RTM @ layer["up"])) @ layer["down"]
+  return norm(x_RTM, params["final_norm"]) @ params.get("head", params["embed"]).T
+
+
+def nucleus(logits_V: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
+  """The density of one row by sorting, float64: softmax at the temperature, cut to its nucleus with all ties."""
+  if temperature == 0:
+    density_V = np.eye(len(logits_V))[np.argmax(logits_V)]
+  else:
+    density_V = np.exp(log_softmax(logits_V.astype(np.float64) / temperature))
+  descending = np.sort(density_V)[::-1]
+  if top_p < 1:
+    last = descending[np.argmax(np.cumsum(descending) >= top_p - 1e-9)]
+    density_V = np.where(density_V >= last * (1 - 1e-9), density_V, 0)
+  return density_V / density_V.sum()
+
+
+def preference_batch(rng: np.random.Generator, P: int, C: int, T: int, vocab: int = CONFIG.vocab) -> PreferenceBatch:
+  """Random comparisons, all of weight 1; prompts and completions of several lengths, log-probabilities made up."""
+  prompt_P1 = rng.integers(1, T // 3 + 1, (P, 1))
+  length_PC = prompt_P1 + rng.integers(1, T - T // 3 + 1, (P, C))
+  slots = np.arange(T)
+  mask_PCT = (slots >= prompt_P1[..., None]) & (slots < length_PC[..., None])
+  tokens_PCT = np.where(slots < length_PC[..., None], rng.integers(1, vocab, (P, C, T)), 0)
+  logprob = lambda: np.where(mask_PCT, -rng.gamma(2.0, 1.0, (P, C, T)), 0).astype(np.float32)
+  return PreferenceBatch(
+    tokens_PCT=tokens_PCT.astype(np.int32),
+    length_PC=length_PC.astype(np.int32),
+    completion_mask_PCT=mask_PCT,
+    behaviour_logprob_PCT=logprob(),
+    plain_logprob_PCT=logprob(),
+    advantage_PC=rng.normal(size=(P, C)).astype(np.float32),
+    weight_P=np.ones(P, np.float32),
+  )
