@@ -1,0 +1,294 @@
+"""Hugging Face folder ↔ parameters: config.json, safetensors shards, tokenizer.
+
+Hugging Face stores one matrix a layer, [outputs, inputs]; here layers are stacked and a matrix is [inputs, outputs],
+each side split into its dimensions (`model.ParamSpec` knows both). Reading goes layer by layer and takes a device's own
+slice from the file, so that no host holds more than it keeps.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from advgame_jax import hf_config, model, sharding
+from advgame_jax.hf_config import load_config as load_config  # part of this module's face
+from advgame_jax.model import ModelConfig, ParamSpec
+from advgame_jax.tokenizer import Tokenizer
+from advgame_jax.types import Array, Params, UserError
+
+_HEAD = "lm_head.weight"
+_INDEX = "model.safetensors.index.json"
+_PYTORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def load(
+  folder: str | pathlib.Path,
+  mesh: Mesh | None = None,
+  layout: sharding.Layout = sharding.LOCAL,
+  dtype: Any = jnp.float32,
+) -> Params:
+  """The parameters of a folder, each device's slice read for itself; without a mesh, on the default device.
+
+  Raises:
+    UserError: weights missing, cut short, unexpected, of another shape than config.json says, or not divisible over
+      the mesh.
+  """
+  folder = pathlib.Path(folder)
+  config = load_config(folder)
+  specs = model.param_specs(config)
+  with contextlib.ExitStack() as stack:
+    shards = _open(folder, stack)
+    _check(config, specs, shards, folder)
+
+    def place(spec: ParamSpec) -> jax.Array:
+      # Replicas ask for the same slice again: it is read once.
+      read = functools.cache(lambda *bounds: _read(spec, [slice(*bound) for bound in bounds], shards, dtype))
+      slice_of = lambda index: read(*(part.indices(size)[:2] for part, size in zip(index, spec.shape)))
+      if mesh is None:
+        return jnp.asarray(slice_of((slice(None),) * len(spec.shape)))
+      to = sharding.named(mesh, layout, spec.axes, spec.shape, spec.hf_name)
+      return jax.make_array_from_callback(spec.shape, to, slice_of)
+
+    return jax.tree.map(place, specs)
+
+
+def save(
+  folder: str | pathlib.Path,
+  config: ModelConfig,
+  params: Params,
+  tokenizer: Tokenizer | None = None,
+  base_config: Mapping[str, Any] | None = None,
+  *,
+  dtype: str = "float32",
+  max_shard_bytes: float = 5e9,
+  overwrite: bool = False,
+) -> None:
+  """Writes a folder that transformers loads as LlamaForCausalLM; it appears whole or not at all.
+
+  Every process of a run must call this; the first one writes.
+
+  Args:
+    base_config: config.json of the model this came from; what the architecture does not decide is kept.
+    dtype: of the weights in the file: float32, bfloat16 or float16.
+    overwrite: replace the model folder that may be there.
+
+  Raises:
+    UserError: the folder is there already (with `overwrite`: and is no model's), or the disk refuses.
+  """
+  folder = pathlib.Path(folder).absolute()
+  _check_target(folder, overwrite)
+  partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+  try:
+    if jax.process_index() == 0:
+      partial.mkdir(parents=True)
+      _write_json(partial / "config.json", _config_values(config, base_config, tokenizer, dtype))
+      _write_json(partial / "generation_config.json", _generation_values(base_config or {}, tokenizer))
+      if tokenizer:
+        tokenizer.save(partial)
+    _write_weights(partial, config, params, jnp.dtype(dtype), max_shard_bytes)
+    if jax.process_index() == 0:
+      _put_in_place(partial, folder)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise UserError(f"{folder} could not be written ({error}); nothing was changed there") from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+  """Tensor name → the open shard that holds it."""
+  shards: dict[str, Any] = {}
+  for path in _shard_paths(folder):
+    try:
+      shard = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+    except (safetensors.SafetensorError, OSError) as error:
+      raise UserError(f"{path} is cut short or no safetensors file ({error}); allowed: a whole one") from error
+    shards |= dict.fromkeys(shard.keys(), shard)
+  return shards
+
+
+def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
+  if (folder / _INDEX).is_file():
+    try:
+      names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+      raise UserError(f"{folder / _INDEX} is no index of shards ({error!r})") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+      raise UserError(f"{folder} lacks {_some(missing)}, which {_INDEX} names; allowed: all of its {len(names)} shards")
+    return [folder / name for name in names]
+  if (folder / "model.safetensors").is_file():
+    return [folder / "model.safetensors"]
+  if pickled := [name for name in _PYTORCH if (folder / name).is_file()]:
+    raise UserError(
+      f"{folder} has its weights in {pickled[0]} only, which can run code when read; allowed: safetensors, "
+      "as save_pretrained(safe_serialization=True) writes"
+    )
+  raise UserError(f"{folder} has no weights; allowed: model.safetensors, or shards with {_INDEX}")
+
+
+def _check(config: ModelConfig, specs: Params, shards: Mapping[str, Any], folder: pathlib.Path) -> None:
+  """Every parameter is there, in its shape, and nothing else is."""
+  shapes = {name: _hf_shape(spec) for spec in jax.tree.leaves(specs) for name in _hf_names(spec)}
+  if missing := sorted(shapes.keys() - shards.keys()):
+    raise UserError(f"{folder} lacks the weights {_some(missing)}; allowed: all that config.json describes")
+  for name, shape in shapes.items():
+    stored = shards[name].get_slice(name)
+    if tuple(stored.get_shape()) != shape:
+      raise UserError(f"{folder}: {name} has shape {stored.get_shape()}; allowed: {list(shape)}, as config.json says")
+    if stored.get_dtype() not in _FLOATS:
+      raise UserError(f"{folder}: {name} is stored as {stored.get_dtype()}; allowed: {', '.join(sorted(_FLOATS))}")
+  extra = {name for name in shards.keys() - shapes.keys() if not name.endswith("rotary_emb.inv_freq")}
+  if config.tied and _HEAD in extra:
+    embed = specs["embed"].hf_name
+    if not np.array_equal(shards[_HEAD].get_tensor(_HEAD), shards[embed].get_tensor(embed)):
+      raise UserError(f"{folder}: {_HEAD} differs from {embed}, yet config.json ties them; allowed: equal, or untied")
+    extra.remove(_HEAD)
+  if extra:
+    raise UserError(f"{folder} has weights that config.json does not describe: {_some(sorted(extra))}; allowed: none")
+
+
+def _some(names: Sequence[str]) -> str:
+  return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _hf_names(spec: ParamSpec) -> list[str]:
+  return [spec.hf_name.format(layer=i) for i in range(spec.shape[0])] if spec.stacked else [spec.hf_name]
+
+
+def _hf_shape(spec: ParamSpec) -> tuple[int, ...]:
+  """One layer's shape in Hugging Face's files."""
+  shape = spec.shape[1:] if spec.stacked else spec.shape
+  inputs, outputs = shape[: spec.inputs], shape[spec.inputs :]
+  return (math.prod(outputs), math.prod(inputs)) if spec.inputs else outputs
+
+
+def _read(spec: ParamSpec, index: Sequence[slice], shards: Mapping[str, Any], dtype: Any) -> np.ndarray:
+  """A slice of one parameter."""
+  if not spec.stacked:
+    return _read_layer(spec, spec.hf_name, index, spec.shape, shards, dtype)
+  layers = [_read_layer(spec, name, index[1:], spec.shape[1:], shards, dtype) for name in _hf_names(spec)[index[0]]]
+  return np.stack(layers)
+
+
+def _read_layer(
+  spec: ParamSpec, name: str, index: Sequence[slice], shape: Sequence[int], shards: Mapping[str, Any], dtype: Any
+) -> np.ndarray:
+  stored = shards[name].get_slice(name)
+  if not spec.inputs:
+    return stored[tuple(index)].astype(dtype)
+  outputs = _merge(index[spec.inputs :], shape[spec.inputs :])
+  inputs = _merge(index[: spec.inputs], shape[: spec.inputs])
+  part = stored[outputs, inputs].astype(dtype)
+  return np.ascontiguousarray(part.T).reshape([bound.stop - bound.start for bound in index])
+
+
+def _merge(index: Sequence[slice], shape: Sequence[int]) -> slice:
+  """A slice of dimensions → the slice of their product. Only the leading one is ever split."""
+  inner = math.prod(shape[1:])
+  if any(bound != slice(0, size) for bound, size in zip(index[1:], shape[1:])):
+    raise NotImplementedError(f"{index} of {shape} is not contiguous in a file")
+  return slice(index[0].start * inner, index[0].stop * inner)
+
+
+def _layers(spec: ParamSpec, value: Array, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+  """One parameter as Hugging Face's tensors."""
+  if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    value = multihost_utils.process_allgather(value, tiled=True)
+  whole = np.asarray(value)
+  for name, layer in zip(_hf_names(spec), whole if spec.stacked else [whole]):
+    if spec.inputs:
+      layer = layer.reshape(_hf_shape(spec)[::-1]).T
+    yield name, np.ascontiguousarray(layer.astype(dtype))
+
+
+def _write_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: Any, max_bytes: float) -> None:
+  """safetensors shards in the order of the parameters, and their index where there are several."""
+  specs = jax.tree.leaves(model.param_specs(config))
+  groups: list[list[str]] = []
+  pending: dict[str, np.ndarray] = {}
+
+  def flush() -> None:
+    if jax.process_index() == 0:
+      safetensors.numpy.save_file(pending, folder / f"{len(groups)}.part", metadata={"format": "pt"})
+    groups.append(list(pending))
+    pending.clear()
+
+  total = 0
+  for spec, value in zip(specs, jax.tree.leaves(params), strict=True):
+    for name, tensor in _layers(spec, value, dtype):
+      if pending and sum(other.nbytes for other in pending.values()) + tensor.nbytes > max_bytes:
+        flush()
+      pending[name] = tensor
+      total += tensor.nbytes
+  flush()
+  if jax.process_index() == 0:
+    _name_shards(folder, groups, total)
+
+
+def _name_shards(folder: pathlib.Path, groups: Sequence[Sequence[str]], total: int) -> None:
+  if len(groups) == 1:
+    (folder / "0.part").rename(folder / "model.safetensors")
+    return
+  files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+  for i, file in enumerate(files):
+    (folder / f"{i}.part").rename(folder / file)
+  weight_map = {name: file for file, names in zip(files, groups) for name in names}
+  _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _config_values(
+  config: ModelConfig, base: Mapping[str, Any] | None, tokenizer: Tokenizer | None, dtype: str
+) -> dict[str, Any]:
+  values = hf_config.to_values(config, base) | {"torch_dtype": dtype}
+  values.pop("dtype", None)  # transformers 5's name for torch_dtype; 4 reads the old one only, 5 both
+  return values | (_token_ids(tokenizer) if tokenizer else {})
+
+
+def _generation_values(base: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+  kept = {name: base[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if base.get(name) is not None}
+  return kept | (_token_ids(tokenizer) if tokenizer else {})
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+  stops = list(tokenizer.stop_ids)
+  return {"eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": tokenizer.pad_id}
+
+
+def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_target(folder: pathlib.Path, overwrite: bool) -> None:
+  if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    return
+  if not overwrite:
+    raise UserError(f"{folder} is there already; allowed: a new folder")
+  if not (folder / "config.json").is_file():
+    raise UserError(f"{folder} is there already and is no model's; allowed: a new folder, or a model's to replace")
+
+
+def _put_in_place(partial: pathlib.Path, folder: pathlib.Path) -> None:
+  """Renames `partial` to `folder`; what was there steps aside until that is done."""
+  old = partial.with_suffix(".old")
+  if folder.exists():
+    folder.rename(old)
+  try:
+    partial.rename(folder)
+  except OSError:
+    if old.exists():
+      old.rename(folder)
+    raise
+  shutil.rmtree(old, ignore_errors=True)
