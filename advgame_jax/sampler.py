@@ -85,11 +85,16 @@ def draw(density_RV: jax.Array, uniform_R: jax.Array) -> jax.Array:
 
 
 def _quantile(mass_RX: jax.Array, target_R: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The first index whose cumulative mass exceeds the target, never one of mass 0; and the mass before it."""
+  """The first index of positive mass whose cumulative mass exceeds the target, else the last of positive mass; and the
+  mass before it.
+
+  The mass is asked for: a sum in parallel rounds so that it may pass the target at an index of mass 0.
+  """
   cumulative_RX = jnp.cumsum(mass_RX, -1)
-  X = mass_RX.shape[1]
-  last_R = X - 1 - jnp.argmax(mass_RX[:, ::-1] > 0, -1)
-  index_R = jnp.minimum(jnp.sum(cumulative_RX <= target_R[:, None], -1), last_R)
+  positive_RX = mass_RX > 0
+  passed_RX = positive_RX & (cumulative_RX > target_R[:, None])
+  last_R = mass_RX.shape[1] - 1 - jnp.argmax(positive_RX[:, ::-1], -1)
+  index_R = jnp.where(jnp.any(passed_RX, -1), jnp.argmax(passed_RX, -1), last_R)
   before_R = jnp.take_along_axis(cumulative_RX - mass_RX, index_R[:, None], 1)[:, 0]
   return index_R, before_R
 
