@@ -148,7 +148,8 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 @contextlib.contextmanager
-def _disk(path: pathlib.Path) -> Iterator[None]:
+def writing(path: pathlib.Path) -> Iterator[None]:
+  """Turns a full disk into a sentence."""
   try:
     yield
   except OSError as error:
@@ -165,7 +166,7 @@ class LineFile:
 
   def __init__(self, path: pathlib.Path, start_step: int):
     self._path = path
-    with _disk(path):
+    with writing(path):
       if path.exists():
         cut(path, start_step)
       self._file = path.open("ab", buffering=0)
@@ -173,7 +174,7 @@ class LineFile:
   def append(self, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes the records in one go."""
     rest = memoryview("".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode("ascii"))
-    with _disk(self._path):
+    with writing(self._path):
       while rest:
         rest = rest[self._file.write(rest) :]
 
@@ -185,18 +186,19 @@ def cut(path: pathlib.Path, start_step: int) -> None:
   """Drops, atomically, the lines of `start_step` and later and those that a kill or a crash left unreadable."""
   temporary = path.with_name(path.name + ".tmp")
   with path.open("rb") as lines, temporary.open("wb") as kept:
-    kept.writelines(line for line in lines if _step(line) < start_step)
+    kept.writelines(line for line in lines if (record := read_line(line)) and record["step"] < start_step)
     kept.flush()
     os.fsync(kept.fileno())
   os.replace(temporary, path)
 
 
-def _step(line: bytes) -> float:
-  """The step of a line; infinite where the line is torn."""
+def read_line(line: bytes) -> dict[str, Any] | None:
+  """The record of a line; None where the line is torn."""
   try:
-    return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-  except (ValueError, TypeError, KeyError):
-    return math.inf
+    record = json.loads(line) if line.endswith(b"\n") else None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+  except ValueError:
+    return None
 
 
 class Sink(Protocol):
@@ -216,7 +218,7 @@ class TensorBoard:
   def __init__(self, folder: pathlib.Path, start_step: int):
     self._folder = folder
     folder.mkdir(parents=True, exist_ok=True)
-    with _disk(folder):
+    with writing(folder):
       self._writer = event_file_writer.EventsWriter(str(folder / "events"), f".from-{start_step}")
       start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides earlier events of these steps
       self._write(event_pb2.Event(step=start_step, wall_time=time.time(), session_log=start))
@@ -225,7 +227,7 @@ class TensorBoard:
     merged = summary.Summary()
     for name, value in values.items():
       merged.MergeFrom(summary.scalar(name, value))
-    with _disk(self._folder):
+    with writing(self._folder):
       self._write(event_pb2.Event(step=step, wall_time=time.time(), summary=merged))
 
   def _write(self, event: event_pb2.Event) -> None:
@@ -233,7 +235,7 @@ class TensorBoard:
     self._writer.flush()
 
   def close(self) -> None:
-    with _disk(self._folder):
+    with writing(self._folder):
       self._writer.close()
 
 

@@ -1,0 +1,145 @@
+"""Which charts a run's page has, and what each shows; a chart without data is left out."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from advgame_jax import plots
+from advgame_jax.plots import Chart, Line, series
+
+Rows = Sequence[Mapping[str, Any]]  # lines of scalars.jsonl or evaluations.jsonl
+PLAYERS = ("attacker", "defender")
+ERRORS = {
+  "max_length": ("too long", "third"),
+  "parsing": ("unparseable", "attacker"),
+  "refused_role": ("refused its role", "fourth"),
+  "not_faithful": ("unfaithful", "defender"),
+  "judge_failed": ("judge failed", "fifth"),
+}
+
+
+class Section(NamedTuple):
+  """A heading and its charts."""
+
+  title: str
+  charts: list[Chart]
+
+
+def sections(scalars: Rows, evaluations: Rows) -> list[Section]:
+  """Every chart that has data."""
+  all_of = {
+    "Safety and helpfulness": _evaluation_charts(evaluations),
+    "Play": _play_charts(scalars),
+    "Learning": _learning_charts(scalars),
+    "Time": _time_charts(scalars),
+  }
+  made = [Section(title, [chart for chart in found if chart]) for title, found in all_of.items()]
+  return [section for section in made if section.charts]
+
+
+def _line(rows: Rows, name: str, label: str, color: str, dashed: bool = False, base: bool = False) -> Line:
+  x, y = series(rows, name)
+  return Line(label, color, x, y, dashed, float(y[0]) if base and len(x) and x[0] == 0 else math.nan)
+
+
+def _evaluation_charts(evaluations: Rows) -> Iterator[Chart | None]:
+  def line(*arguments: Any) -> Line:
+    return _line(evaluations, *arguments)
+
+  yield plots.line_chart(
+    "Attack success",
+    "Attacker v Defender, on harmful seeds.",
+    [
+      line("attack_success", "trained v trained", "attacker"),
+      line("attack_success_base_defender", "trained v base", "fourth"),
+      line("base_attack_success", "base v trained", "defender"),
+      line("base_attack_success_base_defender", "base v base", "muted", True),
+    ],
+    percent=True,
+  )
+  yield plots.line_chart(
+    "Worst case and over-refusal",
+    "Any attack at all succeeding; benign seeds refused. Thin dashes mark the base.",
+    [
+      line("worst_case", "worst case", "attacker", False, True),
+      line("worst_case_held_out", "… held out", "attacker", True),
+      line("over_refusal", "over-refusal", "defender", False, True),
+      line("over_refusal_held_out", "… held out", "defender", True),
+    ],
+    percent=True,
+  )
+  yield plots.line_chart(
+    "How harmful seeds are met",
+    "Responses of the Defender on harmful seeds.",
+    [
+      line("deflection", "deflection", "fifth", False, True),
+      line("refusal", "bare refusal", "third", False, True),
+      line("gibberish", "gibberish", "muted", False, True),
+    ],
+    percent=True,
+  )
+
+
+def plane(evaluations: Rows) -> Chart | None:
+  """Safety against helpfulness, from the base to the latest evaluation."""
+  return plots.plane(
+    "Safety against helpfulness",
+    "From the base (hollow) to the trained Defender (filled); the lower left is best.",
+    [
+      _trajectory(evaluations, "worst_case", "worst case", "muted"),
+      _trajectory(evaluations, "attack_success", "attack success", "attacker"),
+    ],
+    "over-refusal",
+    "harmful seeds answered",
+  )
+
+
+def _trajectory(evaluations: Rows, name: str, label: str, color: str) -> Line:
+  both = [row for row in evaluations if name in row and "over_refusal" in row]
+  return Line(label, color, series(both, "over_refusal")[1], series(both, name)[1])
+
+
+def _play_charts(scalars: Rows) -> Iterator[Chart | None]:
+  kinds = {"harmful": 1.0, "benign": 0.0}
+  split = {kind: [row for row in scalars if row.get("harmful") == value] for kind, value in kinds.items()}
+  rewards = [(f"Rewards, {kind} seeds", rows) for kind, rows in split.items()]
+  for title, rows in rewards if all(split.values()) else [("Rewards", scalars)]:
+    yield plots.line_chart(title, "Mean reward of a step: judge scores 0–10, errors −1.",
+                           _both(rows, "reward/{}"), percent=False)  # fmt: skip
+  for kind, plural in (("attack", "attacks"), ("response", "responses")):
+    lines = [_line(scalars, f"play/{kind}_{name}", label, color) for name, (label, color) in ERRORS.items()]
+    yield plots.line_chart(f"Errors of {plural}", f"Fraction of a step's {plural}.", lines, percent=True)
+  yield plots.line_chart("Judge disagreement", "Mean difference of a score when a pair is shown in the other order.",
+                         _both(scalars, "judge/disagreement_{}"), percent=False)  # fmt: skip
+
+
+def _learning_charts(scalars: Rows) -> Iterator[Chart | None]:
+  for name, title, note in (
+    ("loss", "Loss", "Of the preferences or advantages of a step."),
+    ("accuracy", "Accuracy", "Pairs whose chosen sample the player prefers more than the reference does."),
+    ("margin", "Margin", "Log-ratio of chosen over rejected, against the reference, in nats."),
+    ("kl", "KL", "Distance from the reference, in nats."),
+    ("grad_norm", "Gradient norm", "Before the clip."),
+    ("comparisons", "Comparisons", "Pairs or samples that a step learned from; ties and failures weigh nothing."),
+    ("skipped", "Skipped steps", "Steps without a comparison or with gradients that were not finite."),
+    ("learning_rate", "Learning rate", "Of the step."),
+  ):
+    lines = _both(scalars, f"{{}}/{name}")
+    if name != "skipped" or any(np.nansum(line.y) > 0 for line in lines):
+      yield plots.line_chart(title, note, lines, percent=name in ("accuracy", "skipped"))
+
+
+def _time_charts(scalars: Rows) -> Iterator[Chart | None]:
+  colors = {"generate": "attacker", "judge": "third", "update": "defender"}
+  for title, note, prefix in (
+    ("Seconds a step", "By phase; the first steps, which compile, may lie above the edge.", "seconds"),
+    ("Tokens a second", "Generated, and trained on.", "tokens_per_second"),
+  ):
+    lines = [_line(scalars, f"{prefix}/{phase}", phase, color) for phase, color in colors.items()]
+    yield plots.line_chart(title, note, lines, percent=False, cap=True)
+
+
+def _both(rows: Rows, pattern: str) -> list[Line]:
+  return [_line(rows, pattern.format(player), player.capitalize(), player) for player in PLAYERS]
