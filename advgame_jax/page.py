@@ -194,7 +194,7 @@ def facts(config: Mapping[str, Any], scalars: Rows) -> dict[str, Any]:
     "seeds": at("data", "batch"),
     "attacks": 1 if at("game", "skip_attacker") else at("game", "attacks"),
     "responses": at("game", "responses"),
-    "models": [(player.capitalize(), at(player, "model")) for player in PLAYERS],
+    "players": [(player.capitalize(), at(player, "model"), at(player, "frozen")) for player in PLAYERS],
     "judge": at("judges", "kind"),
     "begun": _date(times[0]) if times else None,
     "ended": _date(times[-1]) if times else None,

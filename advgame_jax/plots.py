@@ -106,6 +106,9 @@ def line_chart(title: str, note: str, lines: Sequence[Line], percent: bool, cap:
       axes.plot(x, y, color=color, linestyle=stroke, marker=marker, markersize=3)
       if math.isfinite(line.base):
         axes.axhline(line.base, color=color, linestyle=(0, (4, 3)), linewidth=0.9, alpha=0.7)
+    first, last = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
+    if first == last:
+      axes.set_xlim(first - 1, last + 1)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.grid(axis="x", visible=False)

@@ -306,6 +306,11 @@ def test_charts_take_their_colours_from_the_page():
   assert plots.line_chart("empty", "", [dataclasses.replace(line, y=line.y * math.nan)], percent=True) is None
 
 
+def test_a_chart_of_one_step_has_whole_steps_around_it():
+  svg = plots.line_chart("t", "", [plots.Line("a", "ink", np.array([7.0]), np.array([1.0]))], percent=False).svg
+  assert re.findall(r">([0-9.]+)</text>", svg.split("matplotlib.axis_2")[0]) == ["6", "7", "8"]
+
+
 def test_rewards_are_split_by_category_where_steps_are():
   def titles(rows):
     return [chart.title for chart in charts.sections(rows, [])[0].charts]
