@@ -90,7 +90,7 @@ def save(
     UserError: the folder is there already (with `overwrite`: and is no model's), or the disk refuses.
   """
   folder = pathlib.Path(folder).absolute()
-  _check_target(folder, overwrite)
+  check_target(folder, overwrite)
   partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
   try:
     if jax.process_index() == 0:
@@ -106,6 +106,21 @@ def save(
     raise UserError(f"{folder} could not be written ({error}); nothing was changed there") from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(folder: str | pathlib.Path, overwrite: bool = False) -> None:
+  """Whether `save` may write there, before the work of making what it writes.
+
+  Raises:
+    UserError: the folder is there already (with `overwrite`: and is no model's).
+  """
+  folder = pathlib.Path(folder)
+  if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    return
+  if not overwrite:
+    raise UserError(f"{folder} is there already; allowed: a new folder")
+  if not (folder / "config.json").is_file():
+    raise UserError(f"{folder} is there already and is no model's; allowed: a new folder, or a model's to replace")
 
 
 def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -222,7 +237,9 @@ def _write_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dt
 
   def flush() -> None:
     if jax.process_index() == 0:
-      safetensors.numpy.save_file(pending, folder / f"{len(groups)}.part", metadata={"format": "pt"})
+      path = folder / f"{len(groups)}.part"
+      safetensors.numpy.save_file(pending, path, metadata={"format": "pt"})
+      path.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it the owner's alone
     groups.append(list(pending))
     pending.clear()
 
@@ -269,15 +286,6 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
   path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_target(folder: pathlib.Path, overwrite: bool) -> None:
-  if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-    return
-  if not overwrite:
-    raise UserError(f"{folder} is there already; allowed: a new folder")
-  if not (folder / "config.json").is_file():
-    raise UserError(f"{folder} is there already and is no model's; allowed: a new folder, or a model's to replace")
 
 
 def _put_in_place(partial: pathlib.Path, folder: pathlib.Path) -> None:
