@@ -18,7 +18,7 @@ from advgame_jax.tokenizer import Tokenizer
 from advgame_jax.types import Params, Policy, Samples, Status
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
   """A model of ours without its weights: how it is asked, laid out and sampled. Compiled once per prompt bucket."""
 

@@ -84,12 +84,13 @@ def named(mesh: Mesh, layout: Layout, axes: Sequence[str | None], shape: Sequenc
     UserError: a dimension does not divide, with the axis, its size and what would fit.
   """
   for axis, size in zip(axes, shape, strict=True):
-    parts = shards(mesh, getattr(layout, axis)) if axis else 1
+    mesh_axes: MeshAxes = getattr(layout, axis) if axis else ()
+    parts = shards(mesh, mesh_axes)
     if size % parts:
-      fitting = [n for n in range(1, size + 1) if size % n == 0 and n <= parts]
+      fitting = [n for n in range(1, parts) if size % n == 0]
       raise UserError(
-        f"{what}: axis {axis!r} of size {size} does not divide over {'×'.join(getattr(layout, axis))} = {parts} devices; "
-        f"allowed: {fitting}"
+        f"{what}: axis {axis!r} of size {size} does not divide over {'×'.join(mesh_axes)} = {parts} devices; "
+        f"allowed: {', '.join(map(str, fitting))}"
       )
   return NamedSharding(mesh, layout.spec(axes))
 

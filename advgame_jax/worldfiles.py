@@ -1,23 +1,26 @@
-"""The microworld as files: seeds, warm-start examples of its base players, and their model folders, weights aside.
+"""The microworld as files: seeds, warm-start examples of its base players, and model folders with random weights.
 
 train.jsonl, validation.jsonl    seeds {"prompt", "category"}; validation has the held-out topics
 attacker.jsonl, defender.jsonl   warm-start examples {"prompt", "completion"}, drawn from the mixtures below
-attacker/, defender/             config.json and tokenizer; whoever writes has the weights made
+attacker/, defender/             Hugging Face folders, to be trained on the examples
 """
 
 import json
 import pathlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from advgame_jax import microworld
+from advgame_jax import hf, microworld, model, tokenizer
 from advgame_jax.microworld import Answer, Mood, Query, Topic
 from advgame_jax.model import ModelConfig
 from advgame_jax.prompts import attacker_turn
+from advgame_jax.tokenizer import Tokenizer
 from advgame_jax.types import Category
 
 ItemT = TypeVar("ItemT")
@@ -100,15 +103,12 @@ def write(
   attacker_rows: int = 4096,
   defender_rows: int = 8192,
   player: ModelConfig | None = None,
-  init_folder: Callable[[pathlib.Path, ModelConfig, int], None] | None = None,
 ) -> None:
   """Writes the files listed at the top of this module into `folder`, the same bytes for the same arguments.
 
   Args:
-    seed: of the warm-start examples, and given on to `init_folder`.
+    seed: of the warm-start examples and the random weights.
     player: the architecture of both players; None is `player_config()`.
-    init_folder: called with (model folder, architecture, seed) for each player, once its tokenizer and config.json are
-      there, to write random weights; the two seeds differ.
   """
   folder, player = pathlib.Path(folder), player or player_config()
   folder.mkdir(parents=True, exist_ok=True)
@@ -117,17 +117,17 @@ def write(
   _write_lines(folder / "attacker.jsonl", attacker_examples(attacker_rows, np.random.default_rng([seed, 0])))
   _write_lines(folder / "defender.jsonl", defender_examples(defender_rows, np.random.default_rng([seed, 1])))
   for index, name in enumerate(("attacker", "defender")):
-    write_model_folder(folder / name, player)
-    if init_folder:
-      init_folder(folder / name, player, 2 * seed + index)
+    params = model.init(player, jax.random.key(2 * seed + index))
+    hf.save(folder / name, player, params, load_tokenizer(), overwrite=True)
 
 
-def write_model_folder(folder: pathlib.Path, player: ModelConfig) -> None:
-  """Writes the tokenizer and config.json of a Hugging Face Llama folder."""
-  folder.mkdir(parents=True, exist_ok=True)
-  make_tokenizer().save(str(folder / "tokenizer.json"))
-  for name, values in (("tokenizer_config", TOKENIZER_CONFIG), ("config", llama_config(player))):
-    (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def load_tokenizer() -> Tokenizer:
+  """The language's tokenizer, as it is read from a Hugging Face folder."""
+  with tempfile.TemporaryDirectory() as folder:
+    make_tokenizer().save(f"{folder}/tokenizer.json")
+    text = json.dumps(TOKENIZER_CONFIG, indent=2) + "\n"
+    pathlib.Path(folder, "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return tokenizer.load(folder)
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
@@ -150,32 +150,6 @@ TOKENIZER_CONFIG: Mapping[str, Any] = {
   "clean_up_tokenization_spaces": False,
   "model_max_length": MAX_POSITIONS,
 }
-
-
-def llama_config(player: ModelConfig) -> dict[str, Any]:
-  """config.json of the architecture, as transformers reads it."""
-  return {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": player.vocab,
-    "hidden_size": player.width,
-    "num_hidden_layers": player.layers,
-    "num_attention_heads": player.heads,
-    "num_key_value_heads": player.kv_heads,
-    "head_dim": player.head_size,
-    "intermediate_size": player.feed_forward,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rms_norm_eps": player.norm_epsilon,
-    "rope_theta": player.rope_theta,
-    "max_position_embeddings": player.max_positions,
-    "tie_word_embeddings": player.tied,
-    "bos_token_id": None,
-    "eos_token_id": SPECIAL.index(EOS),
-    "pad_token_id": SPECIAL.index(PAD),
-    "torch_dtype": "float32",
-  }
 
 
 def seed_rows(topics: Sequence[Topic]) -> Iterator[dict[str, str]]:

@@ -1,0 +1,96 @@
+"""Checkpoints: everything a run continues from, saved in the background, each atomically."""
+
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from advgame_jax import config as config_lib
+from advgame_jax.config import Config
+from advgame_jax.state import TrainState
+from advgame_jax.types import UserError
+
+CONFIG = "config.json"
+
+
+def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
+  """Makes `workdir` this run's, or checks that it is; its `config.json` says whose it is.
+
+  Raises:
+    UserError: the folder holds another run, or something that is no run.
+  """
+  path = workdir / CONFIG
+  if path.is_file():
+    changed = config_lib.differences(config_lib.from_json(path.read_text()), config)
+    if changed and not allow_changes:
+      raise UserError(
+        f"{workdir} holds a run with other settings ({'; '.join(changed)}); allowed: the same settings, another "
+        "--workdir, or --allow_changes"
+      )
+  elif workdir.is_dir() and any(workdir.iterdir()):
+    raise UserError(f"{workdir} holds files but no {CONFIG} of a run; allowed: an empty or new folder, or a run's own")
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(config_lib.to_json(config))
+    partial.replace(path)
+
+
+class Checkpoints:
+  """The checkpoints of one run: the newest `keep`, and the best by 'objective' where an evaluation gave one."""
+
+  def __init__(self, workdir: pathlib.Path, settings: config_lib.Checkpoint):
+    best = checkpoint_managers.BestN(
+      get_metric_fn=lambda metrics: metrics["objective"], n=1, keep_checkpoints_without_metrics=False
+    )
+    newest = checkpoint_managers.LatestN(settings.keep)
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
+      best_fn=lambda metrics: metrics["objective"],
+      cleanup_tmp_directories=True,
+    )
+    self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+  def save(self, state: TrainState, ledger: Mapping[str, Any], objective: float | None) -> None:
+    """Saves under the number of the next step; returns once the device may overwrite the state."""
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), ledger=ocp.args.JsonSave(dict(ledger)))
+    metrics = None if objective is None else {"objective": objective}
+    self._manager.save(step, args=items, metrics=metrics, force=True)
+
+  def restore(self, abstract_state: TrainState) -> tuple[TrainState, Mapping[str, Any]] | None:
+    """The newest checkpoint that can be read, on whatever mesh `abstract_state` names; None where there is none.
+
+    One that cannot be read is passed over, said so, and removed, so that its step can be saved again.
+
+    Raises:
+      UserError: there are checkpoints, but none can be read.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), ledger=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        state = restored["state"]
+        if int(state.step) != step:
+          raise ValueError(f"it says it is of step {int(state.step)}")
+        return state, restored["ledger"]
+      except Exception as error:  # whatever is wrong with it, an older one may do
+        reason = " ".join(str(error).split())[:200]
+        logging.getLogger(__name__).warning("checkpoint %d cannot be read (%s); trying an older one", step, reason)
+    if steps:
+      raise UserError(f"none of the checkpoints {steps} can be read; allowed: a new --workdir, or a whole checkpoint")
+    return None
+
+  def wait(self) -> None:
+    """Until what is being saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()

@@ -1,0 +1,221 @@
+"""A run, bound: a config becomes models, seeds, a judge and the two jitted functions of a step."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from advgame_jax import config as config_lib
+from advgame_jax import data, game, heuristic, hf, hf_config, microworld, model, policies, prompts, sharding, tokenizer
+from advgame_jax import state as state_lib
+from advgame_jax.config import Config
+from advgame_jax.data import Seed
+from advgame_jax.policies import LanguageModel
+from advgame_jax.state import TrainState
+from advgame_jax.types import Judge, Params, Players, Policy, PreferenceBatch, UserError
+from advgame_jax.update import Metrics, Recipe, joint_update
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Session:
+  """What does not change during a run. Weights are not in it."""
+
+  config: Config
+  mesh: Mesh
+  players: Players[LanguageModel]
+  recipes: Players[Recipe]
+  rules: game.Rules
+  judge: Judge
+  train_seeds: list[Seed]
+  validation_seeds: list[Seed]
+
+  def load_weights(self, name: str) -> Params:
+    """A player's initial weights, float32, in the training layout."""
+    return hf.load(getattr(self.config, name).model, self.mesh, sharding.TRAIN)
+
+  @functools.cached_property
+  def initial_policies(self) -> Players[Policy]:
+    """Both players as they were before the run."""
+    return Players(*(self._bind(player, self.load_weights(name)) for name, player in self._named_players()))
+
+  def policies(self, state: TrainState) -> Players[Policy]:
+    """Both players with the weights that play now: one resharding copy each."""
+    settings = (self.config.attacker, self.config.defender)
+    weights = [state_lib.generator(s, player) for s, player in zip(settings, state.players)]
+    return Players(*map(self._bind, self.players, weights))
+
+  @staticmethod
+  def _bind(player: LanguageModel, weights: Params) -> Policy:
+    return player.policy(player.decode_weights(weights))
+
+  def _named_players(self) -> list[tuple[str, LanguageModel]]:
+    return list(zip(Players._fields, self.players))
+
+  def init_state(self) -> TrainState:
+    """The state before the first step, in the training layout."""
+
+    def init(weights: Players[Params]) -> TrainState:
+      players = Players(
+        *(state_lib.init_player(recipe.player, recipe.optimizer, w) for recipe, w in zip(self.recipes, weights))
+      )
+      return TrainState(players=players, step=jax.numpy.int32(0))
+
+    weights = Players(*map(self.load_weights, Players._fields))
+    return jax.jit(init, out_shardings=self.state_shardings)(weights)
+
+  @functools.cached_property
+  def abstract_state(self) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without any array."""
+
+    def init() -> TrainState:
+      key = jax.random.key(0)
+      players = Players(*(state_lib.init_player(r.player, r.optimizer, model.init(r.model, key)) for r in self.recipes))
+      return TrainState(players=players, step=jax.numpy.int32(0))
+
+    describe = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(describe, jax.eval_shape(init), self.state_shardings)
+
+  @functools.cached_property
+  def state_shardings(self) -> Any:
+    """A `TrainState` of shardings."""
+    return TrainState(
+      players=Players(*(_player_shardings(recipe, self.mesh) for recipe in self.recipes)),
+      step=sharding.replicated(self.mesh),  # type: ignore[arg-type]
+    )
+
+  @functools.cached_property
+  def _jitted_update(self) -> Any:
+    update = functools.partial(joint_update, self.recipes)
+    return jax.jit(update, donate_argnums=0, out_shardings=(self.state_shardings, sharding.replicated(self.mesh)))
+
+  def update(self, state: TrainState, batch: Players[PreferenceBatch]) -> tuple[TrainState, Metrics]:
+    """`joint_update`, jitted and sharded. `state` is donated: it must not be read again."""
+    rows = sharding.rows_sharding(self.mesh, sharding.TRAIN)
+    parts = max(1, sharding.shards(self.mesh, sharding.TRAIN.rows) // jax.process_count())
+    padded = Players(*(pad_rows(b, parts * r.player.accumulate) for b, r in zip(batch, self.recipes)))
+    with jax.set_mesh(self.mesh):
+      return self._jitted_update(state, sharding.to_global(padded, rows))
+
+  @property
+  def learns(self) -> bool:
+    return not (self.config.attacker.frozen and self.config.defender.frozen)
+
+
+def pad_rows(batch: PreferenceBatch, multiple: int) -> PreferenceBatch:
+  """Comparisons of weight 0 at the end, up to a multiple."""
+  return jax.tree.map(lambda x: np.pad(x, ((0, -len(x) % multiple), *((0, 0),) * (x.ndim - 1))), batch)
+
+
+def open_session(config: Config) -> Session:
+  """Reads and checks everything a run needs but its weights.
+
+  Raises:
+    UserError: seeds, model folders or a mesh that cannot be used.
+  """
+  train_seeds, validation_seeds = data.load(config.data.train, "train"), data.load(config.data.validation, "validation")
+  data.check_disjoint(train_seeds, validation_seeds)
+  mesh = sharding.make_mesh(config.mesh)
+  players = Players(_language_model(config, mesh, "attacker"), _language_model(config, mesh, "defender"))
+  dtype = policies.compute_dtype(config.precision)
+  recipes = Players(
+    *(
+      Recipe(player.model, settings, config.loss, config.precision, config.steps, dtype, sharding.TRAIN)
+      for player, settings in zip(players, (config.attacker, config.defender))
+    )
+  )
+  session = Session(
+    config=config,
+    mesh=mesh,
+    players=players,
+    recipes=recipes,
+    rules=game.Rules(config.game, _instructions(config), Players(config.attacker.think, config.defender.think)),
+    judge=_judge(config),
+    train_seeds=train_seeds,
+    validation_seeds=validation_seeds,
+  )
+  session.state_shardings  # noqa: B018  (refuses shapes that do not divide, before any weight is read)
+  _check_prompts(session, [*train_seeds, *validation_seeds])
+  return session
+
+
+def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
+  settings: config_lib.Player = getattr(config, name)
+  if not settings.model:
+    raise UserError(f"config.{name}.model is empty; allowed: a Hugging Face folder with weights and tokenizer")
+  model_config, words = hf_config.load_config(settings.model), tokenizer.load(settings.model)
+  if words.vocab_size > model_config.vocab:
+    raise UserError(
+      f"{settings.model}: the tokenizer has {words.vocab_size} tokens but the embedding {model_config.vocab}; "
+      "allowed: a tokenizer of the same model"
+    )
+  longest = settings.sampling.prompt_buckets[-1] + settings.sampling.max_new_tokens
+  if longest > model_config.max_positions:
+    raise UserError(
+      f"config.{name}.sampling: the longest prompt and completion take {longest} tokens, the model has "
+      f"{model_config.max_positions} positions; allowed: prompt_buckets + max_new_tokens up to that"
+    )
+  return LanguageModel(
+    model=model_config,
+    tokenizer=words,
+    sampling=settings.sampling,
+    mesh=mesh,
+    layout=sharding.decode_layout(config.mesh),
+    dtype=policies.compute_dtype(config.precision),
+    stop_strings=(prompts.PROMPT_END,) if name == "attacker" else (),
+  )
+
+
+def _instructions(config: Config) -> prompts.Instructions:
+  if config.game.instructions == "microworld":
+    return microworld.INSTRUCTIONS
+  return prompts.STANDARD_THINK if config.attacker.think else prompts.STANDARD
+
+
+def _judge(config: Config) -> Judge:
+  if config.judges.kind == "microworld":
+    return microworld.rule_judge(config.judges, config.seed)
+  return heuristic.heuristic_judge()
+
+
+def _check_prompts(session: Session, seeds: list[Seed]) -> None:
+  """No seed may be longer than the prompt it is played in."""
+  if session.config.game.skip_attacker:
+    turns, name = [seed.text for seed in seeds], "defender"
+  else:
+    turns, name = game.attacker_turns(session.rules, data.as_batch(seeds)), "attacker"
+  player: LanguageModel = getattr(session.players, name)
+  lengths = [player.prompt_length(turn) for turn in turns]
+  worst = int(np.argmax(lengths))
+  if lengths[worst] > player.longest_prompt:
+    raise UserError(
+      f"the seed {seeds[worst].text[:60]!r} makes a prompt of {lengths[worst]} tokens, "
+      f"config.{name}.sampling.prompt_buckets ends at {player.longest_prompt}; allowed: a bucket of at least "
+      f"{math.ceil(lengths[worst] / 64) * 64}, or a shorter seed"
+    )
+
+
+def _player_shardings(recipe: Recipe, mesh: Mesh) -> Any:
+  """Weights, averages and moments are laid out alike; everything else is replicated."""
+  whole = sharding.replicated(mesh)
+
+  def place(spec: model.ParamSpec) -> NamedSharding:
+    return sharding.named(mesh, sharding.TRAIN, spec.axes, spec.shape, spec.hf_name)
+
+  params = jax.tree.map(place, model.param_specs(recipe.model))
+  init = lambda: state_lib.init_player(recipe.player, recipe.optimizer, model.init(recipe.model, jax.random.key(0)))
+  abstract = jax.eval_shape(init)
+  optimizer = optax.tree.map_params(
+    recipe.optimizer, lambda _, where: where, abstract.optimizer, params, transform_non_params=lambda _: whole
+  )
+  return state_lib.PlayerState(
+    params=params,
+    ema=params if abstract.ema else {},
+    initial=params if abstract.initial else {},
+    optimizer=optimizer if not recipe.player.frozen else (),
+    bad_steps=whole,  # type: ignore[arg-type]
+  )
