@@ -165,7 +165,7 @@ def _upper(lines: Sequence[Line]) -> float:
 def _svg(figure: Figure, title: str) -> str:
   """The figure as an element for an HTML page: no size, no namespace, no shared ids, no style of its own."""
   buffer = io.StringIO()
-  figure.savefig(buffer, format="svg", metadata={"Date": None})
+  figure.savefig(buffer, format="svg")
   text = buffer.getvalue()
   text = text[text.index("<svg") :]
   text = re.sub(r"<(metadata|style).*?</\1>", "", text, flags=re.DOTALL)

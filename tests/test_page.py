@@ -178,6 +178,7 @@ def test_no_code_point_acts():
   everything = "".join(map(chr, [*range(0x32000), *range(0xE0000, 0xE0200)]))
   left = {character for character in page.visible(everything) if unicodedata.category(character) in acting}
   assert left == {"\n", "\t"}
+  assert page.visible("a\ufe01\U000e0101") == "a⟨U+FE01⟩⟨U+E0101⟩"  # selectors that can carry hidden text
   assert page.visible("naïve 日本 עברית ❤\ufe0f") == "naïve 日本 עברית ❤\ufe0f"
 
 
