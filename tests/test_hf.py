@@ -1,0 +1,255 @@
+"""Hugging Face folders: transformers' own logits, exact round trips, sharded reading, a sentence for what is wrong."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import tiny
+
+from advgame_jax import config as config_lib
+from advgame_jax import hf, hf_config, model, sharding, worldfiles
+from advgame_jax.types import UserError
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+FOLDERS = ("llama_tied", "llama_scaled")
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  return safetensors.numpy.load_file(path / "model.safetensors")
+
+
+def write_tensors(path: pathlib.Path, values: dict[str, np.ndarray]) -> None:
+  safetensors.numpy.save_file(values, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def assert_same(left, right) -> None:
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A model that a test may break."""
+  return shutil.copytree(GOLDEN / "llama_tied", tmp_path / "model", ignore=shutil.ignore_patterns("expected*"))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_logits_are_those_of_transformers(name):
+  expected = safetensors.numpy.load_file(GOLDEN / name / "expected.safetensors")
+  config, params = hf.load_config(GOLDEN / name), hf.load(GOLDEN / name)
+  hidden, _ = model.forward(config, params, jnp.asarray(expected["tokens"]))
+  np.testing.assert_allclose(model.logits(params, hidden), expected["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("max_shard_bytes", [5e9, 20_000])
+def test_import_export_import_is_bit_exact(name, max_shard_bytes, tmp_path):
+  config, params = hf.load_config(GOLDEN / name), hf.load(GOLDEN / name)
+  hf.save(tmp_path / "out", config, params, None, hf_config.read(GOLDEN / name), max_shard_bytes=max_shard_bytes)
+  assert hf.load_config(tmp_path / "out") == config
+  assert_same(hf.load(tmp_path / "out"), params)
+  stored = {}
+  for path in (tmp_path / "out").glob("*.safetensors"):
+    assert path.stat().st_size < max_shard_bytes + 4096
+    stored |= safetensors.numpy.load_file(path)
+  assert_same(stored, tensors(GOLDEN / name))
+
+
+def test_an_index_names_every_tensor_and_the_whole_size(tmp_path):
+  hf.save(tmp_path / "out", tiny.CONFIG, tiny.params(), max_shard_bytes=20_000)
+  index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+  files = sorted({*index["weight_map"].values()})
+  assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+  assert index["metadata"]["total_size"] == 4 * model.count_params(tiny.CONFIG)
+  for file in files:
+    with safetensors.safe_open(tmp_path / "out" / file, framework="numpy") as shard:
+      assert set(shard.keys()) == {name for name, where in index["weight_map"].items() if where == file}
+      assert shard.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("layout", [sharding.TRAIN, sharding.DECODE_TENSOR, sharding.DECODE_REPLICATED])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (8, 1, 1)])
+def test_each_device_reads_its_slice(layout, shape):
+  mesh = sharding.make_mesh(config_lib.Mesh(*shape))
+  folder = GOLDEN / "llama_tied"
+  sharded = hf.load(folder, mesh, layout)
+  assert_same(sharded, hf.load(folder))
+  placed = lambda spec, x: x.sharding == sharding.named(mesh, layout, spec.axes, spec.shape, "")
+  assert jax.tree.all(jax.tree.map(placed, model.param_specs(hf.load_config(folder)), sharded))
+
+
+def test_a_sharded_model_is_written_as_a_local_one(tmp_path):
+  mesh = sharding.make_mesh(config_lib.Mesh(2, 2, 2))
+  config = hf.load_config(GOLDEN / "llama_tied")
+  hf.save(tmp_path / "out", config, hf.load(GOLDEN / "llama_tied", mesh, sharding.TRAIN))
+  assert_same(tensors(tmp_path / "out"), tensors(GOLDEN / "llama_tied"))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_floats_are_converted(dtype, folder):
+  stored = tensors(folder)
+  write_tensors(folder, {name: value.astype(dtype) for name, value in stored.items()})
+  loaded = hf.load(folder)
+  assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype("float32")}
+  rounded = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), hf.load(GOLDEN / "llama_tied"))
+  assert_same(loaded, rounded)
+
+
+def test_the_dtype_asked_for_is_loaded_and_saved(tmp_path):
+  params = hf.load(GOLDEN / "llama_tied", dtype=jnp.bfloat16)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+  hf.save(tmp_path / "out", hf.load_config(GOLDEN / "llama_tied"), params, dtype="bfloat16")
+  assert {x.dtype for x in tensors(tmp_path / "out").values()} == {np.dtype("bfloat16")}
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+  assert_same(hf.load(tmp_path / "out", dtype=jnp.bfloat16), params)
+
+
+def test_the_tokenizer_and_its_stops_are_written(tmp_path):
+  words = worldfiles.load_tokenizer()
+  hf.save(tmp_path / "out", tiny.CONFIG, tiny.params(), words, {"eos_token_id": 99, "attention_dropout": 0.0})
+  assert (tmp_path / "out" / "tokenizer.json").is_file()
+  for name in ("config", "generation_config"):
+    values = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert (values["eos_token_id"], values["pad_token_id"]) == (words.stop_ids[0], words.pad_id)
+  assert hf_config.read(tmp_path / "out")["attention_dropout"] == 0.0  # what the original said is kept
+
+
+def test_buffers_and_a_tied_head_stored_twice_are_no_extra_weights(folder):
+  stored = tensors(folder)
+  buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+  write_tensors(folder, stored | buffer | {"lm_head.weight": stored["model.embed_tokens.weight"]})
+  assert_same(hf.load(folder), hf.load(GOLDEN / "llama_tied"))
+
+
+# Each breaks one thing; the sentence must say which.
+def _drop(folder):
+  write_tensors(folder, {name: value for name, value in tensors(folder).items() if name != Q})
+
+
+def _cut(folder):
+  os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 100)
+
+
+def _lose_shard(folder):
+  hf.save(folder, hf.load_config(folder), hf.load(folder), overwrite=True, max_shard_bytes=20_000)
+  next(folder.glob("model-00002-*")).unlink()
+
+
+def _pickle(folder):
+  (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+BROKEN = {
+  r"there is no folder": shutil.rmtree,
+  r"has no config.json": lambda folder: (folder / "config.json").unlink(),
+  r"config.json is no JSON": lambda folder: (folder / "config.json").write_text("{"),
+  r"holds a list; allowed: a JSON object": lambda folder: (folder / "config.json").write_text("[]"),
+  r"has no weights; allowed: model.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
+  r"pytorch_model.bin only.*allowed: safetensors": _pickle,
+  r"lacks model-00002-of-.*, which model.safetensors.index.json names": _lose_shard,
+  r"no index of shards": lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+  r"model.safetensors is cut short": _cut,
+  r"lacks the weights model.layers.1.self_attn.q_proj.weight": _drop,
+  r"does not describe: model.layers.0.self_attn.q_proj.bias": lambda folder: write_tensors(
+    folder, tensors(folder) | {"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32)}
+  ),
+  r"q_proj.weight has shape \[32, 64\]; allowed: \[64, 32\]": lambda folder: write_tensors(
+    folder, tensors(folder) | {Q: np.ascontiguousarray(tensors(folder)[Q].T)}
+  ),
+  r"q_proj.weight is stored as I8": lambda folder: write_tensors(
+    folder, tensors(folder) | {Q: tensors(folder)[Q].astype(np.int8)}
+  ),
+  r"lm_head.weight differs from model.embed_tokens.weight": lambda folder: write_tensors(
+    folder, tensors(folder) | {"lm_head.weight": tensors(folder)["model.embed_tokens.weight"] + 1}
+  ),
+}
+
+
+@pytest.mark.parametrize("sentence", BROKEN)
+def test_a_broken_folder_is_refused(sentence, folder):
+  BROKEN[sentence](folder)
+  with pytest.raises(UserError, match=sentence):
+    hf.load(folder)
+
+
+def test_a_mesh_that_does_not_divide_is_refused():
+  mesh = sharding.make_mesh(config_lib.Mesh(1, 1, 8))
+  with pytest.raises(UserError, match=r"k_proj.*axis 'heads' of size 2 does not divide"):
+    hf.load(GOLDEN / "llama_tied", mesh, sharding.TRAIN)
+
+
+BASE = hf_config.read(GOLDEN / "llama_tied")
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+  "change, sentence",
+  [
+    ({"model_type": "qwen2"}, "model_type is 'qwen2'; allowed: 'llama'"),
+    ({"attention_bias": True}, "attention_bias is True; allowed: False"),
+    ({"mlp_bias": True}, "mlp_bias is True"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; allowed: 'silu'"),
+    ({"pretraining_tp": 2}, "pretraining_tp is 2"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+    (
+      {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+      "rope type is 'yarn'; allowed: 'default', 'llama3'",
+    ),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+    ({"rope_parameters": {**LLAMA_3, "rope_theta": 1e4}}, "lacks original_max_position_embeddings"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type is 'linear'"),
+    ({"hidden_size": None}, "hidden_size is None; allowed: a positive integer"),
+    ({"num_key_value_heads": 3}, "4 heads of size 16 over 3 key/value heads"),
+  ],
+)
+def test_what_would_be_computed_otherwise_is_refused_by_name(change, sentence):
+  with pytest.raises(UserError, match=f"here: .*{sentence}"):
+    hf_config.from_values(BASE | change, "here")
+
+
+def test_what_an_older_config_leaves_out():
+  old = {
+    name: value for name, value in BASE.items() if name not in ("rope_parameters", "head_dim", "num_key_value_heads")
+  }
+  config = hf_config.from_values(old | {"rope_theta": 7.0}, "here")
+  assert (config.rope_theta, config.rope_factor, config.head_size, config.kv_heads) == (7.0, 1.0, 8, 4)
+  scaling = LLAMA_3 | {"original_max_position_embeddings": 64}
+  config = hf_config.from_values(old | {"rope_theta": 7.0, "rope_scaling": scaling}, "here")
+  assert (config.rope_theta, config.rope_factor, config.rope_original_length) == (7.0, 8.0, 64)
+
+
+def test_nothing_is_written_over(tmp_path):
+  (tmp_path / "out").mkdir()
+  hf.save(tmp_path / "out", tiny.CONFIG, tiny.params())  # an empty folder will do
+  before = tensors(tmp_path / "out")
+  with pytest.raises(UserError, match="is there already; allowed: a new folder"):
+    hf.save(tmp_path / "out", tiny.CONFIG, tiny.params(seed=1))
+  assert_same(tensors(tmp_path / "out"), before)
+  hf.save(tmp_path / "out", tiny.CONFIG, tiny.params(seed=1), overwrite=True)
+  assert_same(hf.load(tmp_path / "out"), tiny.params(seed=1))
+  (tmp_path / "home").mkdir()
+  (tmp_path / "home" / "letter.txt").touch()
+  with pytest.raises(UserError, match="is no model's"):
+    hf.save(tmp_path / "home", tiny.CONFIG, tiny.params(), overwrite=True)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+  hf.save(tmp_path / "out", tiny.CONFIG, tiny.params())
+
+  def fail(*_, **__):
+    raise safetensors.SafetensorError("No space left on device")
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+  with pytest.raises(UserError, match=r"could not be written \(No space left on device\)"):
+    hf.save(tmp_path / "out", tiny.CONFIG, tiny.params(seed=1), overwrite=True)
+  assert_same(hf.load(tmp_path / "out"), tiny.params())
+  assert [path.name for path in tmp_path.iterdir()] == ["out"]
