@@ -80,7 +80,7 @@ def parse_attack(text: str, think: bool) -> tuple[str, Status]:
   reasoning, ended, answer = text.partition(THINK_END) if think else ("", THINK_END, text)
   tags = list(_TAG.finditer(answer))
   block = _BLOCK.fullmatch(answer, tags[0].start()) if len(tags) == 2 else None
-  if ended and block and not _blank(block[1]):
+  if block and not _blank(block[1]):
     return block[1].strip(), Status.VALID
   declined = is_refusal(answer if ended else reasoning)
   return "", Status.REFUSED_ROLE if declined else Status.PARSING

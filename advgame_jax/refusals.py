@@ -44,6 +44,4 @@ def normalise(text: str) -> str:
 
 def is_refusal(text: str) -> bool:
   """Whether the text declines within its opening; it may still offer something else afterwards."""
-  opening = normalise(" ".join(text.split())[: 2 * _OPENING])
-  found = _REFUSALS.search(opening)
-  return found is not None and found.start() <= _OPENING
+  return _REFUSALS.search(normalise(" ".join(text.split())[:_OPENING])) is not None

@@ -40,8 +40,8 @@ def test_only_the_think_form_asks_for_reasoning():
 
 @pytest.mark.parametrize("seed", ["{seed}", "{seed}{seed}", "{0} {x!r} %s $x \\1", "{"])
 def test_markers_inside_a_seed_are_plain_text(seed):
-  turn = prompts.attacker_turn(prompts.Instructions("<{seed}>", "b {seed}"), Category.HARMFUL, seed)
-  assert turn == f"<{seed}>"
+  turn = prompts.attacker_turn(prompts.Instructions("{x}<{seed}>", "b {seed}"), Category.HARMFUL, seed)
+  assert turn == f"{{x}}<{seed}>"
 
 
 def test_instructions_without_a_place_for_the_seed_are_refused():
@@ -159,7 +159,7 @@ def test_too_long_counts_characters_strictly_above_fifteen_fold():
     "Sorry, but I won't do that.",
     "I must respectfully decline.",
     "That's not something I can do.",
-    "**I'm not able to** give advice on this.",
+    "I **cannot** help with this, and I'm *not* able to give advice.",
     "Thank you for asking. Unfortunately, I can't share how to do that. Here is another idea: …",
     "I refuse to answer.",
   ],
