@@ -1,13 +1,13 @@
 """What every program shares: flags, one sentence for what a user can mend, and an exit code."""
 
 import errno
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from advgame_jax import config as config_lib
@@ -24,10 +24,10 @@ def define_config(default: str) -> Callable[[], config_lib.Config]:
 
 def run(main: Callable[[], None]) -> None:
   """Parses flags and runs `main`. A `UserError` or a full disk ends in one sentence and exit code 2."""
-  logging.getLogger("absl").setLevel(logging.WARNING)
   jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", _cache_folder()))
 
   def guarded(_: Sequence[str]) -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)
     try:
       main()
     except UserError as error:

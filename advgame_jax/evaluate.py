@@ -32,6 +32,7 @@ from advgame_jax.types import (
 )
 
 SUCCESS = 7.0  # a score from here on is an answer, or a refusal
+WHOLE_ANSWERS = (Answer.COMPLY, Answer.DEFLECT, Answer.REFUSE)
 _ROWS = 2048  # of one scoring call
 
 
@@ -123,13 +124,16 @@ def _microworld(run: Session, state: TrainState) -> Iterator[tuple[str, float]]:
   now = answer_probabilities(player, player.decode_weights(weights))
   base = _base_probabilities(run)
   yield from defender_rates(now)
-  attackers = {"": run.policies(state).attacker, "base_": run.initial_policies.attacker}
-  for name, attacker in attackers.items():
-    tree = _attack_language(run, attacker)
-    if not name:
-      yield from attack_rates(tree.attack_status_BA)
+  tree = _attack_language(run, run.policies(state).attacker)
+  yield from attack_rates(tree.attack_status_BA)
+  for name, tree in (("", tree), ("base_", _base_attacks(run))):
     yield from attack_outcomes(f"{name}attack", "", tree, now)
     yield from attack_outcomes(f"{name}attack", "_base_defender", tree, base)
+
+
+@functools.lru_cache(maxsize=1)
+def _base_attacks(run: Session) -> RolloutTree:
+  return _attack_language(run, run.initial_policies.attacker)
 
 
 @functools.lru_cache(maxsize=1)
@@ -181,11 +185,12 @@ def _language_rows(player: LanguageModel) -> tuple[np.ndarray, np.ndarray, np.nd
   The rows are padded with empty ones to whole scoring calls.
   """
   encode = player.tokenizer.encode_completion
-  completions = {text: encode(text) for t in TOPICS for ts in microworld.answers(t).values() for text in ts}
+  whole = {t: {kind: microworld.answers(t)[kind] for kind in WHOLE_ANSWERS} for t in TOPICS}
+  completions = {text: encode(text) for kinds in whole.values() for texts in kinds.values() for text in texts}
   query_X, kind_X, tokens, starts = [], [], [], []
   for number, query in enumerate(microworld.queries()):
     prompt = player.tokenizer.encode_chat(query.text)
-    for kind, texts in microworld.answers(query.topic).items():
+    for kind, texts in whole[query.topic].items():
       for text in texts:
         query_X.append(number)
         kind_X.append(kind)

@@ -156,7 +156,7 @@ def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _check(config: ModelConfig, specs: Params, shards: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Every parameter is there, in its shape, and nothing else is."""
-  shapes = {name: _hf_shape(spec) for spec in jax.tree.leaves(specs) for name in _hf_names(spec)}
+  shapes = {name: stored_shape(spec) for spec in jax.tree.leaves(specs) for name in _hf_names(spec)}
   if missing := sorted(shapes.keys() - shards.keys()):
     raise UserError(f"{folder} lacks the weights {_some(missing)}; allowed: all that config.json describes")
   for name, shape in shapes.items():
@@ -183,7 +183,7 @@ def _hf_names(spec: ParamSpec) -> list[str]:
   return [spec.hf_name.format(layer=i) for i in range(spec.shape[0])] if spec.stacked else [spec.hf_name]
 
 
-def _hf_shape(spec: ParamSpec) -> tuple[int, ...]:
+def stored_shape(spec: ParamSpec) -> tuple[int, ...]:
   """One layer's shape in Hugging Face's files."""
   shape = spec.shape[1:] if spec.stacked else spec.shape
   inputs, outputs = shape[: spec.inputs], shape[spec.inputs :]
@@ -225,7 +225,7 @@ def _layers(spec: ParamSpec, value: Array, dtype: Any) -> Iterator[tuple[str, np
   whole = np.asarray(value)
   for name, layer in zip(_hf_names(spec), whole if spec.stacked else [whole]):
     if spec.inputs:
-      layer = layer.reshape(_hf_shape(spec)[::-1]).T
+      layer = layer.reshape(stored_shape(spec)[::-1]).T
     yield name, np.ascontiguousarray(layer.astype(dtype))
 
 

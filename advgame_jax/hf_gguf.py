@@ -144,12 +144,12 @@ def _names(spec: ParamSpec) -> list[str]:
 
 
 def _layer(spec: ParamSpec, tensor: gguf.ReaderTensor, where: str) -> np.ndarray:
-  shape = spec.shape[1:] if spec.stacked else spec.shape
   matrix = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+  if matrix.shape != hf.stored_shape(spec):
+    raise UserError(f"{where}: {tensor.name} has shape {list(matrix.shape)}; allowed: {list(hf.stored_shape(spec))}")
   if not spec.inputs:
-    if matrix.shape != shape:
-      raise UserError(f"{where}: {tensor.name} has shape {list(matrix.shape)}; allowed: {list(shape)}")
     return matrix
+  shape = spec.shape[1:] if spec.stacked else spec.shape
   if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
     # llama.cpp rotates dimensions 2i and 2i + 1 together, where i and i + H/2 are paired here.
     heads, head_size = shape[1:]

@@ -133,6 +133,16 @@ def rms_norm(x: jax.Array, scale_M: jax.Array, epsilon: float) -> jax.Array:
   return (wide * scale_M).astype(x.dtype)
 
 
+def project(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
+  """Contracts the last `inputs` dimensions of x with the first ones of the weight.
+
+  As one product of two matrices: XLA's CPU backend runs the gradients of the three-dimensional form at half the speed.
+  """
+  before, outputs = x.shape[: x.ndim - inputs], weight.shape[inputs:]
+  size = math.prod(weight.shape[:inputs])
+  return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*before, *outputs)
+
+
 def _block(
   config: ModelConfig,
   layout: Layout,
@@ -144,14 +154,14 @@ def _block(
   """One layer; `attend(query_RTNH, key_RTKH, value_RTKH)` decides what is attended to and what is kept."""
   with jax.named_scope("attention"):
     y_RTM = rms_norm(x_RTM, layer["attention_norm"], config.norm_epsilon)
-    query_RTNH = rotate(jnp.einsum("RTM,MNH->RTNH", y_RTM, layer["query"]), angle_RTh)
-    key_RTKH = rotate(jnp.einsum("RTM,MKH->RTKH", y_RTM, layer["key"]), angle_RTh)
-    value_RTKH = jnp.einsum("RTM,MKH->RTKH", y_RTM, layer["value"])
-    x_RTM += jnp.einsum("RTNH,NHM->RTM", attend(query_RTNH, key_RTKH, value_RTKH), layer["output"])
+    query_RTNH = rotate(project(y_RTM, layer["query"]), angle_RTh)
+    key_RTKH = rotate(project(y_RTM, layer["key"]), angle_RTh)
+    value_RTKH = project(y_RTM, layer["value"])
+    x_RTM += project(attend(query_RTNH, key_RTKH, value_RTKH), layer["output"], inputs=2)
   with jax.named_scope("mlp"):
     y_RTM = rms_norm(x_RTM, layer["mlp_norm"], config.norm_epsilon)
-    gated_RTF = jax.nn.silu(jnp.einsum("RTM,MF->RTF", y_RTM, layer["gate"]))
-    x_RTM += jnp.einsum("RTF,FM->RTM", gated_RTF * jnp.einsum("RTM,MF->RTF", y_RTM, layer["up"]), layer["down"])
+    gated_RTF = jax.nn.silu(project(y_RTM, layer["gate"])) * project(y_RTM, layer["up"])
+    x_RTM += project(gated_RTF, layer["down"])
   return layout.constrain(x_RTM, "rows", None, None)
 
 

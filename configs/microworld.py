@@ -18,7 +18,6 @@ from advgame_jax.config import (
   Loss,
   Optimizer,
   Player,
-  Precision,
   Sampling,
   as_config_dict,
 )
@@ -45,7 +44,6 @@ def get_config() -> config_dict.ConfigDict:
       judges=Judges(kind="microworld"),
       loss=Loss(kind="dpo"),
       data=Data(train=(f"{WORLD}/train.jsonl",), validation=(f"{WORLD}/validation.jsonl",), batch=32),
-      precision=Precision(remat="none"),
       checkpoint=Checkpoint(every=50),
       evaluation=Evaluation(every=50, samples=8),
     )
