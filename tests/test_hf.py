@@ -63,15 +63,16 @@ def test_import_export_import_is_bit_exact(name, max_shard_bytes, tmp_path):
   assert_same(stored, tensors(GOLDEN / name))
 
 
-def test_an_index_names_every_tensor_and_the_whole_size(tmp_path):
-  hf.save(tmp_path / "out", tiny.CONFIG, tiny.params(), max_shard_bytes=20_000)
+@pytest.mark.parametrize("max_shard_bytes", [20_000, 1])
+def test_an_index_names_every_tensor_and_the_whole_size(max_shard_bytes, tmp_path):
+  hf.save(tmp_path / "out", tiny.CONFIG, tiny.params(), max_shard_bytes=max_shard_bytes)
   index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
   files = sorted({*index["weight_map"].values()})
   assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
   assert index["metadata"]["total_size"] == 4 * model.count_params(tiny.CONFIG)
   for file in files:
     with safetensors.safe_open(tmp_path / "out" / file, framework="numpy") as shard:
-      assert set(shard.keys()) == {name for name, where in index["weight_map"].items() if where == file}
+      assert set() != set(shard.keys()) == {name for name, where in index["weight_map"].items() if where == file}
       assert shard.metadata() == {"format": "pt"}
 
 
@@ -106,9 +107,11 @@ def test_other_floats_are_converted(dtype, folder):
 def test_the_dtype_asked_for_is_loaded_and_saved(tmp_path):
   params = hf.load(GOLDEN / "llama_tied", dtype=jnp.bfloat16)
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
-  hf.save(tmp_path / "out", hf.load_config(GOLDEN / "llama_tied"), params, dtype="bfloat16")
+  base = hf_config.read(GOLDEN / "llama_tied")
+  hf.save(tmp_path / "out", hf.load_config(GOLDEN / "llama_tied"), params, base_config=base, dtype="bfloat16")
   assert {x.dtype for x in tensors(tmp_path / "out").values()} == {np.dtype("bfloat16")}
-  assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+  written = hf_config.read(tmp_path / "out")
+  assert (base["dtype"], written["torch_dtype"], "dtype" in written) == ("float32", "bfloat16", False)
   assert_same(hf.load(tmp_path / "out", dtype=jnp.bfloat16), params)
 
 
@@ -242,13 +245,23 @@ def test_nothing_is_written_over(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["weights", "rename"])
+def test_a_failing_disk_leaves_what_was_there(where, tmp_path, monkeypatch):
   hf.save(tmp_path / "out", tiny.CONFIG, tiny.params())
+  rename = pathlib.Path.rename
 
   def fail(*_, **__):
     raise safetensors.SafetensorError("No space left on device")
 
-  monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+  def fail_last(path, target):
+    if path.suffix == ".partial":
+      raise OSError("No space left on device")
+    return rename(path, target)
+
+  if where == "weights":
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+  else:
+    monkeypatch.setattr(pathlib.Path, "rename", fail_last)
   with pytest.raises(UserError, match=r"could not be written \(No space left on device\)"):
     hf.save(tmp_path / "out", tiny.CONFIG, tiny.params(seed=1), overwrite=True)
   assert_same(hf.load(tmp_path / "out"), tiny.params())
