@@ -36,16 +36,17 @@ PARTS = {
 
 
 def bpe(digits: bool) -> tokenizers.Tokenizer:
+  """Its merges hold numbers of several digits, which `digits` keeps from being used."""
   words = tokenizers.Tokenizer(models.BPE())
-  split = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-  words.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+  words.pre_tokenizer = byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
   words.decoder = decoders.ByteLevel()
   special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-  alphabet = pre_tokenizers.ByteLevel.alphabet()
-  lines = ["the lock of 1234 doors, 1234 times, isn't   it"] * 4
-  words.train_from_iterator(
-    lines, trainers.BpeTrainer(vocab_size=VOCAB, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+  trainer = trainers.BpeTrainer(
+    vocab_size=VOCAB, initial_alphabet=byte_level.alphabet(), special_tokens=special, show_progress=False
   )
+  words.train_from_iterator(["1234 locks of 1234 doors, 1234 times"] * 4, trainer)
+  if digits:
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
   return words
 
 
