@@ -126,9 +126,9 @@ def _microworld(run: Session, state: TrainState) -> Iterator[tuple[str, float]]:
   yield from defender_rates(now)
   tree = _attack_language(run, run.policies(state).attacker)
   yield from attack_rates(tree.attack_status_BA)
-  for name, tree in (("", tree), ("base_", _base_attacks(run))):
-    yield from attack_outcomes(f"{name}attack", "", tree, now)
-    yield from attack_outcomes(f"{name}attack", "_base_defender", tree, base)
+  for name, attacks in (("", tree), ("base_", _base_attacks(run))):
+    yield from attack_outcomes(f"{name}attack", "", attacks, now)
+    yield from attack_outcomes(f"{name}attack", "_base_defender", attacks, base)
 
 
 @functools.lru_cache(maxsize=1)
