@@ -219,14 +219,13 @@ def _merge(index: Sequence[slice], shape: Sequence[int]) -> slice:
 
 
 def _layers(spec: ParamSpec, value: Array, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-  """One parameter as Hugging Face's tensors."""
-  if isinstance(value, jax.Array) and not value.is_fully_addressable:
-    value = multihost_utils.process_allgather(value, tiled=True)
-  whole = np.asarray(value)
-  for name, layer in zip(_hf_names(spec), whole if spec.stacked else [whole]):
-    if spec.inputs:
-      layer = layer.reshape(stored_shape(spec)[::-1]).T
-    yield name, np.ascontiguousarray(layer.astype(dtype))
+  """One parameter as Hugging Face's tensors, one layer on the host at a time."""
+  for i, name in enumerate(_hf_names(spec)):
+    layer = value[i] if spec.stacked else value
+    if isinstance(layer, jax.Array) and not layer.is_fully_addressable:
+      layer = multihost_utils.process_allgather(layer, tiled=True)
+    whole = np.asarray(layer).astype(dtype)
+    yield name, np.ascontiguousarray(whole.reshape(stored_shape(spec)[::-1]).T if spec.inputs else whole)
 
 
 def _write_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: Any, max_bytes: float) -> None:

@@ -33,7 +33,7 @@ _MARKUP = re.compile(r"<.*>|\[.*\]|.*<\|.*", re.DOTALL)
 _PLACEHOLDER = "placeholder7f3c9e51d2"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # one is itself, and may be a static argument
 class Tokenizer:
   """A fast tokenizer with its chat template. Built by `load`.
 

@@ -1,6 +1,7 @@
 """GGUF files: written here as llama.cpp's converter writes them, read back to the model they came from."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -213,5 +214,6 @@ def test_the_program_says_in_one_sentence_what_is_wrong(tmp_path):
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "letter.txt").touch()
   command = [sys.executable, ROOT / "launch" / "convert.py", "--gguf=none.gguf", f"--out={tmp_path / 'out'}"]
-  done = subprocess.run(command, check=False, capture_output=True, text=True)
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
   assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'out'} is there already; allowed: a new folder\n")
