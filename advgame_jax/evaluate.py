@@ -13,7 +13,6 @@ import numpy as np
 
 from advgame_jax import config as config_lib
 from advgame_jax import data, game, judges, microworld, policies, scoring, sharding
-from advgame_jax import state as state_lib
 from advgame_jax.microworld import TOPICS, Answer, Topic
 from advgame_jax.policies import LanguageModel
 from advgame_jax.session import Session
@@ -119,9 +118,7 @@ def response_rates(tree: RolloutTree, judge: Judge) -> dict[str, float]:
 
 def _microworld(run: Session, state: TrainState) -> Iterator[tuple[str, float]]:
   """Exact rates of both Defenders over the language, and of both Attackers' samples against them."""
-  weights = state_lib.generator(run.config.defender, state.players.defender)
-  player = run.players.defender
-  now = answer_probabilities(player, player.decode_weights(weights))
+  now = answer_probabilities(run.players.defender, run.generators(state).defender)
   base = _base_probabilities(run)
   yield from defender_rates(now)
   tree = _attack_language(run, run.policies(state).attacker)
@@ -138,8 +135,7 @@ def _base_attacks(run: Session) -> RolloutTree:
 
 @functools.lru_cache(maxsize=1)
 def _base_probabilities(run: Session) -> "Probabilities":
-  player = run.players.defender
-  return answer_probabilities(player, player.decode_weights(run.load_weights("defender")))
+  return answer_probabilities(run.players.defender, run.initial_generators.defender)
 
 
 Probabilities = Mapping[Answer, np.ndarray]

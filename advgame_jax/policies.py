@@ -66,6 +66,11 @@ class LanguageModel:
     """Tokens of a user turn, template included."""
     return len(self.tokenizer.encode_chat(prompt))
 
+  def nobody(self, params: Params, prompts: int, group: int, bucket: int) -> Samples:
+    """What is drawn when every prompt is absent: nothing, at once. It compiles a bucket."""
+    nothing = np.zeros((prompts, bucket), np.int32), np.zeros(prompts, np.int32), np.zeros(prompts, bool)
+    return _as_samples(self, *nothing, _draw(self, params, *nothing, group, jax.random.key(0)), group)
+
   @property
   def longest_prompt(self) -> int:
     return self.sampling.prompt_buckets[-1]
@@ -86,7 +91,19 @@ def _play(
   bucket = next(size for size in player.sampling.prompt_buckets if size >= longest)
   tokens_RT, length_R = pad_rows(encoded, bucket)
   drawn = _draw(player, params, tokens_RT, length_R, present_R, group, key)
-  R, split = len(prompts), lambda x: x.reshape(len(prompts), group, *x.shape[1:])
+  return _as_samples(player, tokens_RT, length_R, present_R, drawn, group)
+
+
+def _as_samples(
+  player: LanguageModel,
+  tokens_RT: np.ndarray,
+  length_R: np.ndarray,
+  present_R: np.ndarray,
+  drawn: sampler.Drawn,
+  group: int,
+) -> Samples:
+  """Rows of a device batch → prompts × samples, decoded."""
+  R, split = len(tokens_RT), lambda x: x.reshape(len(tokens_RT), group, *x.shape[1:])
   tokens_RGT, length_RG, stopped_RG = split(drawn.tokens_RT), split(drawn.length_R), split(drawn.stopped_R)
   text_RG = np.empty((R, group), object)
   for r, g in np.ndindex(R, group):

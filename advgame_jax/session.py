@@ -38,23 +38,25 @@ class Session:
     """A player's initial weights, float32, in the training layout."""
     return hf.load(getattr(self.config, name).model, self.mesh, sharding.TRAIN)
 
-  @functools.cached_property
-  def initial_policies(self) -> Players[Policy]:
-    """Both players as they were before the run."""
-    return Players(*(self._bind(player, self.load_weights(name)) for name, player in self._named_players()))
-
-  def policies(self, state: TrainState) -> Players[Policy]:
-    """Both players with the weights that play now: one resharding copy each."""
+  def generators(self, state: TrainState) -> Players[Params]:
+    """The weights that play now, in the decode layout: one resharding copy each."""
     settings = (self.config.attacker, self.config.defender)
     weights = [state_lib.generator(s, player) for s, player in zip(settings, state.players)]
-    return Players(*map(self._bind, self.players, weights))
+    return Players(*(player.decode_weights(w) for player, w in zip(self.players, weights)))
 
-  @staticmethod
-  def _bind(player: LanguageModel, weights: Params) -> Policy:
-    return player.policy(player.decode_weights(weights))
+  def policies(self, state: TrainState) -> Players[Policy]:
+    """Both players as they play now."""
+    return Players(*(player.policy(w) for player, w in zip(self.players, self.generators(state))))
 
-  def _named_players(self) -> list[tuple[str, LanguageModel]]:
-    return list(zip(Players._fields, self.players))
+  @functools.cached_property
+  def initial_generators(self) -> Players[Params]:
+    """The weights before the run, in the decode layout."""
+    return Players(*(p.decode_weights(self.load_weights(name)) for name, p in zip(Players._fields, self.players)))
+
+  @property
+  def initial_policies(self) -> Players[Policy]:
+    """Both players as they were before the run."""
+    return Players(*(player.policy(w) for player, w in zip(self.players, self.initial_generators)))
 
   def init_state(self) -> TrainState:
     """The state before the first step, in the training layout."""
@@ -101,10 +103,6 @@ class Session:
     with jax.set_mesh(self.mesh):
       return self._jitted_update(state, sharding.to_global(padded, rows))
 
-  @property
-  def learns(self) -> bool:
-    return not (self.config.attacker.frozen and self.config.defender.frozen)
-
 
 def pad_rows(batch: PreferenceBatch, multiple: int) -> PreferenceBatch:
   """Comparisons of weight 0 at the end, up to a multiple."""
@@ -117,6 +115,8 @@ def open_session(config: Config) -> Session:
   Raises:
     UserError: seeds, model folders or a mesh that cannot be used.
   """
+  if config.game.skip_attacker:  # it has nothing to learn from
+    config = dataclasses.replace(config, attacker=dataclasses.replace(config.attacker, frozen=True))
   train_seeds, validation_seeds = data.load(config.data.train, "train"), data.load(config.data.validation, "validation")
   data.check_disjoint(train_seeds, validation_seeds)
   mesh = sharding.make_mesh(config.mesh)

@@ -3,6 +3,8 @@
 seeds → attacks → responses → judgments → rewards → preference pairs → joint update → checkpoint, report
 """
 
+import dataclasses
+import itertools
 import logging
 import pathlib
 import signal
@@ -80,6 +82,7 @@ def _loop(
   """From `state.step` to the last step; returns the state, and its evaluation's objective if it has one."""
   config = run.config
   seed_batches = data.SeedBatches(run.train_seeds, config.data, config.seed)
+  state = warm_up(run, state)
   objective = None
   for step in range(int(state.step), config.steps + 1):
     if stop.is_set():
@@ -120,6 +123,41 @@ def play_and_learn(
   reporter.write(step, scalars | rates(before, ledger.scalars()))
   _check_gradients(config, step, scalars)
   return state
+
+
+def warm_up(run: Session, state: TrainState) -> TrainState:
+  """Compiles every shape that a step can take, by steps in which nobody plays and nothing is learnt.
+
+  Prompts fall into buckets; each is drawn from once here, and each pair of buckets updated with once.
+  """
+  config = run.config
+  B, A, D = config.data.batch, config.game.attacks_per_seed, config.game.responses
+  weights, (attacker, defender) = run.generators(state), run.players
+  if config.game.skip_attacker:
+    attacks = [Samples.of_text(np.full((B, A), "", object), np.full((B, A), Status.NOT_PLAYED))]
+  else:
+    attacks = [attacker.nobody(weights.attacker, B, A, bucket) for bucket in attacker.sampling.prompt_buckets]
+  responses = [defender.nobody(weights.defender, B * A, D, bucket) for bucket in defender.sampling.prompt_buckets]
+  nothing = Rewards(np.zeros((B, A)), np.zeros((B, A), bool), np.zeros((B, A, D)), np.zeros((B, A, D), bool))
+  for attack, response in itertools.product(attacks, responses):
+    tree = _unplayed(attack, response)
+    batch = preferences.select_comparisons(config.loss, tree, nothing, row_tokens(run, tree))
+    state, _ = run.update(dataclasses.replace(state, step=state.step - 1), batch)
+  return state
+
+
+def _unplayed(attacks: Samples, responses: Samples) -> RolloutTree:
+  seeds = data.as_batch([data.Seed("", Category.BENIGN, 0)] * len(attacks.text_RG))
+  shape = attacks.text_RG.shape
+  return RolloutTree(
+    seeds=seeds,
+    attacks=attacks,
+    attack_text_BA=attacks.text_RG,
+    attack_status_BA=attacks.status_RG,
+    responses=responses,
+    response_text_BAD=responses.text_RG.reshape(*shape, -1),
+    response_status_BAD=responses.status_RG.reshape(*shape, -1),
+  )
 
 
 def row_tokens(run: Session, tree: RolloutTree) -> Players[int]:

