@@ -1,15 +1,17 @@
 # `make quickstart` and `make test` set up their own environment in .venv; nothing else is needed but Python 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
-WORLD := runs/world
+WORLD ?= runs/world
 SEED ?= 0
+LOSS ?= dpo
 RUN ?= runs/microworld
 
-.PHONY: quickstart test lint world clean
+.PHONY: quickstart results test lint world clean
 
 # The microworld from nothing: base players, the game, a report.
 quickstart: world
-	$(BIN)/python launch/run.py --config=configs/microworld.py --workdir=$(RUN) --config.seed=$(SEED)
+	$(BIN)/python launch/run.py --config=configs/microworld.py:$(LOSS),$(WORLD) --workdir=$(RUN) \
+		--config.seed=$(SEED)
 	@echo "The report: $(RUN)/report.html"
 
 world: $(WORLD)/attacker_base/config.json $(WORLD)/defender_base/config.json
@@ -21,6 +23,10 @@ $(WORLD)/attacker/config.json: | .venv/.installed
 $(WORLD)/%_base/config.json: $(WORLD)/attacker/config.json
 	$(BIN)/python launch/warmstart.py --model=$(WORLD)/$* --examples=$(WORLD)/$*.jsonl --out=$(WORLD)/$*_base \
 		--steps=700 --batch=64 --row_tokens=64 --learning_rate=1e-2 --seed=$(SEED)
+
+# The README's results: three losses, three seeds. About 25 minutes on 2 cores.
+results: .venv/.installed
+	$(BIN)/python benchmarks/microworld.py
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
