@@ -29,6 +29,18 @@ class Drawn(NamedTuple):
   plain_logprob_RT: jax.Array  # likewise
 
 
+class Rows(NamedTuple):
+  """What the decode loop reads and never writes."""
+
+  key_R: jax.Array
+  prompt_length_R: jax.Array
+  prompt: Cache  # of Q prompts, each shared by its group
+  prompt_mask_QTS: jax.Array
+  temperature: jax.Array
+  top_p: jax.Array
+  stops_SV: jax.Array
+
+
 class SamplingState(NamedTuple):
   """The carry of the decode loop."""
 
@@ -131,77 +143,89 @@ def sample(
     stops_SV: of `stop_table`.
     chunk: tokens between two checks whether all rows are done.
   """
-  Q, R = tokens_QT.shape[0], tokens_QT.shape[0] * group
+  rows, last_QM = _prefill(
+    config, params, tokens_QT, length_Q, key, group, layout, temperature=temperature, top_p=top_p, stops_SV=stops_SV
+  )
   slots = max_new_tokens + -max_new_tokens % chunk
-  keys_R = row_keys(key, Q, group)
-  dtype = params["embed"].dtype
-  with jax.named_scope("prefill"):
-    hidden_QTM, prompt = model.forward(config, params, tokens_QT, dtype=dtype, layout=layout)
-    last_QM = jnp.take_along_axis(hidden_QTM, length_Q[:, None, None] - 1, 1)[:, 0]
-  prompt_mask_QTS = (jnp.arange(tokens_QT.shape[1]) < length_Q[:, None])[:, None]
-  length_R = jnp.repeat(length_Q, group)
-  stop = stops_SV.shape[0] - 1
-
-  def draw_one(state: SamplingState) -> tuple[SamplingState, jax.Array]:
-    """Draws each row's next token and records it where the row is not done."""
-    logits_RV = model.logits(params, state.hidden_RM)
-    density_RV = scoring.behaviour(logits_RV, temperature, top_p)
-    uniform_R = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(keys_R)
-    token_R = jnp.where(state.done_R, 0, draw(density_RV, uniform_R))
-    behaviour_R = jnp.log(jnp.take_along_axis(density_RV, token_R[:, None], 1)[:, 0])
-    plain_R = scoring.plain_logprob(logits_RV, token_R)
-    stop_state_R = stops_SV[state.stop_state_R, token_R].astype(jnp.int32)
-    stopped_R = ~state.done_R & (stop_state_R == stop)
-
-    def record(x_RT: jax.Array, x_R: jax.Array) -> jax.Array:
-      x_R = jnp.where(state.done_R, 0, x_R).astype(x_RT.dtype)
-      return jax.lax.dynamic_update_index_in_dim(x_RT, x_R, state.step, 1)
-
-    drawn = Drawn(
-      tokens_RT=record(state.drawn.tokens_RT, token_R),
-      length_R=state.drawn.length_R + ~state.done_R,
-      stopped_R=state.drawn.stopped_R | stopped_R,
-      behaviour_logprob_RT=record(state.drawn.behaviour_logprob_RT, behaviour_R),
-      plain_logprob_RT=record(state.drawn.plain_logprob_RT, plain_R),
-    )
-    done_R = state.done_R | stopped_R | (state.step + 1 >= max_new_tokens)
-    return state._replace(stop_state_R=stop_state_R, done_R=done_R, drawn=drawn), token_R
+  state = _start(config, jnp.repeat(last_QM, group, 0), jnp.repeat(present_Q, group), slots, layout)
 
   def draw_and_decode(_: Any, state: SamplingState) -> SamplingState:
-    state, token_R = draw_one(state)
+    state, token_R = _draw_next(params, rows, state, max_new_tokens)
+    position_R = rows.prompt_length_R + state.step
     with jax.named_scope("decode"):
       hidden_RM, own = model.decode(
-        config,
-        params,
-        token_R,
-        length_R + state.step,
-        prompt,
-        prompt_mask_QTS,
-        state.own,
-        state.step,
-        layout=layout,
+        config, params, token_R, position_R, rows.prompt, rows.prompt_mask_QTS, state.own, state.step, layout=layout
       )
     return state._replace(step=state.step + 1, hidden_RM=hidden_RM, own=own)
 
-  zeros_RT = jnp.zeros((R, slots), jnp.float32)
-  zeros_R = jnp.zeros(R, jnp.int32)
-  state = SamplingState(
-    step=jnp.int32(0),
-    hidden_RM=layout.constrain(jnp.repeat(last_QM, group, 0), "rows", None),
-    own=model.empty_cache(config, R, slots, dtype),
-    stop_state_R=zeros_R,
-    done_R=~jnp.repeat(present_Q, group),
-    drawn=Drawn(zeros_RT.astype(jnp.int32), zeros_R, zeros_R > 0, zeros_RT, zeros_RT),
-  )
-  state = jax.lax.while_loop(
+  drawn = jax.lax.while_loop(
     lambda state: ~jnp.all(state.done_R),
     lambda state: jax.lax.fori_loop(0, chunk, draw_and_decode, state),
     state,
+  ).drawn
+  return Drawn(*(x[:, :max_new_tokens] if x.ndim == 2 else x for x in drawn))
+
+
+def _prefill(
+  config: ModelConfig,
+  params: Params,
+  tokens_QT: jax.Array,
+  length_Q: jax.Array,
+  key: jax.Array,
+  group: int,
+  layout: Layout,
+  **settings: jax.Array,
+) -> tuple[Rows, jax.Array]:
+  """Every prompt once: its cache, and its last hidden state [Q, M]."""
+  with jax.named_scope("prefill"):
+    hidden_QTM, prompt = model.forward(config, params, tokens_QT, dtype=params["embed"].dtype, layout=layout)
+    last_QM = jnp.take_along_axis(hidden_QTM, length_Q[:, None, None] - 1, 1)[:, 0]
+  rows = Rows(
+    key_R=row_keys(key, len(length_Q), group),
+    prompt_length_R=jnp.repeat(length_Q, group),
+    prompt=prompt,
+    prompt_mask_QTS=(jnp.arange(tokens_QT.shape[1]) < length_Q[:, None])[:, None],
+    **settings,
   )
-  trim = lambda x_RT: x_RT[:, :max_new_tokens]
-  drawn = state.drawn
-  return drawn._replace(
-    tokens_RT=trim(drawn.tokens_RT),
-    behaviour_logprob_RT=trim(drawn.behaviour_logprob_RT),
-    plain_logprob_RT=trim(drawn.plain_logprob_RT),
+  return rows, last_QM
+
+
+def _start(
+  config: ModelConfig, hidden_RM: jax.Array, present_R: jax.Array, slots: int, layout: Layout
+) -> SamplingState:
+  R = len(present_R)
+  zeros_RT, zeros_R = jnp.zeros((R, slots), jnp.float32), jnp.zeros(R, jnp.int32)
+  return SamplingState(
+    step=jnp.int32(0),
+    hidden_RM=layout.constrain(hidden_RM, "rows", None),
+    own=model.empty_cache(config, R, slots, hidden_RM.dtype),
+    stop_state_R=zeros_R,
+    done_R=~present_R,
+    drawn=Drawn(zeros_RT.astype(jnp.int32), zeros_R, zeros_R > 0, zeros_RT, zeros_RT),
   )
+
+
+def _draw_next(params: Params, rows: Rows, state: SamplingState, limit: int) -> tuple[SamplingState, jax.Array]:
+  """Draws each row's next token [R], and records it where the row is not done."""
+  logits_RV = model.logits(params, state.hidden_RM)
+  density_RV = scoring.behaviour(logits_RV, rows.temperature, rows.top_p)
+  uniform_R = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(rows.key_R)
+  token_R = jnp.where(state.done_R, 0, draw(density_RV, uniform_R))
+  behaviour_R = jnp.log(jnp.take_along_axis(density_RV, token_R[:, None], 1)[:, 0])
+  plain_R = scoring.plain_logprob(logits_RV, token_R)
+  stop_state_R = rows.stops_SV[state.stop_state_R, token_R].astype(jnp.int32)
+  stopped_R = ~state.done_R & (stop_state_R == rows.stops_SV.shape[0] - 1)
+
+  def record(x_RT: jax.Array, x_R: jax.Array) -> jax.Array:
+    x_R = jnp.where(state.done_R, 0, x_R).astype(x_RT.dtype)
+    return jax.lax.dynamic_update_index_in_dim(x_RT, x_R, state.step, 1)
+
+  drawn = Drawn(
+    tokens_RT=record(state.drawn.tokens_RT, token_R),
+    length_R=state.drawn.length_R + ~state.done_R,
+    stopped_R=state.drawn.stopped_R | stopped_R,
+    behaviour_logprob_RT=record(state.drawn.behaviour_logprob_RT, behaviour_R),
+    plain_logprob_RT=record(state.drawn.plain_logprob_RT, plain_R),
+  )
+  done_R = state.done_R | stopped_R | (state.step + 1 >= limit)
+  return state._replace(stop_state_R=stop_state_R, done_R=done_R, drawn=drawn), token_R

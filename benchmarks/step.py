@@ -5,6 +5,7 @@ of generating, judging and updating, medians over the steps. `--profile=FOLDER` 
 """
 
 import contextlib
+import itertools
 import logging
 
 import jax
@@ -40,7 +41,7 @@ def main() -> None:
     with jax.profiler.trace(PROFILE.value) if traced else contextlib.nullcontext():
       state = train.play_and_learn(run, state, step, seeds[step], ledger, reporter)
     readings.append(ledger.scalars())
-  steps = list(zip(readings, readings[1:]))
+  steps = list(itertools.pairwise(readings))
   medians = {name: np.median([after[name] - before[name] for before, after in steps]) for name in readings[0]}
   total = sum(medians[f"cost/seconds/{part}"] for parts in PHASES.values() for part in parts)
   device = jax.devices()[0].device_kind
