@@ -1,6 +1,7 @@
 """What every program shares: flags, one sentence for what a user can mend, and an exit code."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ def run(main: Callable[[], None]) -> None:
 
   def guarded(_: Sequence[str]) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     try:
       main()
     except UserError as error:
