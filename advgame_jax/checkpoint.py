@@ -1,8 +1,11 @@
 """Checkpoints: everything a run continues from, saved in the background, each atomically."""
 
+import contextlib
+import errno
 import logging
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -43,11 +46,12 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
 class Checkpoints:
   """The checkpoints of one run: the newest `keep`, and the best by 'objective' where an evaluation gave one."""
 
-  def __init__(self, workdir: pathlib.Path, settings: config_lib.Checkpoint):
+  def __init__(self, workdir: pathlib.Path, config: Config):
+    self._config = config
     best = checkpoint_managers.BestN(
       get_metric_fn=lambda metrics: metrics["objective"], n=1, keep_checkpoints_without_metrics=False
     )
-    newest = checkpoint_managers.LatestN(settings.keep)
+    newest = checkpoint_managers.LatestN(config.checkpoint.keep)
     options = ocp.CheckpointManagerOptions(
       preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
       best_fn=lambda metrics: metrics["objective"],
@@ -56,13 +60,19 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
   def save(self, state: TrainState, ledger: Mapping[str, Any], objective: float | None) -> None:
-    """Saves under the number of the next step; returns once the device may overwrite the state."""
+    """Saves under the number of the next step; returns once the device may overwrite the state.
+
+    Every key and the place in the seeds are functions of (config.seed, step), so that these two are all there is to
+    save of them.
+    """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), ledger=ocp.args.JsonSave(dict(ledger)))
+    run = {"config": config_lib.to_json(self._config), "ledger": dict(ledger)}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
     metrics = None if objective is None else {"objective": objective}
-    self._manager.save(step, args=items, metrics=metrics, force=True)
+    with _full_disk_is_said():
+      self._manager.save(step, args=items, metrics=metrics, force=True)
 
   def restore(self, abstract_state: TrainState) -> tuple[TrainState, Mapping[str, Any]] | None:
     """The newest checkpoint that can be read, on whatever mesh `abstract_state` names; None where there is none.
@@ -75,12 +85,12 @@ class Checkpoints:
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), ledger=ocp.args.JsonRestore())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), run=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         state = restored["state"]
         if int(state.step) != step:
           raise ValueError(f"it says it is of step {int(state.step)}")
-        return state, restored["ledger"]
+        return state, restored["run"]["ledger"]
       except Exception as error:  # whatever is wrong with it, an older one may do
         reason = " ".join(str(error).split())[:200]
         logging.getLogger(__name__).warning("checkpoint %d cannot be read (%s); trying an older one", step, reason)
@@ -90,7 +100,23 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Until what is being saved is on disk."""
-    self._manager.wait_until_finished()
+    with _full_disk_is_said():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    self._manager.close()
+    """Waits, and lets go of the folder."""
+    with _full_disk_is_said():
+      self._manager.close()
+
+
+@contextlib.contextmanager
+def _full_disk_is_said() -> Iterator[None]:
+  """What writes in the background reports a full disk as one of several exceptions."""
+  try:
+    yield
+  except Exception as error:
+    if os.strerror(errno.ENOSPC) not in str(error):
+      raise
+    raise UserError(
+      "the disk is full, so that this step could not be saved; the checkpoints before are whole: free room and run again"
+    ) from error

@@ -53,7 +53,7 @@ def train(config: Config, workdir: str, allow_changes: bool = False) -> None:
   folder = pathlib.Path(workdir)
   run = session.open_session(config)
   checkpoint.claim(folder, config, allow_changes)
-  checkpoints = checkpoint.Checkpoints(folder, config.checkpoint)
+  checkpoints = checkpoint.Checkpoints(folder, config)
   ledger = Ledger(jax.device_count())
   restored = checkpoints.restore(run.abstract_state)
   state = restored[0] if restored else run.init_state()
