@@ -118,5 +118,5 @@ def _full_disk_is_said() -> Iterator[None]:
     if os.strerror(errno.ENOSPC) not in str(error):
       raise
     raise UserError(
-      "the disk is full, so that this step could not be saved; the checkpoints before are whole: free room and run again"
+      "the disk is full, so that this step could not be saved; the checkpoints before are whole: free room, run again"
     ) from error
