@@ -270,7 +270,8 @@ def _config_values(
 ) -> dict[str, Any]:
   values = hf_config.to_values(config, base) | {"torch_dtype": dtype}
   values.pop("dtype", None)  # transformers 5's name for torch_dtype; 4 reads the old one only, 5 both
-  return values | (_token_ids(tokenizer) if tokenizer else {})
+  # An architecture of ours has no first token; left out, transformers would take it to be id 1.
+  return {"bos_token_id": None} | values | (_token_ids(tokenizer) if tokenizer else {})
 
 
 def _generation_values(base: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:

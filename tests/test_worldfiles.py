@@ -3,12 +3,13 @@
 import collections
 import json
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
 import transformers
 
-from advgame_jax import microworld, worldfiles
+from advgame_jax import hf, hf_config, microworld, model, worldfiles
 from advgame_jax.microworld import FRAMINGS, TOPICS, Answer
 from advgame_jax.prompts import parse_attack
 from advgame_jax.types import Category, Status
@@ -47,7 +48,8 @@ def test_a_seed_fixes_every_byte(folder, tmp_path):
   worldfiles.write(tmp_path / "other", seed=1)
   assert contents(tmp_path / "same") == contents(folder)
   changed = {str(p) for p, data in contents(tmp_path / "other").items() if data != contents(folder)[p]}
-  assert changed == {"attacker.jsonl", "defender.jsonl"}
+  weights = {f"{name}/model.safetensors" for name in ("attacker", "defender")}
+  assert changed == {"attacker.jsonl", "defender.jsonl"} | weights
 
 
 def test_seeds_are_split_by_topic(rows):
@@ -178,14 +180,9 @@ def test_the_model_folder_describes_the_player(folder):
   assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (2, 0, None)
 
 
-def test_weights_are_asked_for_once_a_folder_can_be_read(tmp_path):
-  calls = []
-
-  def init_folder(folder, player, seed):
-    assert (folder / "tokenizer.json").exists()
-    assert (folder / "config.json").exists()
-    calls.append((folder.name, player.width, seed))
-
-  player = worldfiles.player_config(width=32)
-  worldfiles.write(tmp_path, seed=3, attacker_rows=1, defender_rows=1, player=player, init_folder=init_folder)
-  assert calls == [("attacker", 32, 6), ("defender", 32, 7)]
+def test_the_model_folder_loads_as_a_player_with_fresh_weights(folder):
+  player = worldfiles.player_config()
+  attacker, defender = (hf.load(folder / name) for name in ("attacker", "defender"))
+  assert hf_config.load_config(folder / "attacker") == player
+  assert jax.tree.map(np.shape, attacker) == jax.tree.map(lambda spec: spec.shape, model.param_specs(player))
+  assert not np.array_equal(attacker["embed"], defender["embed"])
