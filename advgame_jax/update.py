@@ -87,12 +87,15 @@ def _gradient(recipe: Recipe, state: PlayerState, batch: PreferenceBatch) -> tup
       reference_PCT, _ = _score(recipe, state_lib.reference(recipe.player, state), part, entropy=False)
     return losses.preference_loss(recipe.loss, part, logprob_PCT, reference_PCT, entropy_PCT, total)
 
+  differentiate = lambda part: jax.grad(loss, has_aux=True)(state.params, part)
+
   def add(carry: Any, part: PreferenceBatch) -> tuple[Any, None]:
-    gradient, metrics = jax.grad(loss, has_aux=True)(state.params, part)
-    return jax.tree.map(jnp.add, carry, (gradient, metrics)), None
+    # A micro-batch without a comparison adds nothing, and costs nothing.
+    share = jax.lax.cond(jnp.any(part.weight_P > 0), differentiate, lambda _: zeros, part)
+    return jax.tree.map(jnp.add, carry, share), None
 
   parts = micro_batches(batch, recipe.player.accumulate)
-  first = jax.eval_shape(lambda: jax.grad(loss, has_aux=True)(state.params, jax.tree.map(lambda x: x[0], parts)))
+  first = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], parts))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
   (gradient, metrics), _ = jax.lax.scan(add, zeros, parts)
   return gradient, metrics

@@ -44,9 +44,9 @@ class Card(NamedTuple):
 
 
 CARDS = {
-  "dpo": Card(Loss(kind="dpo", nll=0.5), responses=4, attacker_rate=3e-4, defender_rate=3e-4),
-  "ipo": Card(Loss(kind="ipo", nll=0.5), responses=4, attacker_rate=3e-4, defender_rate=3e-4),
-  "grpo": Card(Loss(kind="grpo"), responses=4, attacker_rate=3e-4, defender_rate=3e-4),
+  "dpo": Card(Loss(kind="dpo", nll=0.3), responses=2, attacker_rate=5e-4, defender_rate=1.5e-4),
+  "ipo": Card(Loss(kind="ipo", nll=0.3), responses=2, attacker_rate=5e-4, defender_rate=1.5e-4),
+  "grpo": Card(Loss(kind="grpo"), responses=4, attacker_rate=3e-4, defender_rate=1.5e-4),
 }
 
 
