@@ -28,8 +28,7 @@ def run(main: Callable[[], None]) -> None:
   jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", _cache_folder()))
 
   def guarded(_: Sequence[str]) -> None:
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+    _log_our_own()
     try:
       main()
     except UserError as error:
@@ -40,6 +39,16 @@ def run(main: Callable[[], None]) -> None:
       _refuse(f"the disk is full at {error.filename}; what was saved before is whole: free room and run again")
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _log_our_own() -> None:
+  """Our lines bare, from INFO on; of the libraries only what failed."""
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter("%(message)s"))
+  ours = logging.getLogger("advgame_jax")
+  ours.handlers, ours.propagate = [handler], False
+  ours.setLevel(logging.INFO)
 
 
 def _cache_folder() -> str:

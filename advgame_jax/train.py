@@ -59,14 +59,14 @@ def train(config: Config, workdir: str, allow_changes: bool = False) -> None:
   state = restored[0] if restored else run.init_state()
   if restored:
     ledger.load(restored[1])
-    log.warning("resuming at step %d of %d", int(state.step), config.steps)
+    log.info("resuming at step %d of %d", int(state.step), config.steps)
   stop = _stop_on_sigterm()
   with Reporter(folder, config.report, config.steps, int(state.step), write=jax.process_index() == 0) as reporter:
     state, objective = _loop(run, state, ledger, reporter, checkpoints, stop)
   checkpoints.save(state, ledger.state_dict(), objective)
   checkpoints.close()
   if stop.is_set() and int(state.step) < config.steps:
-    log.warning("stopped at step %d, which is saved; the same command goes on from there", int(state.step))
+    log.info("stopped at step %d, which is saved; the same command goes on from there", int(state.step))
   elif jax.process_index() == 0:
     page.write_page(folder)
 

@@ -69,9 +69,9 @@ def warm_start(settings: WarmStart) -> float:
       params, opt_state, loss = step(params, opt_state, *part)
     losses.append(loss)
     if number % max(1, settings.steps // 5) == 0:
-      log.warning("warm start, step %d of %d: loss %.3f", number, settings.steps, float(loss))
+      log.info("warm start, step %d of %d: loss %.3f", number, settings.steps, float(loss))
   final = float(np.mean(jax.device_get(losses[-max(1, settings.steps // 10) :])))
-  log.warning("warm start done in %.0f s: loss %.3f", time.perf_counter() - start, final)
+  log.info("warm start done in %.0f s: loss %.3f", time.perf_counter() - start, final)
   hf.save(settings.out, config, params, words, hf_config.read(settings.model))
   return final
 
