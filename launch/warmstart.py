@@ -11,6 +11,7 @@ from advgame_jax import command, config, warmstart
 
 MODEL = flags.DEFINE_string("model", None, "Hugging Face folder to start from.", required=True)
 EXAMPLES = flags.DEFINE_string("examples", None, "JSON-lines file.", required=True)
+ATTACKER = flags.DEFINE_bool("attacker", False, "Prompts are seeds with a category, told as Attackers are.")
 OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
 STEPS = flags.DEFINE_integer("steps", 300, "Optimiser steps.")
 BATCH = flags.DEFINE_integer("batch", 64, "Examples per step.")
@@ -26,6 +27,7 @@ def main() -> None:
       defaults,
       model=MODEL.value,
       examples=EXAMPLES.value,
+      attacker=ATTACKER.value,
       out=OUT.value,
       steps=STEPS.value,
       batch=BATCH.value,
