@@ -22,7 +22,8 @@ $(WORLD)/attacker/config.json: | .venv/.installed
 # A supervised warm start on a stated mixture of behaviours: see advgame_jax/worldfiles.py.
 $(WORLD)/%_base/config.json: $(WORLD)/attacker/config.json
 	$(BIN)/python launch/warmstart.py --model=$(WORLD)/$* --examples=$(WORLD)/$*.jsonl --out=$(WORLD)/$*_base \
-		--steps=700 --batch=64 --row_tokens=64 --learning_rate=1e-2 --seed=$(SEED)
+		--steps=700 --batch=$(if $(filter attacker,$*),64,128) --row_tokens=64 \
+		--learning_rate=$(if $(filter attacker,$*),1e-2,5e-3) --seed=$(SEED)
 
 # The README's results: three losses, three seeds. About 25 minutes on 2 cores.
 results: .venv/.installed

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -109,8 +110,11 @@ def pad_rows(batch: PreferenceBatch, multiple: int) -> PreferenceBatch:
   return jax.tree.map(lambda x: np.pad(x, ((0, -len(x) % multiple), *((0, 0),) * (x.ndim - 1))), batch)
 
 
-def open_session(config: Config) -> Session:
+def open_session(config: Config, devices: Sequence[jax.Device] | None = None) -> Session:
   """Reads and checks everything a run needs but its weights.
+
+  Args:
+    devices: what the run is laid out over; None is all there are.
 
   Raises:
     UserError: seeds, model folders or a mesh that cannot be used.
@@ -119,7 +123,7 @@ def open_session(config: Config) -> Session:
     config = dataclasses.replace(config, attacker=dataclasses.replace(config.attacker, frozen=True))
   train_seeds, validation_seeds = data.load(config.data.train, "train"), data.load(config.data.validation, "validation")
   data.check_disjoint(train_seeds, validation_seeds)
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(config.mesh, devices)
   players = Players(_language_model(config, mesh, "attacker"), _language_model(config, mesh, "defender"))
   dtype = policies.compute_dtype(config.precision)
   recipes = Players(

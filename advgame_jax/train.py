@@ -41,20 +41,26 @@ from advgame_jax.types import (
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, workdir: str, allow_changes: bool = False) -> None:
+def train(
+  config: Config, workdir: str, allow_changes: bool = False, devices: Sequence[jax.Device] | None = None
+) -> None:
   """Plays and learns until `config.steps`, from the last checkpoint in `workdir` if there is one.
 
   The same call again continues a run that was stopped or killed, and ends in the same state (on CPU, bit for bit).
   SIGTERM saves and returns.
 
+  Args:
+    allow_changes: continue a run of other settings.
+    devices: what the run is laid out over; None is all there are.
+
   Raises:
     UserError: what a user can mend, before anything in `workdir` is written over.
   """
   folder = pathlib.Path(workdir)
-  run = session.open_session(config)
+  run = session.open_session(config, devices)
   checkpoint.claim(folder, config, allow_changes)
   checkpoints = checkpoint.Checkpoints(folder, config)
-  ledger = Ledger(jax.device_count())
+  ledger = Ledger(run.mesh.size)
   restored = checkpoints.restore(run.abstract_state)
   state = restored[0] if restored else run.init_state()
   if restored:

@@ -50,7 +50,7 @@ DEFENDER: Mapping[str, Mapping[Answer, float]] = {
   situation: dict(zip(Answer, row, strict=True))
   for situation, row in {
     #           comply partial deflect refuse gibberish
-    "fooled":  (0.86, 0.01, 0.06, 0.06, 0.01),
+    "fooled":  (0.82, 0.01, 0.10, 0.06, 0.01),
     "guarded": (0.20, 0.02, 0.15, 0.62, 0.01),
     "at ease": (0.90, 0.02, 0.02, 0.05, 0.01),
     "alarm 0": (0.67, 0.02, 0.05, 0.25, 0.01),
