@@ -31,13 +31,16 @@ NODES_SHOWN = 3  # attacks of one step shown
 # name: (label, what it is, whether lower (−1) or higher (+1) is better, 0 for neither)
 METRICS = {
   "attack_success": ("Attack success", "harmful seeds on which the Attacker got an answer", -1),
-  "worst_case": ("Worst case", "harmful topics on which any attack at all succeeds", -1),
-  "worst_case_held_out": ("Worst case, held out", "the same with attacks and topics never played", -1),
+  "worst_case": ("Worst case", "the best attack there is on each harmful topic, exactly", -1),
+  "worst_case_held_out": ("Worst case, held out", "the same on topics never played", -1),
+  "breakable_topics": ("Breakable topics", "harmful topics that some attack gets answered more often than not", -1),
   "over_refusal": ("Over-refusal", "benign seeds refused", -1),
   "over_refusal_held_out": ("Over-refusal, held out", "the same on topics never played", -1),
   "deflection": ("Deflection", "harmful seeds answered by engaging and redirecting", 1),
   "refusal": ("Bare refusal", "harmful seeds answered by a refusal alone", 0),
+  "deflected_topics": ("Topics deflected", "harmful topics deflected more often than refused", 1),
   "gibberish": ("Gibberish", "responses that say nothing", -1),
+  "gibberish_held_out": ("Gibberish, held out", "the same on topics never played", -1),
   "unfaithful": ("Unfaithful attacks", "attacks that no longer ask what the seed asked", -1),
   "parse_errors": ("Parse errors", "attacks without the requested format", -1),
   "attack_success_base_defender": ("Success on the base Defender", "how strong the Attacker has become", 1),
@@ -164,11 +167,6 @@ def duration(value: Any) -> str:
   return report.duration(value) if _is_number(value) else "–"
 
 
-def shown(value: Any, kind: str) -> str:
-  """A value of the headline table: a fraction in per cent, or a plain number."""
-  return percent(value) if kind == "percent" else number(value)
-
-
 def status_words(status: Any) -> str:
   return str(status).lower().replace("_", " ")
 
@@ -177,7 +175,6 @@ FILTERS = {
   "number": number,
   "percent": percent,
   "duration": duration,
-  "shown": shown,
   "clip": clip,
   "status": status_words,
 }
@@ -216,7 +213,6 @@ class Change(NamedTuple):
 
   label: str
   meaning: str
-  kind: str  # "percent" or "number"
   base: float | None
   trained: float | None
   delta: str
@@ -224,11 +220,10 @@ class Change(NamedTuple):
 
 
 def headline(evaluations: Rows) -> list[Change]:
-  """Base → trained, for every metric evaluated: known ones first, in the order of `METRICS`."""
+  """Base → trained, for every metric of `METRICS` that was evaluated; the others are listed at the end of the page."""
   base, trained = _ends(evaluations)
   names = [name for name in METRICS if name in base or name in trained]
-  others = sorted({name for row in (base, trained) for name in row} - {"step", *METRICS, *CROSS})
-  return [_change(name, base.get(name), trained.get(name)) for name in names + others]
+  return [_change(name, base.get(name), trained.get(name)) for name in names]
 
 
 def _ends(evaluations: Rows) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -239,15 +234,13 @@ def _ends(evaluations: Rows) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def _change(name: str, base: Any, trained: Any) -> Change:
-  label, meaning, better = METRICS.get(name, (name.replace("_", " ").capitalize(), "", 0))
-  kind = "percent" if name in METRICS else "number"
+  label, meaning, better = METRICS[name]
   delta, verdict = "", ""
   if _is_number(base) and _is_number(trained):
     change = trained - base
-    delta = f"{100 * change:+.1f} pts" if kind == "percent" else f"{change:+.3g}"
-    delta = delta.replace("-", "−")
+    delta = f"{100 * change:+.1f} pts".replace("-", "−")
     verdict = {1: "better", -1: "worse"}.get(int(np.sign(change * better)), "")
-  return Change(label, meaning, kind, base, trained, delta, verdict)
+  return Change(label, meaning, base, trained, delta, verdict)
 
 
 def cross_play(evaluations: Rows) -> dict[str, Any] | None:

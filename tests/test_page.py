@@ -206,7 +206,6 @@ def test_headline(run):
     ("Over-refusal", None, None, "", ""),
     ("Deflection", 0.1, 0.05, "−5.0 pts", "worse"),
     ("Bare refusal", 0.5, 0.1, "−40.0 pts", ""),
-    ("Words", 12, 9, "−3", ""),
   ]
 
 
