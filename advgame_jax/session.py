@@ -213,13 +213,13 @@ def _player_shardings(recipe: Recipe, mesh: Mesh) -> Any:
   params = jax.tree.map(place, model.param_specs(recipe.model))
   init = lambda: state_lib.init_player(recipe.player, recipe.optimizer, model.init(recipe.model, jax.random.key(0)))
   abstract = jax.eval_shape(init)
-  optimizer = optax.tree.map_params(
+  moments = lambda: optax.tree.map_params(
     recipe.optimizer, lambda _, where: where, abstract.optimizer, params, transform_non_params=lambda _: whole
   )
   return state_lib.PlayerState(
     params=params,
     ema=params if abstract.ema else {},
     initial=params if abstract.initial else {},
-    optimizer=optimizer if not recipe.player.frozen else (),
+    optimizer=() if recipe.player.frozen else moments(),
     bad_steps=whole,  # type: ignore[arg-type]
   )

@@ -247,7 +247,7 @@ def rates(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, 
 def _check_gradients(config: Config, step: int, scalars: Mapping[str, float]) -> None:
   for name in Players._fields:
     bad = scalars.get(f"{name}/bad_steps", 0)
-    if bad:
+    if bad and scalars[f"{name}/comparisons"]:
       log.warning("step %d: the %s's gradients are not finite; it was not updated", step, name)
     if bad >= config.max_bad_steps:
       raise UserError(

@@ -70,7 +70,8 @@ def _update_player(recipe: Recipe, state: PlayerState, batch: PreferenceBatch) -
   ema = optax.incremental_update(params, state.ema, 1 - recipe.player.ema_decay) if state.ema else {}
   new = dataclasses.replace(state, params=params, ema=ema, optimizer=optimizer_state)
   new = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, state)
-  new = dataclasses.replace(new, bad_steps=jnp.where(finite, 0, state.bad_steps + 1))
+  bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+  new = dataclasses.replace(new, bad_steps=jnp.where(comparisons > 0, bad_steps, state.bad_steps))
   extra = {"comparisons": comparisons, "grad_norm": norm, "learning_rate": rate, "bad_steps": new.bad_steps}
   return new, metrics | extra | {"skipped": 1.0 - moves.astype(jnp.float32)}
 
