@@ -1,10 +1,39 @@
-"""Eight fake CPU devices, and a compilation cache, for every test."""
+"""Eight fake CPU devices, a compilation cache, and the world that the whole-run tests share."""
 
+import fcntl
 import os
+import pathlib
+import subprocess
+import sys
 import tempfile
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
+_ONE_DEVICE = os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "advgame_jax_test_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def one_device() -> dict[str, str]:
+  """The environment of a program that sees one CPU device."""
+  cache = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "HF_"))}
+  return _ONE_DEVICE | cache
+
+
+@pytest.fixture(scope="session")
+def world_folder(tmp_path_factory, one_device) -> pathlib.Path:
+  """The tiny world of `world.py`, written once for all workers."""
+  shared = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    shared = shared.parent
+  folder = shared / "world"
+  with (shared / "world.lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (folder / "defender_base").exists():  # written last, whole or not at all
+      script = pathlib.Path(__file__).with_name("world.py")
+      subprocess.run([sys.executable, str(script), str(folder)], check=True, env=one_device)
+  return folder

@@ -6,6 +6,7 @@ Most attacks of its Attacker are faithful, some are not or do not parse; its Def
 import dataclasses
 import json
 import pathlib
+import sys
 
 import numpy as np
 
@@ -83,9 +84,7 @@ def config(folder: pathlib.Path, **changes) -> config_lib.Config:
     attacker=player("attacker"),
     defender=player("defender"),
     judges=config_lib.Judges(kind="microworld"),
-    data=config_lib.Data(
-      train=(str(folder / "train.jsonl"),), validation=(str(folder / "validation.jsonl"),), batch=8
-    ),
+    data=config_lib.Data(train=(str(folder / "train.jsonl"),), validation=(str(folder / "validation.jsonl"),), batch=8),
     report=config_lib.Report(tensorboard=False),
   )
   return changed(plain, **changes)
@@ -101,3 +100,7 @@ def changed(config: config_lib.Config, **changes) -> config_lib.Config:
       group = group[part]
     group[last] = value
   return config_lib.from_config_dict(values)
+
+
+if __name__ == "__main__":
+  write(pathlib.Path(sys.argv[1]))
