@@ -44,9 +44,9 @@ class Card(NamedTuple):
 
 
 CARDS = {
-  "dpo": Card(Loss(kind="dpo", nll=0.3), responses=4, attacker_rate=3e-4, defender_rate=3e-4),
-  "ipo": Card(Loss(kind="ipo", nll=0.3), responses=4, attacker_rate=3e-4, defender_rate=3e-4),
-  "grpo": Card(Loss(kind="grpo"), responses=4, attacker_rate=3e-4, defender_rate=3e-4),
+  "dpo": Card(Loss(kind="dpo", nll=0.3), responses=2, attacker_rate=5e-4, defender_rate=3e-4),
+  "ipo": Card(Loss(kind="ipo", nll=0.3), responses=2, attacker_rate=5e-4, defender_rate=3e-4),
+  "grpo": Card(Loss(kind="grpo"), responses=4, attacker_rate=5e-4, defender_rate=3e-4),
 }
 
 
@@ -57,7 +57,7 @@ def get_config(argument: str = "dpo,runs/world") -> config_dict.ConfigDict:
   return as_config_dict(
     Config(
       steps=300,
-      game=Game(attacks=2, responses=card.responses, instructions="microworld"),
+      game=Game(attacks=4, responses=card.responses, instructions="microworld"),
       attacker=player(world, "attacker", think=True, learning_rate=card.attacker_rate),
       defender=player(world, "defender", think=False, learning_rate=card.defender_rate),
       judges=Judges(kind="microworld"),
