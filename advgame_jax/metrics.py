@@ -1,0 +1,95 @@
+"""What a step took and what came of it: the numbers of the report's scalars."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from advgame_jax import model, update
+from advgame_jax.ledger import Ledger, Work
+from advgame_jax.policies import LanguageModel
+from advgame_jax.session import Session
+from advgame_jax.types import (
+  Category,
+  Judge,
+  Judgments,
+  Players,
+  Policy,
+  PreferenceBatch,
+  Question,
+  Rewards,
+  RolloutTree,
+  Samples,
+  Status,
+  Verdict,
+)
+
+_RESPONSE_STATUSES = (Status.VALID, Status.MAX_LENGTH, Status.PARSING, Status.JUDGE_FAILED)
+
+
+def metered(run: Session, policies: Players[Policy], ledger: Ledger) -> tuple[Policy, Policy, Judge]:
+  """The players and the judge, their time and tokens counted."""
+
+  def meter(policy: Policy, player: LanguageModel, work: Work) -> Policy:
+    def play(prompts: Sequence[str], present_R: np.ndarray, group: int, key: jax.Array) -> Samples:
+      with ledger.timed(work):
+        samples = policy(prompts, present_R, group, key)
+      ledger.add(work, *generated(player, samples))
+      return samples
+
+    return play
+
+  def judge(questions: Sequence[Question]) -> Sequence[Verdict]:
+    with ledger.timed("judge"):
+      return run.judge(questions)
+
+  attacker, defender = run.players
+  return (
+    meter(policies.attacker, attacker, "attacker generate"),
+    meter(policies.defender, defender, "defender generate"),
+    judge,
+  )
+
+
+def generated(player: LanguageModel, samples: Samples) -> tuple[int, float]:
+  """Tokens drawn, and the FLOPs of prefilling the prompts and drawing them."""
+  tokens = int(samples.length_RG.sum())
+  context = float(samples.prompt_length_R.mean()) + tokens / max(1, samples.length_RG.size)
+  return tokens, model.forward_flops(player.model, tokens + float(samples.prompt_length_R.sum()), context)
+
+
+def trained(run: Session, batch: Players[PreferenceBatch]) -> tuple[int, float]:
+  """Tokens of rows with a weight, and the FLOPs of the update, padding included."""
+  tokens = sum(float((b.length_PC * b.weight_P[:, None]).sum()) for b in batch)
+  flops = sum(update.update_flops(r, b.length_PC.size, b.tokens_PCT.shape[2]) for r, b in zip(run.recipes, batch))
+  return int(tokens), flops
+
+
+def of_play(tree: RolloutTree, judgments: Judgments, reward: Rewards) -> dict[str, float]:
+  """Fractions of each status, mean rewards, disagreement between the two orders, and what was played."""
+  fraction = lambda statuses, status: float(np.mean(statuses == status))
+  attack, response = judgments.attack_status_BA, judgments.response_status_BAD
+  played = response[response != Status.NOT_PLAYED]
+  mean = lambda values, mask: float(values[mask].mean()) if mask.any() else float("nan")
+  return {
+    **{f"play/attack_{s.name.lower()}": fraction(attack, s) for s in Status if s != Status.NOT_PLAYED},
+    **{f"play/response_{s.name.lower()}": fraction(played, s) for s in _RESPONSE_STATUSES if len(played)},
+    "reward/attacker": mean(reward.attack_BA, reward.attack_mask_BA),
+    "reward/defender": mean(reward.response_BAD, reward.response_mask_BAD),
+    "judge/disagreement_attacker": judgments.disagreement.attacker,
+    "judge/disagreement_defender": judgments.disagreement.defender,
+    "harmful": float(np.mean(tree.seeds.category_B == Category.HARMFUL)),
+  }
+
+
+def rates(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+  """What the step between two readings of the ledger took, the totals so far, and tokens per second."""
+  spent = lambda name: after[f"cost/{name}"] - before[f"cost/{name}"]
+  generate = spent("seconds/attacker_generate") + spent("seconds/defender_generate")
+  seconds = {"generate": generate, "judge": spent("seconds/judge"), "update": spent("seconds/update")}
+  tokens = {"generate": spent("tokens_generated"), "update": spent("tokens_trained")}
+  return {
+    **after,
+    **{f"seconds/{name}": value for name, value in seconds.items()},
+    **{f"tokens_per_second/{name}": value / max(seconds[name], 1e-9) for name, value in tokens.items()},
+  }
