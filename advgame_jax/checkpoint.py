@@ -27,6 +27,7 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
     UserError: the folder holds another run, or something that is no run.
   """
   path = workdir / CONFIG
+  partial = path.with_suffix(".partial")
   if path.is_file():
     changed = config_lib.differences(config_lib.from_json(path.read_text()), config)
     if changed and not allow_changes:
@@ -34,11 +35,10 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
         f"{workdir} holds a run with other settings ({'; '.join(changed)}); allowed: the same settings, another "
         "--workdir, or --allow_changes"
       )
-  elif workdir.is_dir() and any(workdir.iterdir()):
+  elif workdir.is_dir() and any(file != partial for file in workdir.iterdir()):
     raise UserError(f"{workdir} holds files but no {CONFIG} of a run; allowed: an empty or new folder, or a run's own")
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     partial.write_text(config_lib.to_json(config))
     partial.replace(path)
 
@@ -90,10 +90,13 @@ class Checkpoints:
         state = restored["state"]
         if int(state.step) != step:
           raise ValueError(f"it says it is of step {int(state.step)}")
-        return state, restored["run"]["ledger"]
       except Exception as error:  # whatever is wrong with it, an older one may do
         reason = " ".join(str(error).split())[:200]
         logging.getLogger(__name__).warning("checkpoint %d cannot be read (%s); trying an older one", step, reason)
+        continue
+      for unreadable in steps[: steps.index(step)]:
+        self._manager.delete(unreadable)
+      return state, restored["run"]["ledger"]
     if steps:
       raise UserError(f"none of the checkpoints {steps} can be read; allowed: a new --workdir, or a whole checkpoint")
     return None

@@ -1,27 +1,19 @@
-"""The whole step and the whole run: what moves and what does not, resuming, meshes, compilations."""
+"""The whole step: who moves, who does not, what plays, and what is compiled."""
 
 import dataclasses
+import functools
 import itertools
 import json
-import os
-import pathlib
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import optax
 import pytest
-
 import world
-from advgame_jax import checkpoint, data, ledger, preferences, scoring, session, train
-from advgame_jax.types import Players, Status, UserError
 
-RUN = pathlib.Path(__file__).parents[1] / "launch" / "run.py"
-COSTS = ("time", "cost/", "seconds/", "tokens_per_second/")
+from advgame_jax import microworld, scoring, train
+from advgame_jax.microworld import Query
+from advgame_jax.types import Category, Players, Status, UserError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,56 +24,17 @@ def compile_quickly():
   jax.config.update("jax_disable_most_optimizations", False)
 
 
-class Recorder:
-  """In the place of a `Reporter`: keeps what it is given, by step."""
-
-  def __init__(self):
-    self.scalars, self.trees, self.judgments, self.rewards, self.evaluations, self.compilations = ({} for _ in range(6))
-
-  def write(self, step, scalars):
-    self.scalars[step] = scalars
-    self.compilations[step] = ledger.process_compilations().count
-
-  def transcript(self, step, tree, judgments, rewards):
-    self.trees[step], self.judgments[step], self.rewards[step] = tree, judgments, rewards
-
-  def evaluation(self, step, values):
-    self.evaluations[step] = values
-
-
-def open_session(config, devices=1):
-  return session.open_session(config, jax.devices()[:devices])
-
-
-def play(run, steps, state=None):
-  """Plays some steps; returns what was recorded and the states before each step and after the last, on the host."""
-  recorder, batches = Recorder(), data.SeedBatches(run.train_seeds, run.config.data, run.config.seed)
-  state = run.init_state() if state is None else state
-  states = [jax.device_get(state)]
-  for step in range(int(state.step), int(state.step) + steps):
-    state = train.play_and_learn(run, state, step, batches[step], ledger.Ledger(1), recorder)
-    states.append(jax.device_get(state))
-  return recorder, states
-
-
-def same(a, b):
-  """Whether two trees are alike, bit for bit."""
-  a, b = jax.tree.flatten(a), jax.tree.flatten(b)
-  bits = lambda x: (np.asarray(x).dtype, np.asarray(x).shape, np.asarray(x).tobytes())
-  return a[1] == b[1] and list(map(bits, a[0])) == list(map(bits, b[0]))
-
-
 @pytest.fixture(scope="module")
 def first(world_folder):
   """The run that the others are compared to: two steps on one device."""
-  run = open_session(world.config(world_folder))
-  return run, *play(run, 2)
+  run = world.open_session(world.config(world_folder))
+  return run, *world.play(run, 2)
 
 
 def test_both_players_learn_from_most_trees(first):
   _, recorder, states = first
   for name in Players._fields:
-    assert not same(getattr(states[0].players, name).params, getattr(states[2].players, name).params)
+    assert not world.same(getattr(states[0].players, name).params, getattr(states[2].players, name).params)
     assert recorder.scalars[0][f"{name}/comparisons"] > 0
     assert np.isfinite(recorder.scalars[0][f"{name}/grad_norm"])
   assert [int(state.step) for state in states] == [0, 1, 2]
@@ -93,34 +46,33 @@ def test_the_moving_average_moves_once_a_step(first):
   run, _, states = first
   for name in Players._fields:
     before, after = (getattr(state.players, name) for state in states[:2])
-    decay = getattr(run.config, name).ema_decay
-    mixed = jax.tree.map(lambda ema, new: decay * ema + (1 - decay) * new, before.ema, after.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.ema, mixed)
+    mixed = optax.incremental_update(after.params, before.ema, 1 - getattr(run.config, name).ema_decay)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.ema, mixed)
 
 
 @pytest.mark.parametrize("frozen", Players._fields)
 def test_a_frozen_player_does_not_move_while_the_other_does(world_folder, frozen):
-  _, (before, after) = play(open_session(world.config(world_folder, **{f"{frozen}__frozen": True})), 1)
+  _, (before, after) = world.play(world.open_session(world.config(world_folder, **{f"{frozen}__frozen": True})), 1)
   for name in Players._fields:
-    assert same(getattr(before.players, name), getattr(after.players, name)) == (name == frozen)
+    assert world.same(getattr(before.players, name), getattr(after.players, name)) == (name == frozen)
 
 
 def test_without_the_attacker_the_seeds_are_played(world_folder):
-  run = open_session(world.config(world_folder, game__skip_attacker=True))
-  recorder, (before, after) = play(run, 1)
+  run = world.open_session(world.config(world_folder, game__skip_attacker=True))
+  recorder, (before, after) = world.play(run, 1)
   tree = recorder.trees[0]
   assert tree.attack_text_BA.tolist() == [[text] for text in tree.seeds.text_B]
-  assert same(before.players.attacker, after.players.attacker)
-  assert not same(before.players.defender, after.players.defender)
+  assert world.same(before.players.attacker, after.players.attacker)
+  assert not world.same(before.players.defender, after.players.defender)
   assert "attacker/loss" not in recorder.scalars[0]
 
 
 def test_a_judge_that_always_fails_teaches_nothing(world_folder):
-  run = open_session(world.config(world_folder, judges__failure_rate=1.0))
-  recorder, (before, after) = play(run, 1)
+  run = world.open_session(world.config(world_folder, judges__failure_rate=1.0))
+  recorder, (before, after) = world.play(run, 1)
   assert {Status.JUDGE_FAILED} < set(recorder.judgments[0].attack_status_BA.flat)
   assert after.step == 1
-  assert same(before.players, after.players)
+  assert world.same(before.players, after.players)
 
 
 # (generator, reference) of the Attacker and of the Defender; the default is ema twice.
@@ -137,8 +89,8 @@ def sources(attacker, defender):
 
 @pytest.mark.parametrize("attacker, defender", SOURCES)
 def test_the_generator_s_newest_weights_play(world_folder, attacker, defender):
-  run = open_session(world.config(world_folder, **sources(attacker, defender)))
-  recorder, states = play(run, 2)
+  run = world.open_session(world.config(world_folder, **sources(attacker, defender)))
+  recorder, states = world.play(run, 2)
   samples = Players(recorder.trees[1].attacks, recorder.trees[1].responses)
   for language_model, player, drawn, (generator, _) in zip(
     run.players, states[1].players, samples, (attacker, defender)
@@ -151,31 +103,21 @@ def test_the_generator_s_newest_weights_play(world_folder, attacker, defender):
 @pytest.mark.parametrize("attacker, defender", SOURCES)
 @pytest.mark.parametrize("kind", ["ipo", "grpo"])
 def test_every_loss_learns_from_every_source(world_folder, kind, attacker, defender):
-  run = open_session(world.config(world_folder, loss__kind=kind, **sources(attacker, defender)))
-  recorder, (before, after) = play(run, 1)
+  run = world.open_session(world.config(world_folder, loss__kind=kind, **sources(attacker, defender)))
+  recorder, (before, after) = world.play(run, 1)
   for name in Players._fields:
     assert np.isfinite(recorder.scalars[0][f"{name}/grad_norm"]) and recorder.scalars[0][f"{name}/grad_norm"] > 0
     old, new = getattr(before.players, name), getattr(after.players, name)
-    assert not same(old.params, new.params) and same(old.initial, new.initial)
+    assert not world.same(old.params, new.params) and world.same(old.initial, new.initial)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.players))
-
-
-def first_moments(state):
-  """The clipped gradients of the first step, up to a factor: unlike Adam's steps, they are no signs of roundings."""
-  return [optax.tree.get(player.optimizer, "mu") for player in state.players]
-
-
-def assert_close(a, b, tolerance):
-  """Two trees agree, to a fraction of each leaf's largest value."""
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(x).max()), a, b)
 
 
 def test_micro_batches_add_up_to_the_batch(first, world_folder):
   _, whole, states = first
   settings = {f"{name}__accumulate": 2 for name in Players._fields}
-  parts, (_, after) = play(open_session(world.config(world_folder, **settings)), 1)
-  assert same(whole.trees[0].responses.tokens_RGT, parts.trees[0].responses.tokens_RGT)
-  assert_close(first_moments(states[1]), first_moments(after), 1e-4)
+  parts, (_, after) = world.play(world.open_session(world.config(world_folder, **settings)), 1)
+  assert world.same(whole.trees[0].responses.tokens_RGT, parts.trees[0].responses.tokens_RGT)
+  world.assert_close(world.first_moments(states[1]), world.first_moments(after), 1e-4)
   for name in ("attacker/loss", "defender/loss", "attacker/grad_norm", "defender/accuracy"):
     assert parts.scalars[0][name] == pytest.approx(whole.scalars[0][name], rel=1e-4)
   assert [optax.tree.get(player.optimizer, "ScaleByScheduleState").count for player in after.players] == [1, 1]
@@ -186,15 +128,15 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_stop_the_run(firs
   state = run.init_state()
   broken = state.players.attacker.params | {"embed": state.players.attacker.params["embed"].at[0, 0].set(np.nan)}
   attacker = dataclasses.replace(state.players.attacker, params=broken)  # its moving average plays on
-  recorder, states = play(run, 2, dataclasses.replace(state, players=state.players._replace(attacker=attacker)))
+  recorder, states = world.play(run, 2, dataclasses.replace(state, players=state.players._replace(attacker=attacker)))
   for step, (before, after) in enumerate(itertools.pairwise(states)):
     assert recorder.scalars[step]["attacker/skipped"] == 1
     assert after.players.attacker.bad_steps == step + 1
-    assert same(before.players.attacker, dataclasses.replace(after.players.attacker, bad_steps=np.int32(step)))
-    assert not same(before.players.defender.params, after.players.defender.params)
+    assert world.same(before.players.attacker, dataclasses.replace(after.players.attacker, bad_steps=np.int32(step)))
+    assert not world.same(before.players.defender.params, after.players.defender.params)
   state = jax.device_put(states[-1], run.state_shardings)
   with pytest.raises(UserError, match="the attacker's gradients were not finite for 3 steps in a row"):
-    play(run, 1, state)
+    world.play(run, 1, state)
 
 
 def drawn_from(player, params, samples):
@@ -212,3 +154,34 @@ def drawn_from(player, params, samples):
   mask_RT = (slots >= start_R[:, None]) & (slots < (start_R + length_R)[:, None])
   scored_RT = scoring.score(player.model, params, tokens_RT, mask_RT, scoring.plain_logprob, chunk=1024)
   return np.abs(np.where(mask_RT, np.asarray(scored_RT) - expected_RT, 0)).max()
+
+
+def test_nothing_is_compiled_after_the_first_step(world_folder, tmp_path):
+  """Harmful seeds are short and benign ones long, and take turns; the Attacker writes short queries and long ones."""
+  framings = {Category.HARMFUL: "plain", Category.BENIGN: "expert"}
+  framing_of = {framing.name: framing for framing in microworld.FRAMINGS}
+  queries = [Query(topic, framing_of[framings[topic.category]], verb, 0) for topic in world.PLAYED for verb in range(3)]
+  world.write_seeds(tmp_path / "train.jsonl", queries)
+  config = world.config(
+    world_folder,
+    steps=6,
+    data__train=(str(tmp_path / "train.jsonl"),),
+    data__batch=1,
+    defender__frozen=True,
+    attacker__sampling__prompt_buckets=(13, 24),
+    defender__sampling__prompt_buckets=(9, 24),
+    evaluation__every=3,
+    checkpoint__every=2,
+  )
+  train.train(config, str(tmp_path / "run"), devices=jax.devices()[:1])
+  read = lambda name: [json.loads(line) for line in (tmp_path / "run" / name).open()]
+  assert len({line["cost/compilations"] for line in read("scalars.jsonl")}) == 1
+
+  words = {step: [] for step in range(6)}
+  for line in read("transcript.jsonl"):
+    words[line["step"]].append(
+      (len(line["seed"].split()), len(line["query"].split()) if line["status"] == "VALID" else 0)
+    )
+  longest = [np.max(counts, 0) for counts in words.values()]
+  assert [x > 7 for x, _ in longest] == [False, True] * 3 and len({x > 7 for _, x in longest[1:]}) == 2
+  assert [line["step"] for line in read("evaluations.jsonl")] == [0, 3, 6]

@@ -8,10 +8,12 @@ import json
 import pathlib
 import sys
 
+import jax
 import numpy as np
+import optax
 
 from advgame_jax import config as config_lib
-from advgame_jax import microworld, warmstart, worldfiles
+from advgame_jax import data, ledger, microworld, session, train, warmstart, worldfiles
 from advgame_jax.microworld import FRAMINGS, TOPICS, Answer, Query
 from advgame_jax.prompts import attacker_turn
 from advgame_jax.types import Category
@@ -27,7 +29,7 @@ def write(folder: pathlib.Path) -> None:
   """train.jsonl, validation.jsonl and the model folders attacker_base/, defender_base/."""
   worldfiles.write(folder, 0, attacker_rows=0, defender_rows=0, player=PLAYER)
   for name, topics in (("train", PLAYED), ("validation", HELD_OUT)):
-    _write_lines(folder / f"{name}.jsonl", worldfiles.seed_rows(topics))
+    write_seeds(folder / f"{name}.jsonl", microworld.seeds(topics))
   random = np.random.default_rng(0)
   for name, example in (("attacker", _attack), ("defender", _response)):
     _write_lines(folder / f"{name}.jsonl", [example(random) for _ in range(1024)])
@@ -42,6 +44,10 @@ def write(folder: pathlib.Path) -> None:
       mesh=config_lib.Mesh(),
     )
     warmstart.warm_start(settings)
+
+
+def write_seeds(path: pathlib.Path, queries) -> None:
+  _write_lines(path, [{"prompt": q.text, "category": q.topic.category.name.lower()} for q in queries])
 
 
 def _attack(random: np.random.Generator) -> dict[str, str]:
@@ -100,6 +106,55 @@ def changed(config: config_lib.Config, **changes) -> config_lib.Config:
       group = group[part]
     group[last] = value
   return config_lib.from_config_dict(values)
+
+
+class Recorder:
+  """In the place of a `Reporter`: keeps what it is given, by step."""
+
+  def __init__(self):
+    self.scalars, self.trees, self.judgments, self.rewards, self.evaluations, self.compilations = ({} for _ in range(6))
+
+  def write(self, step, scalars):
+    self.scalars[step] = scalars
+    self.compilations[step] = ledger.process_compilations().count
+
+  def transcript(self, step, tree, judgments, rewards):
+    self.trees[step], self.judgments[step], self.rewards[step] = tree, judgments, rewards
+
+  def evaluation(self, step, values):
+    self.evaluations[step] = values
+
+
+def open_session(config, devices=1):
+  return session.open_session(config, jax.devices()[:devices])
+
+
+def play(run, steps, state=None):
+  """Plays some steps; returns what was recorded and the states before each step and after the last, on the host."""
+  recorder, batches = Recorder(), data.SeedBatches(run.train_seeds, run.config.data, run.config.seed)
+  state = run.init_state() if state is None else state
+  states = [jax.device_get(state)]
+  for step in range(int(state.step), int(state.step) + steps):
+    state = train.play_and_learn(run, state, step, batches[step], ledger.Ledger(1), recorder)
+    states.append(jax.device_get(state))
+  return recorder, states
+
+
+def same(a, b):
+  """Whether two trees are alike, bit for bit."""
+  a, b = jax.tree.flatten(a), jax.tree.flatten(b)
+  bits = lambda x: (np.asarray(x).dtype, np.asarray(x).shape, np.asarray(x).tobytes())
+  return a[1] == b[1] and list(map(bits, a[0])) == list(map(bits, b[0]))
+
+
+def first_moments(state):
+  """The clipped gradients of the first step, up to a factor: unlike Adam's steps, they are no signs of roundings."""
+  return [optax.tree.get(player.optimizer, "mu") for player in state.players]
+
+
+def assert_close(a, b, tolerance):
+  """Two trees agree, to a fraction of each leaf's largest value."""
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(x).max()), a, b)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""Checkpoints: bit for bit what the state was, on any mesh, the last good one, and whose a folder is."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import world
+
+from advgame_jax import checkpoint, session
+from advgame_jax.types import UserError
+
+
+@pytest.fixture(scope="module")
+def run(world_folder):
+  return session.open_session(world.config(world_folder), jax.devices()[:1])
+
+
+@pytest.fixture
+def open_checkpoints(tmp_path, run):
+  """Opens the checkpoints of one folder, as each process of a run does."""
+  opened = []
+
+  def again(**changes):
+    for before in opened:
+      before.close()
+    opened.append(checkpoint.Checkpoints(tmp_path, world.changed(run.config, **changes)))
+    return opened[-1]
+
+  yield again
+  opened[-1].close()
+
+
+def at(run, step):
+  """A state of that step, all its numbers different from those of other steps."""
+  state = jax.jit(lambda state: jax.tree.map(lambda x: x + step, state), donate_argnums=0)(run.init_state())
+  return state.replace(step=state.step * 0 + step)
+
+
+def same(a, b):
+  equal = lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype
+  return jax.tree.all(jax.tree.map(equal, a, b))
+
+
+def saved_steps(folder):
+  return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def corrupt(folder, step):
+  """Half of every array's file is lost."""
+  for path in (folder / "checkpoints" / str(step) / "state").rglob("*"):
+    if path.is_file() and path.stat().st_size > 1000:
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_state_that_is_overwritten_at_once_is_saved_as_it_was(run, open_checkpoints, tmp_path):
+  overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 2 + 1, state), donate_argnums=0)
+  checkpoints = open_checkpoints(checkpoint__keep=3)
+  for step in range(3):
+    state = at(run, step)
+    checkpoints.save(state, {"spent": step}, None)
+    overwrite(state)
+  checkpoints.wait()
+  for step in (2, 1, 0):
+    state, ledger = open_checkpoints().restore(run.abstract_state)
+    assert same(state, at(run, step)) and ledger == {"spent": step}
+    shutil.rmtree(tmp_path / "checkpoints" / str(step))
+
+
+def test_a_new_folder_has_nothing_to_restore(run, open_checkpoints):
+  assert open_checkpoints().restore(run.abstract_state) is None
+
+
+def test_the_newest_and_the_best_are_kept(run, open_checkpoints, tmp_path):
+  checkpoints = open_checkpoints()
+  for step, objective in enumerate((-0.5, -0.1, -0.3, None, None)):
+    checkpoints.save(at(run, step), {}, objective)
+  checkpoints.wait()
+  assert saved_steps(tmp_path) == [1, 3, 4]
+
+
+def test_the_last_good_one_is_used_said_so_and_saved_over(run, open_checkpoints, tmp_path, caplog):
+  checkpoints = open_checkpoints(checkpoint__keep=3)
+  for step in range(3):
+    checkpoints.save(at(run, step), {"spent": step}, None)
+  checkpoints.wait()
+  corrupt(tmp_path, 2)
+  checkpoints = open_checkpoints()
+  state, ledger = checkpoints.restore(run.abstract_state)
+  assert same(state, at(run, 1)) and ledger == {"spent": 1}
+  assert "checkpoint 2 cannot be read" in caplog.text
+  checkpoints.save(at(run, 2), {"spent": 20}, None)
+  state, ledger = open_checkpoints().restore(run.abstract_state)
+  assert same(state, at(run, 2)) and ledger == {"spent": 20}
+
+
+def test_when_none_is_good_that_is_said_and_nothing_is_removed(run, open_checkpoints, tmp_path):
+  checkpoints = open_checkpoints()
+  for step in range(2):
+    checkpoints.save(at(run, step), {}, None)
+  checkpoints.wait()
+  corrupt(tmp_path, 0)
+  corrupt(tmp_path, 1)
+  with pytest.raises(UserError, match=r"none of the checkpoints \[1, 0\] can be read; allowed: a new --workdir"):
+    open_checkpoints().restore(run.abstract_state)
+  assert saved_steps(tmp_path) == [0, 1]
+
+
+def test_half_a_checkpoint_is_none(run, open_checkpoints, tmp_path):
+  checkpoints = open_checkpoints()
+  checkpoints.save(at(run, 0), {}, None)
+  checkpoints.wait()
+  whole = tmp_path / "checkpoints" / "0"
+  (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp-1").mkdir()  # as a killed process leaves it
+  (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp-1" / "state").symlink_to(whole / "state")
+  state, _ = open_checkpoints().restore(run.abstract_state)
+  assert int(state.step) == 0
+
+
+@pytest.mark.parametrize("there, back", [(8, 1), (1, 8)])
+def test_a_checkpoint_of_one_mesh_restores_on_another(world_folder, open_checkpoints, there, back):
+  mesh = {1: {}, 8: {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}}
+  runs = {n: session.open_session(world.config(world_folder, **mesh[n]), jax.devices()[:n]) for n in (1, 8)}
+  state = at(runs[there], 3)
+  checkpoints = open_checkpoints()
+  checkpoints.save(state, {}, None)
+  checkpoints.wait()
+  restored, _ = open_checkpoints().restore(runs[back].abstract_state)
+  assert same(restored, jax.device_get(state))
+  where = lambda state: jax.tree.map(lambda x: x.sharding, state)
+  assert where(restored) == where(runs[back].abstract_state)
+
+
+def test_a_folder_is_claimed_once(run, tmp_path):
+  folder = tmp_path / "new" / "run"
+  checkpoint.claim(folder, run.config, allow_changes=False)
+  checkpoint.claim(folder, run.config, allow_changes=False)
+  checkpoint.claim(folder, world.changed(run.config, checkpoint__every=7), allow_changes=False)
+  other = world.changed(run.config, loss__beta=0.2, checkpoint__every=9)
+  before = (folder / "config.json").read_bytes()
+  with pytest.raises(UserError, match=r"other settings \(loss.beta: 0.1 → 0.2\); allowed: .*--allow_changes"):
+    checkpoint.claim(folder, other, allow_changes=False)
+  assert (folder / "config.json").read_bytes() == before
+  checkpoint.claim(folder, other, allow_changes=True)
+  checkpoint.claim(folder, other, allow_changes=False)
+
+
+def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
+  (tmp_path / "thesis.tex").touch()
+  with pytest.raises(UserError, match=r"holds files but no config\.json of a run"):
+    checkpoint.claim(tmp_path, run.config, allow_changes=True)
+  assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_claim_that_was_killed_is_made_again(run, tmp_path):
+  (tmp_path / "config.partial").write_text("{")
+  checkpoint.claim(tmp_path, run.config, allow_changes=False)
+  assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
