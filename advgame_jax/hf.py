@@ -66,6 +66,18 @@ def load(
     return jax.tree.map(place, specs)
 
 
+def check(folder: str | pathlib.Path) -> None:
+  """Whether `load` will find its weights, by the files' headers.
+
+  Raises:
+    UserError: weights missing, cut short, unexpected, or of another shape than config.json says.
+  """
+  folder = pathlib.Path(folder)
+  config = load_config(folder)
+  with contextlib.ExitStack() as stack:
+    _check(config, model.param_specs(config), _open(folder, stack), folder)
+
+
 def save(
   folder: str | pathlib.Path,
   config: ModelConfig,

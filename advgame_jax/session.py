@@ -152,6 +152,7 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
   if not settings.model:
     raise UserError(f"config.{name}.model is empty; allowed: a Hugging Face folder with weights and tokenizer")
   model_config, words = hf_config.load_config(settings.model), tokenizer.load(settings.model)
+  hf.check(settings.model)
   if words.vocab_size > model_config.vocab:
     raise UserError(
       f"{settings.model}: the tokenizer has {words.vocab_size} tokens but the embedding {model_config.vocab}; "
