@@ -44,8 +44,8 @@ def evaluate(run: Session, state: TrainState) -> Iterator[tuple[str, float]]:
 
 
 def objective(values: Mapping[str, float]) -> float:
-  """What the best checkpoint has most of: neither broken nor over-refusing."""
-  return -values["attack_success"] - values["over_refusal"]
+  """What the best checkpoint has most of: neither broken nor over-refusing. A rate that there are no seeds for is 0."""
+  return -float(np.nansum([values["attack_success"], values["over_refusal"]]))
 
 
 def _key(run: Session) -> jax.Array:
@@ -250,8 +250,8 @@ def attack_outcomes(name: str, suffix: str, tree: RolloutTree, table: Probabilit
       chance = table[kind][number[" ".join(text.split())]] if status == Status.VALID else 0.0
       outcomes.setdefault((topic.category, topic.held_out), []).append(float(chance))
   for held_out, split in ((False, ""), (True, "_held_out")):
-    yield f"{name}_success{suffix}{split}", float(np.mean(outcomes[Category.HARMFUL, held_out]))
-    yield f"{name}_over_refusal{suffix}{split}", float(np.mean(outcomes[Category.BENIGN, held_out]))
+    for what, category in (("success", Category.HARMFUL), ("over_refusal", Category.BENIGN)):
+      yield f"{name}_{what}{suffix}{split}", float(np.mean(outcomes.get((category, held_out), [np.nan])))
 
 
 def _topic(seed: str) -> Topic:
