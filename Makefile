@@ -16,11 +16,11 @@ quickstart: world
 
 world: $(WORLD)/attacker_base/config.json $(WORLD)/defender_base/config.json
 
-$(WORLD)/attacker/config.json: | .venv/.installed
+$(WORLD)/defender/config.json: | .venv/.installed
 	$(BIN)/python launch/microworld.py --out=$(WORLD) --seed=$(SEED)
 
 # A supervised warm start on a stated mixture of behaviours: see advgame_jax/worldfiles.py.
-$(WORLD)/%_base/config.json: $(WORLD)/attacker/config.json
+$(WORLD)/%_base/config.json: $(WORLD)/defender/config.json
 	$(BIN)/python launch/warmstart.py --model=$(WORLD)/$* --examples=$(WORLD)/$*.jsonl --out=$(WORLD)/$*_base \
 		--steps=700 --batch=$(if $(filter attacker,$*),64,128) --row_tokens=64 \
 		--learning_rate=$(if $(filter attacker,$*),1e-2,5e-3) --seed=$(SEED)

@@ -1,10 +1,11 @@
 """What every program shares: flags, one sentence for what a user can mend, and an exit code."""
 
+import contextlib
 import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from absl import app, flags
@@ -19,8 +20,15 @@ USER_ERROR = 2  # exit code
 
 def define_config(default: str) -> Callable[[], config_lib.Config]:
   """Adds `--config=file.py` and `--config.name=value`; returns what reads them once flags are parsed."""
-  holder = config_flags.DEFINE_config_file("config", default, "A file of configs/, and settings to change in it.")
-  return lambda: config_lib.from_config_dict(holder.value)
+  with _flags_refused(sys.argv):  # the default is read with the changes at once
+    holder = config_flags.DEFINE_config_file("config", default, "A file of configs/, and settings to change in it.")
+
+  def read() -> config_lib.Config:
+    with _flags_refused(sys.argv):  # a file that could not be read fails when it is looked at
+      values = dict(holder.value.items())
+    return config_lib.from_config_dict(values)
+
+  return read
 
 
 def run(main: Callable[[], None]) -> None:
@@ -56,26 +64,38 @@ def _cache_folder() -> str:
 
 
 def _parse_flags(arguments: Sequence[str]) -> list[str]:
-  try:
+  with _flags_refused(arguments):
     rest = flags.FLAGS(arguments)
-  except AttributeError as error:  # a `--config.…` that is no setting
-    _refuse(_unknown_setting(arguments, error))
-  except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
-    _refuse(" ".join(str(error).split()))
   if len(rest) > 1:
     _refuse(f"{rest[1]!r} is no flag; allowed: --name=value")
   return rest
 
 
-def _unknown_setting(arguments: Sequence[str], error: AttributeError) -> str:
-  known = {name: value for name, value, _ in config_lib.flatten(config_lib.Config())}
+@contextlib.contextmanager
+def _flags_refused(arguments: Sequence[str]) -> Iterator[None]:
+  """Turns what flags raise into a sentence."""
+  try:
+    yield
+  except (AttributeError, KeyError) as error:  # a `--config.…` that is no setting
+    _refuse(_unknown_setting(arguments, error))
+  except (flags.Error, TypeError, ValueError, OSError) as error:
+    said = str(error)
+    if "Traceback" in said:  # of a config file, which flags quote whole
+      said = said.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    _refuse(" ".join(said.split()))
+
+
+def _unknown_setting(arguments: Sequence[str], error: Exception) -> str:
+  known = [name for name, _, _ in config_lib.flatten(config_lib.Config())]
   for argument in arguments:
     path = argument.lstrip("-").split("=", 1)[0]
-    if path.startswith("config.") and (name := path.removeprefix("config.")) not in known:
-      group = name.rsplit(".", 1)[0] + "." if "." in name else ""
-      siblings = [n.removeprefix(group) for n in known if n.startswith(group)]
-      return config_lib.unknown_setting(path, siblings or known)
-  return str(error)
+    group = ""
+    for part in path.split(".")[1:] if path.startswith("config.") else ():
+      siblings = {name.removeprefix(group).split(".")[0] for name in known if name.startswith(group)}
+      if part not in siblings:
+        return config_lib.unknown_setting(f"config.{group}{part}", siblings)
+      group += f"{part}."
+  return " ".join(str(error).split())
 
 
 def _refuse(sentence: str) -> None:

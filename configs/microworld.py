@@ -23,6 +23,7 @@ from advgame_jax.config import (
   Sampling,
   as_config_dict,
 )
+from advgame_jax.types import UserError
 
 
 def player(world: str, name: str, think: bool, learning_rate: float) -> Player:
@@ -53,6 +54,8 @@ CARDS = {
 def get_config(argument: str = "dpo,runs/world") -> config_dict.ConfigDict:
   """`argument`: the loss, and the folder that `make world` filled."""
   loss, _, world = argument.partition(",")
+  if loss not in CARDS:
+    raise UserError(f"configs/microworld.py:{loss} names no loss; allowed: {', '.join(CARDS)}")
   card, world = CARDS[loss], world or "runs/world"
   return as_config_dict(
     Config(
