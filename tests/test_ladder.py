@@ -1,0 +1,82 @@
+"""Imports go downward only. The table below is the architecture: a module that is not in it has no place yet."""
+
+import ast
+import graphlib
+import itertools
+import pathlib
+
+import pytest
+
+import advgame_jax
+
+PACKAGE = pathlib.Path(advgame_jax.__file__).parent
+LEVELS = (
+  "types config",
+  "sharding tokenizer refusals prompts rewards preferences losses",
+  "attention model scoring sampler hf_config hf hf_gguf",
+  "policies game judges heuristic microworld worldfiles state update",
+  "data checkpoint ledger report plots charts page",
+  "command session evaluate metrics train warmstart",
+)
+# Within a level, only a module to the right may import one to its left.
+CHAINS = (
+  "types → config",
+  "refusals → prompts",
+  "attention → model → scoring → sampler",
+  "model → hf_config → hf → hf_gguf",
+  "microworld → worldfiles",
+  "state → update",
+  "plots → charts → page",
+  "ledger → page",
+  "report → page",
+  "session → evaluate → train",
+  "session → metrics → train",
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
+ARROWS = [pair for chain in CHAINS for pair in itertools.combinations(chain.split(" → "), 2)]
+
+
+def imports(source: str) -> set[str]:
+  """Dotted names of what a file imports, anywhere in it: of modules, and of what is taken from them."""
+  found = set()
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      found |= {name.name for name in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, "a relative import"
+      found |= {f"{node.module}.{name.name}" for name in node.names}
+  return found
+
+
+IMPORTS = {path.stem: imports(path.read_text()) for path in PACKAGE.glob("*.py")}
+GRAPH = {
+  module: {name.split(".")[1] for name in names if name.startswith("advgame_jax.")} for module, names in IMPORTS.items()
+}
+
+
+def test_every_module_has_one_place_and_no_place_is_empty():
+  assert sorted(" ".join(LEVELS).split()) == sorted(GRAPH.keys() - {"__init__"})
+  assert not list(PACKAGE.glob("*/**/*.py"))  # the package is flat
+
+
+@pytest.mark.parametrize("module", sorted(LEVEL))
+def test_a_module_imports_downward_only(module):
+  wrong = {name for name in GRAPH[module] if LEVEL[name] >= LEVEL[module] and (name, module) not in ARROWS}
+  assert not wrong, f"{module} may not import {sorted(wrong)}"
+
+
+def test_every_arrow_joins_siblings_and_stands_for_an_import():
+  for chain in CHAINS:
+    for left, right in itertools.pairwise(chain.split(" → ")):
+      assert LEVEL[left] == LEVEL[right], f"{left} → {right} is no sibling: its level says it already"
+      assert left in GRAPH[right], f"{right} does not import {left}: take the arrow away"
+
+
+def test_there_is_no_cycle():
+  graphlib.TopologicalSorter(GRAPH).prepare()
+
+
+def test_importing_the_package_loads_no_module_and_no_module_loads_a_program():
+  assert not IMPORTS["__init__"]
+  roots = {name.split(".")[0] for names in IMPORTS.values() for name in names}
+  assert not roots & {"benchmarks", "configs", "launch", "tests"}
