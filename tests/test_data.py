@@ -63,7 +63,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_the_same_seed_in_two_files(file):
-  with pytest.raises(UserError, match="two, line 1: the same seed as .*one, line 1"):
+  with pytest.raises(UserError, match=r"two, line 1: the same seed as .*one, line 1"):
     data.load((file(line("a"), name="one"), file(line("A"), name="two")), "train")
 
 
