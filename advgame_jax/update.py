@@ -58,7 +58,7 @@ def _update_player(recipe: Recipe, state: PlayerState, batch: PreferenceBatch) -
   if recipe.player.frozen:
     return state, {}
   gradient, metrics = _gradient(recipe, state, batch)
-  norm = optax.global_norm(gradient)
+  norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(norm)
   comparisons = jnp.sum(batch.weight_P)
   moves = finite & (comparisons > 0)
