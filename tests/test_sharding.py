@@ -1,0 +1,92 @@
+"""Meshes and layouts: what fits, what is refused, and that placing and fetching change no number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import AxisType
+
+from advgame_jax import config as config_lib
+from advgame_jax import model, sharding
+from advgame_jax.sharding import DECODE_REPLICATED, DECODE_TENSOR, LOCAL, TRAIN, Layout
+from advgame_jax.types import UserError
+
+
+def mesh(data=2, fsdp=2, tensor=2):
+  return sharding.make_mesh(config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor))
+
+
+@pytest.mark.parametrize(
+  "sizes,shape",
+  [((2, 2, 2), (2, 2, 2)), ((-1, 1, 1), (8, 1, 1)), ((1, -1, 2), (1, 4, 2)), ((4, 2, -1), (4, 2, 1))],
+)
+def test_a_mesh_takes_all_devices_and_one_axis_what_is_left(sizes, shape):
+  made = mesh(*sizes)
+  assert tuple(made.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape))
+  assert set(made.devices.flat) == set(jax.devices())
+  assert made.axis_types == (AxisType.Auto,) * 3
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (-1, 3, 1), (1, 1, 1), (0, 1, 8), (16, 1, 1), (-1, 0, 1)])
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+  with pytest.raises(UserError, match=f"data={sizes[0]}, fsdp={sizes[1]}.*fit 8 devices; allowed: .*product is 8"):
+    mesh(*sizes)
+
+
+def test_a_mesh_can_be_made_of_some_devices():
+  made = sharding.make_mesh(config_lib.Mesh(data=-1), jax.devices()[:2])
+  assert dict(made.shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+
+
+def test_specs_lay_each_logical_axis_over_its_mesh_axes():
+  assert TRAIN.spec(("width", "heads", None)) == jax.P(("fsdp",), ("tensor",), None)
+  assert TRAIN.spec(("rows",)) == jax.P(("data", "fsdp"))
+  assert DECODE_REPLICATED.spec(("vocab", "width")) == jax.P(None, None)
+  assert DECODE_TENSOR.spec(("vocab", "width")) == jax.P(("tensor",), None)
+
+
+def test_a_mesh_axis_cannot_be_used_twice():
+  with pytest.raises(UserError, match="each mesh axis once"):
+    TRAIN.spec(("rows", "width"))
+
+
+@pytest.mark.parametrize("layout", [TRAIN, DECODE_REPLICATED, DECODE_TENSOR, LOCAL])
+def test_every_parameter_can_be_laid_out(layout):
+  for spec in jax.tree.leaves(model.param_specs(tiny.CONFIG)):
+    where = sharding.named(mesh(), layout, spec.axes, spec.shape, spec.hf_name)
+    part = where.shard_shape(spec.shape)
+    split = [sharding.shards(mesh(), getattr(layout, axis)) if axis else 1 for axis in spec.axes]
+    assert part == tuple(size // parts for size, parts in zip(spec.shape, split))
+
+
+def test_an_axis_that_does_not_divide_is_refused_with_what_would_fit():
+  with pytest.raises(
+    UserError, match=r"k_proj: axis 'heads' of size 6 .* over tensor = 8 devices; allowed: 1, 2, 3, 6"
+  ):
+    sharding.named(mesh(1, 1, 8), TRAIN, ("width", "heads"), (32, 6), "k_proj")
+
+
+@pytest.mark.parametrize("name,layout", [("replicated", DECODE_REPLICATED), ("tensor", DECODE_TENSOR)])
+def test_the_decode_layout_holds_the_whole_width(name, layout):
+  assert sharding.decode_layout(config_lib.Mesh(decode=name)) == layout
+  assert layout.width == ()
+
+
+def test_arrays_come_back_as_they_went():
+  tree = {"a": np.arange(48.0).reshape(8, 6), "b": np.arange(8) % 3 == 0}
+  placed = sharding.to_global(tree, sharding.rows_sharding(mesh(), TRAIN))
+  assert {s.data.shape for s in placed["a"].addressable_shards} == {(2, 6)}
+  whole = sharding.to_global(tree, sharding.replicated(mesh()))
+  assert {s.data.shape for s in whole["a"].addressable_shards} == {(8, 6)}
+  for back in (sharding.to_host(placed), sharding.to_host(whole)):
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(back))
+
+
+def test_constrain_pins_an_activation_and_the_local_layout_pins_nothing():
+  x = jnp.ones((8, 4))
+  assert LOCAL.constrain(x, "rows", None) is x
+  with jax.set_mesh(mesh()):
+    pinned = jax.jit(lambda x: Layout(rows=("data",)).constrain(x, "rows", None))(x)
+  assert pinned.sharding.spec[0] in ("data", ("data",))
