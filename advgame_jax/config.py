@@ -26,10 +26,11 @@ def setting(
   at_least: float | None = None,
   above: float | None = None,
   at_most: float | None = None,
+  below: float | None = None,
   identity: bool = True,
 ) -> Any:
   """A field with its check. `identity=False`: may differ between a run and its resumption."""
-  checks = {"at_least": at_least, "above": above, "at_most": at_most}
+  checks = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
   return dataclasses.field(default=default, metadata={"doc": doc, "identity": identity, **checks})
 
 
@@ -51,6 +52,8 @@ def _allowed(annotation: Any) -> str:
     return "one of " + ", ".join(repr(value) for value in typing.get_args(annotation))
   if typing.get_origin(annotation) is tuple:
     return f"a tuple of {typing.get_args(annotation)[0].__name__}"
+  if issubclass(annotation, Settings):
+    return f"the settings {', '.join(field.name for field in dataclasses.fields(annotation))}"
   return {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a string"}[annotation.__name__]
 
 
@@ -65,14 +68,13 @@ def _has_type(annotation: Any, value: Any) -> bool:
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
-  if isinstance(field.type, type) and issubclass(field.type, Settings):
-    return
   if not _has_type(field.type, value):
     raise UserError(f"{field.name} is {value!r}; allowed: {_allowed(field.type)}")
   tests = (
     ("at_least", lambda limit, v: v >= limit, "at least"),
     ("above", lambda limit, v: v > limit, "above"),
     ("at_most", lambda limit, v: v <= limit, "at most"),
+    ("below", lambda limit, v: v < limit, "below"),
   )
   for key, holds, words in tests:
     limit = field.metadata.get(key)
@@ -88,8 +90,8 @@ class Optimizer(Settings):
   learning_rate: float = setting(1e-6, "peak rate", above=0)
   final_fraction: float = setting(0.2, "the cosine ends at this fraction of the peak", at_least=0, at_most=1)
   warmup_steps: int = setting(0, "linear warm-up, in optimiser steps", at_least=0)
-  b1: float = setting(0.9, "decay of the first moment", at_least=0, at_most=1)
-  b2: float = setting(0.95, "decay of the second moment", at_least=0, at_most=1)
+  b1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
+  b2: float = setting(0.95, "decay of the second moment", at_least=0, below=1)
   weight_decay: float = setting(0.1, "decoupled; on matrices, not on norms", at_least=0)
   clip: float = setting(1.0, "global norm of the gradient", above=0)
 
@@ -268,10 +270,15 @@ class Config(Settings):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.loss.kind != "grpo" and self.game.responses < 2 and not self.defender.frozen:
-      raise UserError(
-        f"game.responses is 1, but {self.loss.kind} learns from pairs; allowed: at least 2, or loss.kind='grpo'"
-      )
+    learners = (
+      ("attacks", not self.attacker.frozen and not self.game.skip_attacker),
+      ("responses", not self.defender.frozen),
+    )
+    for name, learns in learners:
+      if self.loss.kind != "grpo" and getattr(self.game, name) < 2 and learns:
+        raise UserError(
+          f"game.{name} is 1, but {self.loss.kind} learns from pairs; allowed: at least 2, or loss.kind='grpo'"
+        )
     if (self.judges.kind == "microworld") != (self.game.instructions == "microworld"):
       raise UserError(
         "judges.kind and game.instructions must both be 'microworld' or neither: its rules read its language only"
@@ -282,7 +289,7 @@ class Config(Settings):
 
 def as_config_dict(config: Settings) -> config_dict.ConfigDict:
   """The tree as a locked ConfigDict, for absl flags to override."""
-  return config_dict.ConfigDict(dataclasses.asdict(config))  # type: ignore[call-overload]
+  return config_dict.ConfigDict(dataclasses.asdict(config)).lock()  # type: ignore[call-overload]
 
 
 def from_config_dict(values: Any, cls: type[SettingsT] = Config, path: str = "config") -> SettingsT:  # type: ignore[assignment]
@@ -297,7 +304,7 @@ def from_config_dict(values: Any, cls: type[SettingsT] = Config, path: str = "co
     if name not in fields:
       raise UserError(unknown_setting(f"{path}.{name}", fields))
     annotation = fields[name].type
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
+    if isinstance(annotation, type) and issubclass(annotation, Settings) and hasattr(value, "items"):
       value = from_config_dict(value, annotation, f"{path}.{name}")
     elif typing.get_origin(annotation) is tuple and isinstance(value, list):
       value = tuple(value)
