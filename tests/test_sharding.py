@@ -1,5 +1,7 @@
 """Meshes and layouts: what fits, what is refused, and that placing and fetching change no number."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,15 +30,18 @@ def test_a_mesh_takes_all_devices_and_one_axis_what_is_left(sizes, shape):
   assert made.axis_types == (AxisType.Auto,) * 3
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (-1, 3, 1), (1, 1, 1), (0, 1, 8), (16, 1, 1), (-1, 0, 1)])
+@pytest.mark.parametrize(
+  "sizes", [(3, 1, 1), (-1, -1, 1), (-1, 3, 1), (1, 1, 1), (0, 1, 8), (16, 1, 1), (-1, 0, 1), (-1, -1, 8)]
+)
 def test_a_mesh_that_does_not_fit_is_refused(sizes):
   with pytest.raises(UserError, match=f"data={sizes[0]}, fsdp={sizes[1]}.*fit 8 devices; allowed: .*product is 8"):
     mesh(*sizes)
 
 
 def test_a_mesh_can_be_made_of_some_devices():
-  made = sharding.make_mesh(config_lib.Mesh(data=-1), jax.devices()[:2])
+  made = sharding.make_mesh(config_lib.Mesh(data=-1), jax.devices()[6:])
   assert dict(made.shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+  assert set(made.devices.flat) == set(jax.devices()[6:])
 
 
 def test_specs_lay_each_logical_axis_over_its_mesh_axes():
@@ -82,6 +87,16 @@ def test_arrays_come_back_as_they_went():
   for back in (sharding.to_host(placed), sharding.to_host(whole)):
     jax.tree.map(np.testing.assert_array_equal, back, tree)
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(back))
+
+
+def test_a_process_fetches_its_own_rows_once_and_in_order():
+  """Of an array whose other rows live elsewhere; here the devices of the second half of `data` are this process's."""
+  x = np.arange(48.0).reshape(8, 6)
+  shards = sharding.to_global(x, sharding.rows_sharding(mesh(), TRAIN)).addressable_shards
+  mine = [shard for shard in reversed(shards) if shard.index[0].start >= 4]
+  part = types.SimpleNamespace(is_fully_addressable=False, addressable_shards=mine)
+  assert len(mine) == 4  # two rows each, and each twice
+  np.testing.assert_array_equal(sharding.to_host(part), x[4:])
 
 
 def test_constrain_pins_an_activation_and_the_local_layout_pins_nothing():
