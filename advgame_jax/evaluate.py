@@ -157,7 +157,7 @@ def answer_probabilities(player: LanguageModel, weights: Params) -> Probabilitie
       logprob_X.append(sharding.to_host(score(weights, *part)))
   probability_X = np.exp(np.concatenate(logprob_X)[: len(query_X)].astype(np.float64))
   count = len(microworld.queries())
-  table = {kind: np.bincount(query_X, probability_X * (kind_X == kind), minlength=count) for kind in set(kind_X)}
+  table = {kind: np.bincount(query_X, probability_X * (kind_X == kind), minlength=count) for kind in WHOLE_ANSWERS}
   return table | {Answer.GIBBERISH: 1 - np.sum(list(table.values()), 0)}
 
 

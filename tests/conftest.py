@@ -20,8 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture(scope="session")
 def one_device() -> dict[str, str]:
   """The environment of a program that sees one CPU device."""
-  cache = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "HF_"))}
-  return _ONE_DEVICE | cache
+  ours = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "HF_"))}
+  return _ONE_DEVICE | ours | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes longer than running
 
 
 @pytest.fixture(scope="session")
