@@ -64,7 +64,7 @@ def check_disjoint(train: Sequence[Seed], validation: Sequence[Seed]) -> None:
 
 def _lines(path: pathlib.Path) -> list[str]:
   try:
-    return path.read_text(encoding="utf-8").splitlines()
+    return path.read_text(encoding="utf-8").split("\n")  # a JSON string may hold other line ends
   except OSError as error:
     raise UserError(f"seed file {path} cannot be read: {error.strerror}; allowed: a JSON-lines file") from None
   except UnicodeDecodeError as error:
@@ -79,7 +79,7 @@ def _parse(line: str, place: str) -> tuple[str, Category]:
   if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
     raise UserError(f"{place}: no text under 'prompt'; allowed: {_FORM}")
   names = {category.name.lower(): category for category in Category}
-  if row.get("category") not in names:
+  if str(row.get("category")) not in names:
     raise UserError(f"{place}: category is {row.get('category')!r}; allowed: {', '.join(names)}")
   return row["prompt"], names[row["category"]]
 

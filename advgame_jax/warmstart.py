@@ -49,8 +49,9 @@ def warm_start(settings: WarmStart) -> float:
   """Trains and writes the folder; returns the mean loss of the last tenth of the steps, nats per completion token.
 
   Raises:
-    UserError: examples or a model that cannot be used; nothing is written.
+    UserError: examples or a model that cannot be used, or a folder that is there already; nothing is written.
   """
+  hf.check_target(settings.out)
   words, config = tokenizer.load(settings.model), hf_config.load_config(settings.model)
   tokens_XT, mask_XT = _load_examples(settings, words)
   mesh = sharding.make_mesh(settings.mesh)
@@ -107,11 +108,15 @@ def _step(
 def _load_examples(settings: WarmStart, words: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """[X, T] tokens of prompt and completion, and the mask of the completions."""
   try:
-    lines = pathlib.Path(settings.examples).read_text(encoding="utf-8").splitlines()
+    lines = pathlib.Path(settings.examples).read_text(encoding="utf-8").split("\n")
   except OSError as error:
     raise UserError(f"examples {settings.examples} cannot be read: {error.strerror}; allowed: JSON lines") from None
+  except UnicodeDecodeError as error:
+    raise UserError(f"examples {settings.examples} are not UTF-8 at byte {error.start}; allowed: JSON lines") from None
   rows, starts = [], []
   for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
     prompt, completion = _parse(line, f"{settings.examples}, line {number}", settings.attacker)
     starts.append(len(ids := words.encode_chat(prompt)))
     rows.append(ids + words.encode_completion(completion))
@@ -137,7 +142,7 @@ def _parse(line: str, place: str, attacker: bool) -> tuple[str, str]:
   if not attacker:
     return prompt, completion
   names = {category.name.lower(): category for category in Category}
-  if row.get("category") not in names:
+  if str(row.get("category")) not in names:
     raise UserError(f"{place}: category is {row.get('category')!r}; allowed for an Attacker: {', '.join(names)}")
   form = prompts.STANDARD_THINK if prompts.THINK_END in completion else prompts.STANDARD
   return prompts.attacker_turn(form, names[row["category"]], prompt), completion

@@ -41,6 +41,7 @@ def test_seeds_in_the_order_of_the_files(file):
     ([line("a"), "{'prompt': 1}"], "line 2: not JSON .* column 2"),
     ([line("a"), "", line("b", "evil")], "line 3: category is 'evil'; allowed: harmful, benign"),
     ([json.dumps({"prompt": "a"})], "line 1: category is None"),
+    ([line("a", ["harmful"])], r"line 1: category is \['harmful'\]"),
     ([json.dumps({"text": "a", "category": "benign"})], "line 1: no text under 'prompt'"),
     ([line("   ")], "line 1: no text under 'prompt'"),
     (["[1]"], "line 1: no text under 'prompt'"),
@@ -50,6 +51,11 @@ def test_seeds_in_the_order_of_the_files(file):
 def test_bad_files_are_refused_by_line(file, lines, sentence):
   with pytest.raises(UserError, match=sentence):
     data.load((file(*lines),), "train")
+
+
+def test_a_seed_may_hold_the_line_ends_of_other_alphabets(file):
+  row = '{"prompt": "a\u2028b\u0085c", "category": "harmful"}'
+  assert [seed.text for seed in data.load((file(row, line("d")),), "train")] == ["a\u2028b\u0085c", "d"]
 
 
 def test_files_that_cannot_be_read(tmp_path):
