@@ -73,6 +73,11 @@ def test_the_same_seed_in_two_files(file):
     data.load((file(line("a"), name="one"), file(line("A"), name="two")), "train")
 
 
+def test_each_file_holds_a_seed(file):
+  with pytest.raises(UserError, match="two holds no seed"):
+    data.load((file(line("a"), name="one"), file("", name="two")), "train")
+
+
 def test_splits_must_be_disjoint():
   seed = lambda text, index: Seed(text, Category.BENIGN, index)
   data.check_disjoint([seed("a", 0)], [seed("b", 0)])
@@ -104,6 +109,8 @@ def test_a_mixed_batch_has_half_of_each():
   for batch in batches(make_seeds(6, 4), 5, batch=4, order="mixed"):
     assert sorted(batch.category_B.tolist()) == [0, 0, 1, 1]
     assert [f"seed {i}" for i in batch.index_B] == batch.text_B.tolist()
+  played = np.concatenate([b.index_B for b in batches(make_seeds(6, 6), 3, batch=4, order="mixed")])
+  assert sorted(played) == list(range(12))
 
 
 def test_a_batch_is_a_function_of_seed_and_step():

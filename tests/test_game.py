@@ -1,5 +1,7 @@
 """The tree of one step: who is played, what is read, what is passed on. Scripted players and judges."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -48,6 +50,10 @@ def cut_off(*_):
   return Samples.of_text(np.array([["<think>r</think><prompt>x</prompt>"]], object), np.array([[Status.MAX_LENGTH]]))
 
 
+def unfaithful(questions):
+  return [Verdict((0.0,)) for _ in questions]
+
+
 @pytest.mark.parametrize(
   ("attacker", "judge", "status"),
   [
@@ -56,13 +62,15 @@ def cut_off(*_):
     (policies.scripted(lambda *_: "x"), faithful, Status.PARSING),
     (attack(" "), faithful, Status.PARSING),
     (policies.scripted(lambda *_: "I can't help with that."), faithful, Status.REFUSED_ROLE),
-    (attack("x"), lambda questions: [Verdict((0.0,))] * len(questions), Status.NOT_FAITHFUL),
+    (attack("x"), unfaithful, Status.NOT_FAITHFUL),
     (attack("x"), lambda questions: [Verdict(())] * len(questions), Status.JUDGE_FAILED),
   ],
 )
 def test_the_statuses_of_an_attack(attacker, judge, status):
   tree = game.play(rules(), seeds("s"), attacker, ECHO, judge, KEY)
   assert tree.attack_status_BA.tolist() == [[status]]
+  parsed = status in (Status.VALID, Status.NOT_FAITHFUL, Status.JUDGE_FAILED)
+  assert tree.attack_text_BA.tolist() == [["x" if parsed else ""]]
   played = status == Status.VALID
   assert tree.response_text_BAD.tolist() == [[["about x" if played else ""]]]
   assert tree.response_status_BAD.tolist() == [[[Status.VALID if played else Status.NOT_PLAYED]]]
@@ -78,6 +86,23 @@ def test_only_what_is_judged_unfaithful_is_not_played():
   (prompts, present_R, group, _) = seen[0]
   assert [p for p, here in zip(prompts, present_R) if here] == ["a0", "b1"] and group == 2
   assert (tree.response_status_BAD == Status.VALID).tolist() == [[[True] * 2, [False] * 2], [[False] * 2, [True] * 2]]
+
+
+def test_what_does_not_parse_is_not_asked_about():
+  asked = []
+  attacker = policies.scripted(lambda prompt, _: "<think></think><prompt>x</prompt>" if prompt.endswith("a") else "x")
+  tree = game.play(rules(), seeds("a", "b"), attacker, ECHO, recording(unfaithful, asked), KEY)
+  assert tree.attack_status_BA.tolist() == [[Status.NOT_FAITHFUL], [Status.PARSING]]
+  assert [question.query for question in asked[0][0]] == ["a"]
+
+
+def test_a_response_cut_off_has_no_text_whatever_it_says():
+  def defender(*arguments):
+    return dataclasses.replace(ECHO(*arguments), status_RG=np.array([[Status.VALID, Status.MAX_LENGTH]], np.int8))
+
+  tree = game.play(rules(responses=2), seeds("s"), attack("x"), defender, faithful, KEY)
+  assert tree.response_status_BAD.tolist() == [[[Status.VALID, Status.MAX_LENGTH]]]
+  assert tree.response_text_BAD.tolist() == [[["about x", ""]]]
 
 
 def test_what_each_is_told():
@@ -160,4 +185,5 @@ def test_players_and_judge_draw_from_different_keys_and_the_same_ones_again():
   players, questions = keys(KEY)
   assert players[0] != players[1] and len(set(questions)) == 4
   assert keys(KEY) == (players, questions)
-  assert keys(jax.random.key(1))[0] != players
+  other_players, other_questions = keys(jax.random.key(1))
+  assert other_players != players and not set(other_questions) & set(questions)

@@ -11,7 +11,7 @@ from advgame_jax import config as config_lib
 from advgame_jax import judges, microworld
 from advgame_jax.judges import Node
 from advgame_jax.rewards import assign_rewards
-from advgame_jax.types import Category, Role, RolloutTree, Samples, SeedBatch, Status, Verdict
+from advgame_jax.types import Category, Players, Role, RolloutTree, Samples, SeedBatch, Status, Verdict
 
 PAIRWISE = config_lib.Judges(kind="microworld", retries=0)
 POINTWISE = dataclasses.replace(PAIRWISE, protocol="pointwise")
@@ -139,8 +139,9 @@ def test_retries_end():
 def test_every_question_of_a_tree_has_its_own_key():
   asked = []
   tree = make_tree([[["good", "bad"], ["fair", "best"]], [["bad", "bad"], ["good", "good"]]])
-  judges.judge(PAIRWISE, tree, recording(by_quality(), asked), key=7)
-  assert len({q.key for q in asked}) == len(asked) == 12
+  twice = dataclasses.replace(PAIRWISE, retries=1)
+  judges.judge(twice, tree, recording(failing(by_quality(), lambda q: True), asked), key=7)
+  assert len({q.key for q in asked}) == len(asked) == 2 * 12
 
 
 def test_who_reads_what():
@@ -173,11 +174,19 @@ def test_the_attacker_judge_reads_the_best_response_or_the_first(optimistic, pic
   assert asked[-1].texts == (tree.response_text_BAD[0, 0, picked],) * 2
 
 
-def test_invalid_responses_are_never_picked_or_judged():
+def test_a_readable_zero_is_liked_more_than_no_score():
+  judge = failing(lambda questions: [Verdict((0.0,))] * len(questions), lambda q: q.texts == ("good",))
+  judgments = judges.judge(POINTWISE, make_tree([[["good", "bad"]]]), judge, key=0)
+  assert judgments.picked_BA.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("optimistic", [True, False])
+def test_invalid_responses_are_never_picked_or_judged(optimistic):
   asked = []
+  settings = dataclasses.replace(PAIRWISE, optimistic=optimistic)
   status = [[[Status.PARSING, Status.MAX_LENGTH, Status.VALID]]]
   tree = make_tree([[["best", "best", "bad"]]], response_status_BAD=status)
-  judgments = judges.judge(PAIRWISE, tree, recording(by_quality(), asked), key=0)
+  judgments = judges.judge(settings, tree, recording(by_quality(), asked), key=0)
   assert judgments.picked_BA.tolist() == [[2]] and {t for q in asked for t in q.texts} == {"bad"}
   assert judgments.response_status_BAD.tolist() == status
 
@@ -226,6 +235,27 @@ def test_without_a_judge_the_valid_stay_valid_and_are_rewarded_zero():
   assert not reward.response_BAD.any() and not reward.attack_BA.any()
 
 
+@pytest.mark.parametrize(
+  ("off", "roles", "picked"), [("attacker", {Role.DEFLECTION}, 1), ("defender", {Role.COMPLIANCE}, 0)]
+)
+def test_either_player_may_have_no_judge(off, roles, picked):
+  asked = []
+  settings = dataclasses.replace(PAIRWISE, **{off: False})
+  judgments = judges.judge(settings, make_tree([[["fair", "good"]]]), recording(by_quality(), asked), key=0)
+  assert {q.role for q in asked} == roles
+  assert np.isnan(judgments.attack_score_BA).all() == (off == "attacker")
+  assert np.isnan(judgments.response_score_BAD).all() == (off == "defender")
+  assert judgments.picked_BA.tolist() == [[picked]]
+  assert not judgments.attack_status_BA.any() and not judgments.response_status_BAD.any()
+
+
+def test_each_judge_has_a_disagreement_of_its_own():
+  bias = {Role.DEFLECTION: 0.5, Role.COMPLIANCE: 2.0}
+  judge = lambda questions: [by_quality(bias[q.role])([q])[0] for q in questions]
+  judgments = judges.judge(PAIRWISE, make_tree([[["bad", "fair"], ["good", "best"]]]), judge, key=0)
+  assert judgments.disagreement == Players(attacker=2.0, defender=0.5)
+
+
 def test_statuses_from_above_pass_through():
   tree = make_tree([[["bad"]] * 3], attack_status_BA=[[Status.NOT_FAITHFUL, Status.JUDGE_FAILED, Status.PARSING]])
   judgments = judges.judge(PAIRWISE, tree, by_quality(), key=0)
@@ -254,3 +284,14 @@ def test_nodes_do_not_depend_on_their_company():
   together, _ = judges.score_nodes(PAIRWISE, nodes, noisy)
   alone = [judges.score_nodes(PAIRWISE, [n], noisy)[0][0] for n in nodes]
   np.testing.assert_array_equal(together, alone)
+
+
+def test_an_attack_that_was_not_played_changes_nobody_elses_score():
+  by_key = lambda questions: [Verdict(tuple((q.key >> i) % 11 for i in range(len(q.texts)))) for q in questions]
+  texts = [[["bad", "fair"], ["good", "best"]], [["fair", "good"], ["best", "bad"]]]
+  whole = judges.judge(PAIRWISE, make_tree(texts), by_key, key=5)
+  part = judges.judge(PAIRWISE, make_tree(texts, attack_status_BA=[[Status.PARSING, 0], [0, 0]]), by_key, key=5)
+  played = ~np.isnan(part.response_score_BAD)
+  assert played.sum() == 6
+  np.testing.assert_array_equal(part.response_score_BAD[played], whole.response_score_BAD[played])
+  np.testing.assert_array_equal(part.attack_score_BA[1], whole.attack_score_BA[1])
