@@ -84,7 +84,7 @@ def test_company_and_group_size_change_nobody():
   assert_same(play(player(), group=3), group=slice(0, 2))
 
 
-@pytest.mark.parametrize("buckets", [(24,), (4, 12, 16), (40,)])
+@pytest.mark.parametrize("buckets", [(24,), (4, 11, 16), (40,)])
 def test_the_bucket_changes_nobody(buckets):
   samples = play(player(prompt_buckets=buckets))
   assert_same(samples)
@@ -93,7 +93,11 @@ def test_the_bucket_changes_nobody(buckets):
 
 @pytest.mark.parametrize("decode", ["replicated", "tensor"])
 def test_the_mesh_changes_nobody(decode):
-  assert_same(play(player(mesh=(2, 2, 2), decode=decode)))
+  who = player(mesh=(2, 2, 2), decode=decode)
+  assert_same(play(who))
+  some = play(who, prompts=PROMPTS[:3], present=[True, False, True])  # fewer rows than devices
+  assert_same(some, rows=[0, 2])
+  assert some.text_RG.shape == (3, 2) and (some.status_RG[1] == Status.NOT_PLAYED).all()
 
 
 def test_another_key_draws_otherwise():
@@ -119,6 +123,13 @@ def test_the_stop_string_and_the_end_of_turn_stop_a_row():
     drawn = samples.tokens_RGT[r, g, : samples.length_RG[r, g]]
     assert not np.isin(drawn[:-1], ends).any() and (drawn[-1] in ends) == stopped_RG[r, g]
     assert stopped_RG[r, g] or len(drawn) == SAMPLING.max_new_tokens
+
+
+def test_weights_generate_in_the_compute_dtype():
+  assert policies.compute_dtype(config_lib.Precision(compute="auto")) == np.float32  # of a CPU
+  dtype = policies.compute_dtype(config_lib.Precision(compute="bfloat16"))
+  copy = dataclasses.replace(player(), dtype=dtype).decode_weights(weights())
+  assert {x.dtype for x in jax.tree.leaves(copy)} == {dtype} != {x.dtype for x in jax.tree.leaves(weights())}
 
 
 def test_nobody_draws_nothing_in_the_shapes_of_a_step():
