@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import functools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -76,28 +78,30 @@ def _flags_refused(arguments: Sequence[str]) -> Iterator[None]:
   """Turns what flags raise into a sentence."""
   try:
     yield
-  except (AttributeError, KeyError) as error:  # a `--config.…` that is no setting
-    _refuse(_unknown_setting(arguments, error))
-  except (flags.Error, TypeError, ValueError, OSError) as error:
+  except (AttributeError, KeyError, flags.Error, TypeError, ValueError, OSError) as error:
     said = str(error)
     if "Traceback" in said:  # of a config file, which flags quote whole
       said = said.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
-    _refuse(" ".join(said.split()))
+    _refuse(_of_a_setting(arguments, said) or said)
 
 
-def _unknown_setting(arguments: Sequence[str], error: Exception) -> str:
-  known = [name for name, _, _ in config_lib.flatten(config_lib.Config())]
-  for argument in arguments:
-    path = argument.lstrip("-").split("=", 1)[0]
-    group = ""
-    for part in path.split(".")[1:] if path.startswith("config.") else ():
-      siblings = {name.removeprefix(group).split(".")[0] for name in known if name.startswith(group)}
-      if part not in siblings:
-        return config_lib.unknown_setting(f"config.{group}{part}", siblings)
-      group += f"{part}."
-  return " ".join(str(error).split())
+def _of_a_setting(arguments: Sequence[str], said: str) -> str:
+  """What the settings themselves say to the `--config.…` that flags did not take; "" where it was none."""
+  known = {f"config.{name}" for name, _, _ in config_lib.flatten(config_lib.Config())}
+  given = [argument.lstrip("-").partition("=")[::2] for argument in arguments]
+  wrong = re.findall(r"^flag --(config\..*?)=(.*?): ", said) or [
+    (name, value) for name, value in given if name not in known
+  ]
+  for name, value in wrong:
+    root, *path = name.split(".")
+    if root == "config" and path:
+      try:
+        config_lib.from_config_dict(functools.reduce(lambda inner, part: {part: inner}, reversed(path), value))
+      except UserError as error:
+        return str(error)
+  return ""
 
 
 def _refuse(sentence: str) -> None:
-  print(f"error: {sentence}", file=sys.stderr, flush=True)
+  print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
   sys.exit(USER_ERROR)

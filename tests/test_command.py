@@ -1,0 +1,164 @@
+"""What every program shares: one sentence on stderr and exit code 2, and quiet logs. In-process, like a program."""
+
+import errno
+import logging
+import os
+import sys
+
+import pytest
+from absl import flags
+
+from advgame_jax import command
+from advgame_jax import config as config_lib
+from advgame_jax.types import UserError
+
+
+@pytest.fixture
+def run(monkeypatch):
+  """Runs a program with these flags as `launch/` does; what it leaves behind in the process is undone."""
+  ours = logging.getLogger("advgame_jax")
+  before = set(flags.FLAGS), flags.FLAGS["verbosity"].value, dict(vars(ours))
+  monkeypatch.setattr("absl.app.run", lambda main, flags_parser: main(flags_parser(sys.argv)))
+  monkeypatch.setattr("jax.config.update", lambda *_: None)
+
+  def program(*arguments, main=lambda config: None, default=None):
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    flags.DEFINE_string("workdir", None, "Folder.", required=True)
+    read = command.define_config(str(default)) if default else lambda: None
+    command.run(lambda: main(read()))
+
+  yield program
+  for name in set(flags.FLAGS) - before[0]:
+    delattr(flags.FLAGS, name)
+  flags.FLAGS["verbosity"].value = before[1]
+  vars(ours).update(before[2])
+  ours.manager._clear_cache()
+
+
+@pytest.fixture
+def refused(run, capsys):
+  """Runs what must be refused; returns the sentence."""
+
+  def sentence(*arguments, **program):
+    with pytest.raises(SystemExit) as exit:
+      run(*arguments, **program)
+    said = capsys.readouterr()
+    assert exit.value.code == 2 and not said.out
+    assert said.err.startswith("error: ") and said.err.index("\n") == len(said.err) - 1
+    return said.err[len("error: ") : -1]
+
+  return sentence
+
+
+@pytest.fixture
+def default(tmp_path):
+  """A config file: all defaults but the steps."""
+  path = tmp_path / "plain.py"
+  path.write_text(
+    "from advgame_jax import config\ndef get_config():\n  return config.as_config_dict(config.Config(steps=9))\n"
+  )
+  return path
+
+
+def raising(error):
+  def main(_):
+    raise error
+
+  return main
+
+
+def test_flags_change_the_config_file_s_values(run, default):
+  seen = []
+  run("--workdir=x", "--config.loss.beta=0.3", "--config.data.train=('a','b')", main=seen.append, default=default)
+  assert seen == [config_lib.Config(steps=9, loss=config_lib.Loss(beta=0.3), data=config_lib.Data(train=("a", "b")))]
+
+
+@pytest.mark.parametrize(
+  ("argument", "sentence"),
+  [
+    ("--config.loss.betta=1", "there is no setting config.loss.betta: did you mean beta? allowed here: baseline, "),
+    ("--config.los.beta=1", "there is no setting config.los: did you mean loss? allowed here: attacker, "),
+    ("--config.loss.beta.x=1", "config.loss.beta is {'x': '1'}; allowed: a number"),
+    ("--config.=1", "there is no setting config.: allowed here: attacker, "),
+    ("--config.steps=many", "config.steps is 'many'; allowed: a whole number"),
+    ("--config.game.attacks=1.5", "config.game.attacks is '1.5'; allowed: a whole number"),
+    ("--config.loss.beta=", "config.loss.beta is ''; allowed: a number"),
+    ("--config.game.skip_attacker=maybe", "config.game.skip_attacker is 'maybe'; allowed: True or False"),
+    ("--config.loss=dpo", "config.loss is 'dpo'; allowed: the settings kind, beta, "),
+    ("--config.loss.kind=ppo", "config.loss.kind is 'ppo'; allowed: one of 'dpo', 'ipo', 'grpo'"),
+    ("--config.steps=0", "config.steps is 0; allowed: at least 1"),
+    ("--config=nowhere.py", "No such file or directory: 'nowhere.py'"),
+    ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+    ("runs/x", "'runs/x' is no flag; allowed: --name=value"),
+  ],
+)
+def test_a_wrong_flag_is_refused_with_what_is_allowed(refused, default, argument, sentence):
+  nothing = lambda _: pytest.fail("the program ran")
+  assert sentence in refused("--workdir=x", argument, "--config.seed=3", main=nothing, default=default)
+
+
+def test_the_argument_at_fault_is_named_whatever_others_there_are(refused, default):
+  arguments = ("--config.data.train=a:b", "--config.loss.kind=ipo", "--config.steps", "1: 2", "--config.seed=3")
+  assert refused("--workdir=x", *arguments, default=default).startswith("config.steps is '1'; allowed: a whole number")
+
+
+def test_a_missing_flag_is_named(refused):
+  assert "--workdir must have a value" in refused()
+
+
+def test_a_missing_value_is_named(refused, default):
+  assert refused("--workdir=x", "--config.steps", default=default) == "Missing value for flag --config.steps"
+
+
+def test_what_a_config_file_raises(refused, tmp_path):
+  file = tmp_path / "wrong.py"
+  file.write_text("from advgame_jax import types\ndef get_config():\n  raise types.UserError('a card; allowed: b')\n")
+  assert refused("--workdir=x", default=file) == "a card; allowed: b"
+
+
+def test_what_a_user_can_mend_is_one_sentence(refused):
+  assert (
+    refused("--workdir=x", main=raising(UserError("no weights\n  in x; allowed: y"))) == "no weights in x; allowed: y"
+  )
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_a_sentence(refused, code):
+  said = refused("--workdir=x", main=raising(OSError(code, os.strerror(code), "runs/x/scalars.jsonl")))
+  assert said.startswith("the disk is full at runs/x/scalars.jsonl; ")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EIO, "broken", "x"), ValueError("a bug")])
+def test_what_a_user_cannot_mend_keeps_its_trace(run, error):
+  with pytest.raises(type(error)) as raised:
+    run("--workdir=x", main=raising(error))
+  assert raised.value is error
+
+
+def test_of_others_only_what_failed_is_logged_and_of_ours_the_bare_lines(run, capsys):
+  def main(_):
+    logging.getLogger("advgame_jax.train").info("step 3")
+    for level in (logging.INFO, logging.WARNING):
+      logging.getLogger("absl").log(level, "something about threads")
+
+  run("--workdir=x", main=main)
+  assert capsys.readouterr().err == "step 3\n"
+
+
+@pytest.mark.parametrize(
+  ("environment", "folder"),
+  [
+    ({"HOME": "/home/a"}, "/home/a/.cache/advgame_jax/xla"),
+    ({"HOME": "/home/a", "XDG_CACHE_HOME": "/c"}, "/c/advgame_jax/xla"),
+    ({"HOME": "/home/a", "XDG_CACHE_HOME": "/c", "JAX_COMPILATION_CACHE_DIR": "/j"}, "/j"),
+  ],
+)
+def test_where_compiled_programs_are_kept(run, monkeypatch, environment, folder):
+  for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  seen = []
+  monkeypatch.setattr("jax.config.update", lambda *setting: seen.append(setting))
+  run("--workdir=x")
+  assert seen == [("jax_compilation_cache_dir", folder)]
