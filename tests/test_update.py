@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from advgame_jax import config as config_lib
-from advgame_jax import model, sharding, update
+from advgame_jax import model, scoring, sharding, update
 from advgame_jax import state as state_lib
 from advgame_jax.state import TrainState
 from advgame_jax.types import Players
@@ -132,6 +132,33 @@ def test_the_attacker_s_step_equals_an_independent_adamw():
   jax.tree.map(check, model.param_specs(tiny.CONFIG), before.params, state.players.attacker.params, wide)
 
 
+def test_the_attacker_s_gradient_equals_finite_differences_in_float64():
+  """Through a model that shares no code with ours, by the largest entry of every weight; read off the first moment."""
+  batch = batches().attacker
+  wide = jax.tree.map(lambda x: np.asarray(x, np.float64), start().players.attacker.params)
+  live_PCT = batch.completion_mask_PCT & (batch.weight_P > 0)[:, None, None]
+
+  def loss(params):
+    tokens_RT = batch.tokens_PCT.reshape(-1, T)
+    logprob_RTV = tiny.log_softmax(tiny.llama_logits(tiny.CONFIG, params, tokens_RT)[:, :-1])
+    logprob_RT = np.take_along_axis(logprob_RTV, tokens_RT[:, 1:, None], 2)[..., 0]
+    delta_PCT = logprob_RT.reshape(P, 2, T - 1) - batch.plain_logprob_PCT[..., 1:]
+    delta_PC = np.sum(delta_PCT * live_PCT[..., 1:], -1)
+    return np.mean(np.log1p(np.exp(-0.1 * (delta_PC[:, 0] - delta_PC[:, 1])))[batch.weight_P > 0])
+
+  state, metrics = one_step()
+  first_moment = optax.tree.get(state.players.attacker.optimizer, "mu")
+  unclipped = metrics["attacker/grad_norm"] / OPTIMIZER.clip / (1 - OPTIMIZER.b1)
+  for x, moment in zip(jax.tree.leaves(wide), jax.tree.leaves(first_moment), strict=True):
+    at = np.unravel_index(np.argmax(np.abs(moment)), moment.shape)
+    x[at] += 1e-4
+    up = loss(wide)
+    x[at] -= 2e-4
+    down = loss(wide)
+    x[at] += 1e-4
+    np.testing.assert_allclose(moment[at] * unclipped, (up - down) / 2e-4, rtol=1e-3)
+
+
 def test_one_step_is_counted_and_both_players_move():
   before, (after, metrics) = start(), one_step()
   assert after.step == before.step + 1
@@ -166,6 +193,21 @@ def test_micro_batches_add_up_to_the_batch():
   (state, metrics), (expected, expected_metrics) = joint_update(split, start(split), batches()), one_step()
   close_players(state.players, expected.players)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), metrics, expected_metrics)
+
+
+def test_a_micro_batch_without_a_comparison_runs_no_model(monkeypatch):
+  runs, score = [], scoring.score
+
+  def counted(*args, **kwargs):
+    jax.debug.callback(lambda: runs.append(1))
+    return score(*args, **kwargs)
+
+  monkeypatch.setattr(scoring, "score", counted)
+  recipe = recipes({"accumulate": 4}).attacker
+  gradient = jax.jit(functools.partial(update._gradient, recipe), compiler_options=QUICK)
+  jax.block_until_ready(gradient(start().players.attacker, batches().attacker))
+  jax.effects_barrier()
+  assert len(runs) == 3  # of four
 
 
 def test_micro_batches_take_turns():
