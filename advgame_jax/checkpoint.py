@@ -24,12 +24,12 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
   """Makes `workdir` this run's, or checks that it is; its `config.json` says whose it is.
 
   Raises:
-    UserError: the folder holds another run, or something that is no run.
+    UserError: the folder holds another run, or something that is no run; nothing is written.
   """
   path = workdir / CONFIG
   partial = path.with_suffix(".partial")
   if path.is_file():
-    changed = config_lib.differences(config_lib.from_json(path.read_text()), config)
+    changed = config_lib.differences(_read_config(path), config)
     if changed and not allow_changes:
       raise UserError(
         f"{workdir} holds a run with other settings ({'; '.join(changed)}); allowed: the same settings, another "
@@ -38,9 +38,19 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
   elif workdir.is_dir() and any(file != partial for file in workdir.iterdir()):
     raise UserError(f"{workdir} holds files but no {CONFIG} of a run; allowed: an empty or new folder, or a run's own")
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+      raise UserError(f"{workdir} cannot be made: {error.strerror}; allowed: a folder that can be written to") from None
     partial.write_text(config_lib.to_json(config))
     partial.replace(path)
+
+
+def _read_config(path: pathlib.Path) -> Config:
+  try:
+    return config_lib.from_json(path.read_text(encoding="utf-8"))
+  except (ValueError, AttributeError) as error:  # not JSON, no object, no setting of ours
+    raise UserError(f"{path} is not of a run ({error}); allowed: an empty or new folder, or a run's own") from None
 
 
 class Checkpoints:

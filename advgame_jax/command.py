@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -39,6 +40,7 @@ def run(main: Callable[[], None]) -> None:
 
   def guarded(_: Sequence[str]) -> None:
     _log_our_own()
+    threading.excepthook = _failed_thread
     try:
       main()
     except UserError as error:
@@ -59,6 +61,12 @@ def _log_our_own() -> None:
   ours = logging.getLogger("advgame_jax")
   ours.handlers, ours.propagate = [handler], False
   ours.setLevel(logging.INFO)
+
+
+def _failed_thread(failure: threading.ExceptHookArgs) -> None:
+  """What writes in the background prints no trace of a full disk: the main thread hears of it and says so."""
+  if os.strerror(errno.ENOSPC) not in str(failure.exc_value):
+    threading.__excepthook__(failure)
 
 
 def _cache_folder() -> str:

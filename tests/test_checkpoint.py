@@ -46,11 +46,28 @@ def saved_steps(folder):
   return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
-def corrupt(folder, step):
+def corrupt(checkpoint):
   """Half of every array's file is lost."""
-  for path in (folder / "checkpoints" / str(step) / "state").rglob("*"):
+  for path in (checkpoint / "state").rglob("*"):
     if path.is_file() and path.stat().st_size > 1000:
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(checkpoint):
+  """Its files are there but hold nothing, as after a power cut."""
+  for path in checkpoint.rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+
+
+def without_ledger(checkpoint):
+  shutil.rmtree(checkpoint / "run")
+
+
+def mislabelled(checkpoint):
+  """It is the one before, under this name."""
+  shutil.rmtree(checkpoint)
+  shutil.copytree(checkpoint.with_name(str(int(checkpoint.name) - 1)), checkpoint)
 
 
 def test_a_state_that_is_overwritten_at_once_is_saved_as_it_was(run, open_checkpoints, tmp_path):
@@ -67,6 +84,15 @@ def test_a_state_that_is_overwritten_at_once_is_saved_as_it_was(run, open_checkp
     shutil.rmtree(tmp_path / "checkpoints" / str(step))
 
 
+def test_a_player_that_holds_nothing_but_its_weights_is_saved(world_folder, open_checkpoints):
+  frozen = session.open_session(world.config(world_folder, attacker__frozen=True), jax.devices()[:1])
+  state = at(frozen, 1)
+  assert (state.players.attacker.ema, state.players.attacker.initial, state.players.attacker.optimizer) == ({}, {}, ())
+  open_checkpoints().save(state, {}, None)
+  restored, _ = open_checkpoints().restore(frozen.abstract_state)
+  assert world.same(jax.device_get(restored), jax.device_get(state))
+
+
 def test_a_new_folder_has_nothing_to_restore(run, open_checkpoints):
   assert open_checkpoints().restore(run.abstract_state) is None
 
@@ -79,16 +105,19 @@ def test_the_newest_and_the_best_are_kept(run, open_checkpoints, tmp_path):
   assert saved_steps(tmp_path) == [1, 3, 4]
 
 
-def test_the_last_good_one_is_used_said_so_and_saved_over(run, open_checkpoints, tmp_path, caplog):
+@pytest.mark.parametrize("spoil", [corrupt, empty, without_ledger, shutil.rmtree, mislabelled])
+def test_the_last_good_one_is_used_said_so_and_saved_over(run, open_checkpoints, tmp_path, caplog, spoil):
   checkpoints = open_checkpoints(checkpoint__keep=3)
-  for step in range(3):
+  for step in (1, 2):
     checkpoints.save(at(run, step), {"spent": step}, None)
   checkpoints.wait()
-  corrupt(tmp_path, 2)
+  spoil(tmp_path / "checkpoints" / "2")
+  (tmp_path / "transcript.jsonl").write_text("{}")
   checkpoints = open_checkpoints()
   state, ledger = checkpoints.restore(run.abstract_state)
   assert same(state, at(run, 1)) and ledger == {"spent": 1}
-  assert "checkpoint 2 cannot be read" in caplog.text
+  assert ("checkpoint 2 cannot be read" in caplog.text) == (spoil != shutil.rmtree)
+  assert (tmp_path / "transcript.jsonl").read_text() == "{}"
   checkpoints.save(at(run, 2), {"spent": 20}, None)
   state, ledger = open_checkpoints().restore(run.abstract_state)
   assert same(state, at(run, 2)) and ledger == {"spent": 20}
@@ -99,11 +128,36 @@ def test_when_none_is_good_that_is_said_and_nothing_is_removed(run, open_checkpo
   for step in range(2):
     checkpoints.save(at(run, step), {}, None)
   checkpoints.wait()
-  corrupt(tmp_path, 0)
-  corrupt(tmp_path, 1)
+  corrupt(tmp_path / "checkpoints" / "0")
+  corrupt(tmp_path / "checkpoints" / "1")
   with pytest.raises(UserError, match=r"none of the checkpoints \[1, 0\] can be read; allowed: a new --workdir"):
     open_checkpoints().restore(run.abstract_state)
   assert saved_steps(tmp_path) == [0, 1]
+
+
+@pytest.mark.parametrize("method", ["save", "wait_until_finished", "close"])
+def test_a_full_disk_is_said_and_nothing_else_is_taken_for_it(run, open_checkpoints, monkeypatch, method):
+  checkpoints = open_checkpoints()
+  calls = {
+    "save": lambda: checkpoints.save(at(run, 0), {}, None),
+    "wait_until_finished": checkpoints.wait,
+    "close": checkpoints.close,
+  }
+
+  def failing(message):
+    def fail(*_, **__):
+      raise ValueError(message)
+
+    return fail
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints._manager, method, failing("RESOURCE_EXHAUSTED: No space left on device [code='28']"))
+    with pytest.raises(UserError, match="the disk is full, so that this step could not be saved; the checkpoints befo"):
+      calls[method]()
+    patch.setattr(checkpoints._manager, method, failing("the ceiling came down"))
+    with pytest.raises(ValueError, match="ceiling") as error:
+      calls[method]()
+    assert error.type is ValueError
 
 
 def test_half_a_checkpoint_is_none(run, open_checkpoints, tmp_path):

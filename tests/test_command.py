@@ -4,9 +4,11 @@ import errno
 import logging
 import os
 import sys
+import threading
 
 import pytest
 from absl import flags
+from absl import logging as absl_logging
 
 from advgame_jax import command
 from advgame_jax import config as config_lib
@@ -17,9 +19,10 @@ from advgame_jax.types import UserError
 def run(monkeypatch):
   """Runs a program with these flags as `launch/` does; what it leaves behind in the process is undone."""
   ours = logging.getLogger("advgame_jax")
-  before = set(flags.FLAGS), flags.FLAGS["verbosity"].value, dict(vars(ours))
+  before = set(flags.FLAGS), flags.FLAGS["verbosity"].value, dict(vars(ours)), logging.root.level
   monkeypatch.setattr("absl.app.run", lambda main, flags_parser: main(flags_parser(sys.argv)))
   monkeypatch.setattr("jax.config.update", lambda *_: None)
+  monkeypatch.setattr("threading.excepthook", threading.excepthook)
 
   def program(*arguments, main=lambda config: None, default=None):
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
@@ -32,7 +35,7 @@ def run(monkeypatch):
     delattr(flags.FLAGS, name)
   flags.FLAGS["verbosity"].value = before[1]
   vars(ours).update(before[2])
-  ours.manager._clear_cache()
+  logging.root.setLevel(before[3])
 
 
 @pytest.fixture
@@ -135,14 +138,19 @@ def test_what_a_user_cannot_mend_keeps_its_trace(run, error):
   assert raised.value is error
 
 
-def test_of_others_only_what_failed_is_logged_and_of_ours_the_bare_lines(run, capsys):
+def test_of_others_only_what_failed_is_logged_and_of_ours_the_bare_lines(run, capsys, monkeypatch):
+  handler = absl_logging.get_absl_handler()  # as absl.app.run installs it
+  monkeypatch.setattr(handler.python_handler, "stream", sys.stderr)
+  monkeypatch.setattr(logging.root, "handlers", [handler])
+
   def main(_):
     logging.getLogger("advgame_jax.train").info("step 3")
-    for level in (logging.INFO, logging.WARNING):
-      logging.getLogger("absl").log(level, "something about threads")
+    for level in (logging.INFO, logging.WARNING, logging.ERROR):
+      logging.getLogger("absl").log(level, logging.getLevelName(level))
 
   run("--workdir=x", main=main)
-  assert capsys.readouterr().err == "step 3\n"
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0] == "step 3" and len(lines) == 2 and lines[1].endswith("] ERROR")
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,10 @@ def write(folder: pathlib.Path) -> None:
       model=str(folder / name),
       examples=str(folder / f"{name}.jsonl"),
       out=str(folder / f"{name}_base"),
-      steps=160,
+      steps=300,
       batch=32,
       row_tokens=64,
-      optimizer=config_lib.Optimizer(learning_rate=3e-2, b2=0.99, weight_decay=0.0),
+      optimizer=config_lib.Optimizer(learning_rate=2e-2, b2=0.99, weight_decay=0.0),
       mesh=config_lib.Mesh(),
     )
     warmstart.warm_start(settings)
