@@ -190,6 +190,7 @@ class Data(Settings):
 
   train: tuple[str, ...] = setting((), "JSON-lines files of {'prompt', 'category'}")
   validation: tuple[str, ...] = setting((), "likewise; no seed may be in both")
+  duplicates: Literal["refuse", "drop"] = setting("refuse", "what becomes of a seed that was there before")
   batch: int = setting(32, "B, seeds per step", at_least=1)
   order: Literal["alternate", "mixed"] = setting(
     "alternate", "one category a step in turn, or half of each in every step"

@@ -23,11 +23,15 @@ class Seed:
   index: int  # its place in the files of its split, in their order
 
 
-def load(paths: Sequence[str], what: str) -> list[Seed]:
-  """All seeds of a split.
+def load(paths: Sequence[str], what: str, duplicates: str = "refuse") -> list[Seed]:
+  """All seeds of a split, each once.
+
+  Args:
+    what: 'train' or 'validation', for errors.
+    duplicates: 'drop' keeps the first of seeds that are alike, 'refuse' refuses them.
 
   Raises:
-    UserError: a file that is missing or empty, a line that is no seed, or two seeds alike.
+    UserError: a file that is missing or empty, a line that is no seed, or two seeds alike that are not to be dropped.
   """
   if not paths:
     raise UserError(f"config.data.{what} names no file; allowed: JSON-lines files of {_FORM}")
@@ -38,9 +42,12 @@ def load(paths: Sequence[str], what: str) -> list[Seed]:
     for number, line in enumerate(_lines(path), 1):
       if line.strip():
         text, category = _parse(line, place := f"{path}, line {number}")
-        if (same := first.setdefault(normalise(text), place)) != place:
-          raise UserError(f"{place}: the same seed as {same}; allowed: each seed once")
-        seeds.append(Seed(text, category, len(seeds)))
+        if (same := first.setdefault(normalise(text), place)) == place:
+          seeds.append(Seed(text, category, len(seeds)))
+        elif duplicates == "refuse":
+          raise UserError(
+            f"{place}: the same seed as {same}; allowed: each seed once, or config.data.duplicates='drop'"
+          )
     if len(seeds) == before:
       raise UserError(f"{path} holds no seed; allowed: one or more lines of {_FORM}")
   return seeds

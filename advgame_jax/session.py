@@ -121,7 +121,8 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
   """
   if config.game.skip_attacker:  # it has nothing to learn from
     config = dataclasses.replace(config, attacker=dataclasses.replace(config.attacker, frozen=True))
-  train_seeds, validation_seeds = data.load(config.data.train, "train"), data.load(config.data.validation, "validation")
+  train_seeds = data.load(config.data.train, "train", config.data.duplicates)
+  validation_seeds = data.load(config.data.validation, "validation", config.data.duplicates)
   data.check_disjoint(train_seeds, validation_seeds)
   mesh = sharding.make_mesh(config.mesh, devices)
   players = Players(_language_model(config, mesh, "attacker"), _language_model(config, mesh, "defender"))

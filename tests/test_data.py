@@ -78,6 +78,15 @@ def test_each_file_holds_a_seed(file):
     data.load((file(line("a"), name="one"), file("", name="two")), "train")
 
 
+def test_the_first_of_seeds_alike_can_be_kept(file):
+  paths = (file(line("A b"), line("c"), line("a  B", "benign"), name="one"), file(line("C"), line("d"), name="two"))
+  assert data.load(paths, "train", "drop") == [
+    Seed("A b", Category.HARMFUL, 0),
+    Seed("c", Category.HARMFUL, 1),
+    Seed("d", Category.HARMFUL, 2),
+  ]
+
+
 def test_splits_must_be_disjoint():
   seed = lambda text, index: Seed(text, Category.BENIGN, index)
   data.check_disjoint([seed("a", 0)], [seed("b", 0)])
