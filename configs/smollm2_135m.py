@@ -11,7 +11,7 @@ thumb (`advgame_jax/heuristic.py`): this shows that the game runs on real models
 that, judge with a language model. Seeds are the project's own mild ones; bring others by
 --config.data.train="('harmful.jsonl','benign.jsonl')".
 
-Hardware: 2 CPU cores and 8 GiB, some 2 minutes a step; or any GPU.
+Hardware: 2 CPU cores and 8 GiB, about a minute a step; or any GPU.
 """
 
 import pathlib
@@ -36,9 +36,10 @@ from advgame_jax.config import (
 SEEDS = pathlib.Path(advgame_jax.__file__).parent / "seeds"
 
 
-def player(model: str, prompt_tokens: int, new_tokens: int) -> Player:
+def player(model: str, prompt_tokens: int, new_tokens: int, comparisons: int) -> Player:
   return Player(
     model=f"models/{model}",
+    accumulate=comparisons,  # one at a time: those without a weight, often most of them, cost nothing
     sampling=Sampling(prompt_buckets=(prompt_tokens,), max_new_tokens=new_tokens),
     optimizer=Optimizer(learning_rate=1e-6),
   )
@@ -49,8 +50,8 @@ def get_config() -> config_dict.ConfigDict:
     Config(
       steps=200,
       game=Game(attacks=2, responses=2),
-      attacker=player("smollm2_135m_attacker", prompt_tokens=256, new_tokens=64),
-      defender=player("smollm2_135m", prompt_tokens=128, new_tokens=96),
+      attacker=player("smollm2_135m_attacker", prompt_tokens=256, new_tokens=64, comparisons=4),
+      defender=player("smollm2_135m", prompt_tokens=128, new_tokens=96, comparisons=8),
       judges=Judges(kind="heuristic"),
       loss=Loss(kind="dpo"),
       data=Data(train=(str(SEEDS / "train.jsonl"),), validation=(str(SEEDS / "validation.jsonl"),), batch=4),
