@@ -4,6 +4,7 @@ seeds → attacks → responses → judgments → rewards → preference pairs �
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 import pathlib
@@ -99,7 +100,8 @@ def play_and_learn(
   before = ledger.scalars()
   with ledger.timed("other"):
     attacker, defender, judge = metrics.metered(run, run.policies(state), ledger)
-    tree = game.play(run.rules, seeds, attacker, defender, judge, key)
+    again = functools.partial(judges.ask, judge, retries=config.judges.retries)
+    tree = game.play(run.rules, seeds, attacker, defender, again, key)
     judgments = judges.judge(config.judges, tree, judge, fold_key(config.seed, step))
     reward = rewards.assign_rewards(judgments)
     batch = preferences.select_comparisons(config.loss, tree, reward, row_tokens(run, tree))

@@ -13,7 +13,7 @@ import world
 
 from advgame_jax import microworld, scoring, train
 from advgame_jax.microworld import Query
-from advgame_jax.types import Category, Players, Status, UserError
+from advgame_jax.types import Category, Players, Role, Status, UserError, Verdict
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,6 +65,19 @@ def test_without_the_attacker_the_seeds_are_played(world_folder):
   assert world.same(before.players.attacker, after.players.attacker)
   assert not world.same(before.players.defender, after.players.defender)
   assert "attacker/loss" not in recorder.scalars[0]
+
+
+def test_an_unreadable_faithfulness_call_is_asked_again(first):
+  run, recorder, _ = first
+  calls = []
+
+  def judge(questions):
+    calls.append({question.role for question in questions})
+    return [Verdict(())] * len(questions) if len(calls) == 1 else run.judge(questions)
+
+  again, _ = world.play(dataclasses.replace(run, judge=judge), 1)
+  assert calls[:2] == [{Role.FAITHFULNESS}] * 2
+  np.testing.assert_array_equal(again.trees[0].attack_status_BA, recorder.trees[0].attack_status_BA)
 
 
 def test_a_judge_that_always_fails_teaches_nothing(world_folder):
