@@ -64,7 +64,8 @@ def _by_play(run: Session, state: TrainState) -> Iterator[tuple[str, float]]:
   now, initial = run.policies(state), run.initial_policies
 
   def play(rules: config_lib.Game, attacker: Policy, defender: Policy) -> tuple[RolloutTree, dict[str, float]]:
-    tree = game.play(dataclasses.replace(run.rules, settings=rules), seeds, attacker, defender, run.judge, key)
+    judge = functools.partial(judges.ask, run.judge, retries=run.config.judges.retries)
+    tree = game.play(dataclasses.replace(run.rules, settings=rules), seeds, attacker, defender, judge, key)
     return tree, response_rates(tree, run.judge)
 
   tree, rates = play(attacks, now.attacker, now.defender)

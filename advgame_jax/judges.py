@@ -134,11 +134,12 @@ def score_nodes(settings: Judges, nodes: Sequence[Node], judge: Judge) -> tuple[
   total = [np.zeros(len(node.texts)) for node in nodes]
   count = [np.zeros(len(node.texts)) for node in nodes]
   in_order: dict[tuple[int, tuple[int, ...]], dict[int, float]] = {}
-  for (n, members, _), verdict in zip(calls, verdicts):
-    for member, score in zip(members, verdict.scores):
+  readable = [(call, verdict) for call, verdict in zip(calls, verdicts, strict=True) if verdict.scores]
+  for (n, members, _), verdict in readable:
+    for member, score in zip(members, verdict.scores, strict=True):
       total[n][member] += score
       count[n][member] += 1
-    if len(set(members)) == 2 and verdict.scores:
+    if len(members) == 2:
       in_order[n, members] = dict(zip(members, verdict.scores))
   gaps = [
     abs(score - in_order[n, members[::-1]][member])
