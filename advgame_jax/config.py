@@ -334,10 +334,12 @@ def flatten(config: Settings, prefix: str = "") -> Iterator[tuple[str, Any, bool
 
 
 def to_json(config: Config) -> str:
+  """All settings, for `from_json`."""
   return json.dumps(dataclasses.asdict(config), indent=2)
 
 
 def from_json(text: str) -> Config:
+  """The tree that `to_json` wrote, checked again."""
   return from_config_dict(json.loads(text))
 
 

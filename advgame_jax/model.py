@@ -251,11 +251,13 @@ def logits(params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
+  """A cache of R rows and S slots, all zeros."""
   shape = (config.layers, rows, config.kv_heads, slots, config.head_size)
   return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def count_params(config: ModelConfig) -> int:
+  """Numbers in the parameters; a tied head is counted once."""
   return sum(math.prod(spec.shape) for spec in jax.tree.leaves(param_specs(config)))
 
 

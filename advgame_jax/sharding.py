@@ -96,6 +96,7 @@ def named(mesh: Mesh, layout: Layout, axes: Sequence[str | None], shape: Sequenc
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Whole on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
