@@ -121,15 +121,19 @@ def test_the_attacker_s_step_equals_an_independent_adamw():
   np.testing.assert_allclose(metrics["attacker/learning_rate"], 1e-4, rtol=1e-6)
   assert norm > OPTIMIZER.clip
 
-  def check(spec, old, new, g):
+  def check(spec, old, new, g, mu, nu):
     g = g * OPTIMIZER.clip / norm
     decay = 0 if spec.norm else OPTIMIZER.weight_decay
     expected = -1e-4 * (g / (np.abs(g) + 1e-8) + decay * np.asarray(old, np.float64))
     clear = np.abs(g) > 1e-5  # where rounding of the gradient does not decide the step
     assert clear.mean() > 0.4
     np.testing.assert_allclose((new - np.asarray(old))[clear], expected[clear], atol=3e-7)
+    np.testing.assert_allclose(mu, 0.1 * g, atol=1e-6)
+    np.testing.assert_allclose(nu, 0.05 * g**2, rtol=1e-3, atol=1e-9)
 
-  jax.tree.map(check, model.param_specs(tiny.CONFIG), before.params, state.players.attacker.params, wide)
+  player = state.players.attacker
+  moments = (optax.tree.get(player.optimizer, name) for name in ("mu", "nu"))
+  jax.tree.map(check, model.param_specs(tiny.CONFIG), before.params, player.params, wide, *moments)
 
 
 def test_the_attacker_s_gradient_equals_finite_differences_in_float64():
