@@ -210,3 +210,18 @@ def test_a_claim_that_was_killed_is_made_again(run, tmp_path):
   (tmp_path / "config.partial").write_text("{")
   checkpoint.claim(tmp_path, run.config, allow_changes=False)
   assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("text", ['{"architectures": ["LlamaForCausalLM"]}', "[]", "{"])
+def test_the_config_of_something_else_is_left_alone(run, tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(UserError, match=r"config\.json is not of a run \(.*\); allowed: an empty or new folder"):
+    checkpoint.claim(tmp_path, run.config, allow_changes=True)
+  assert (tmp_path / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_refused(run, tmp_path, name):
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match="cannot be made: .*; allowed: a folder that can be written to"):
+    checkpoint.claim(tmp_path / name, run.config, allow_changes=True)
