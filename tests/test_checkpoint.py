@@ -223,5 +223,5 @@ def test_the_config_of_something_else_is_left_alone(run, tmp_path, text):
 @pytest.mark.parametrize("name", ["file", "file/run"])
 def test_a_folder_that_cannot_be_made_is_refused(run, tmp_path, name):
   (tmp_path / "file").touch()
-  with pytest.raises(UserError, match="cannot be made: .*; allowed: a folder that can be written to"):
+  with pytest.raises(UserError, match=r"cannot be made: .*; allowed: a folder that can be written to"):
     checkpoint.claim(tmp_path / name, run.config, allow_changes=True)
