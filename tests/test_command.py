@@ -91,7 +91,6 @@ def test_flags_change_the_config_file_s_values(run, default):
     ("--config.loss.kind=ppo", "config.loss.kind is 'ppo'; allowed: one of 'dpo', 'ipo', 'grpo'"),
     ("--config.steps=0", "config.steps is 0; allowed: at least 1"),
     ("--config=nowhere.py", "No such file or directory: 'nowhere.py'"),
-    ("--config=/", "Is a directory: '/'"),
     ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
     ("runs/x", "'runs/x' is no flag; allowed: --name=value"),
   ],
@@ -114,6 +113,11 @@ def test_a_missing_value_is_named(refused, default):
   assert refused("--workdir=x", "--config.steps", default=default) == "Missing value for flag --config.steps"
 
 
+@pytest.mark.parametrize(("file", "sentence"), [("/", "Is a directory: '/'"), ("", "Path to config file is an empty")])
+def test_a_config_file_that_is_none_is_refused_when_it_is_read(refused, default, file, sentence):
+  assert sentence in refused("--workdir=x", f"--config={file}", default=default)
+
+
 def test_what_a_config_file_raises(refused, tmp_path):
   file = tmp_path / "wrong.py"
   file.write_text("from advgame_jax import types\ndef get_config():\n  raise types.UserError('a card; allowed: b')\n")
@@ -130,6 +134,19 @@ def test_what_a_user_can_mend_is_one_sentence(refused):
 def test_a_full_disk_is_a_sentence(refused, code):
   said = refused("--workdir=x", main=raising(OSError(code, os.strerror(code), "runs/x/scalars.jsonl")))
   assert said.startswith("the disk is full at runs/x/scalars.jsonl; ")
+
+
+@pytest.mark.parametrize(
+  ("error", "shown"), [(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x"), False), (ValueError("a bug"), True)]
+)
+def test_a_full_disk_met_in_the_background_has_no_trace(run, capsys, error, shown):
+  def main(_):
+    thread = threading.Thread(target=raising(error), args=(None,))
+    thread.start()
+    thread.join()
+
+  run("--workdir=x", main=main)
+  assert ("Traceback" in capsys.readouterr().err) == shown
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EIO, "broken", "x"), ValueError("a bug")])
