@@ -18,7 +18,7 @@ QUERIES = microworld.queries()
 
 @pytest.fixture(scope="module")
 def run(world_folder):
-  changes = {"defender__sampling__temperature": 0.9, "defender__sampling__top_p": 0.95}
+  changes = {"defender__sampling__temperature": 0.6, "defender__sampling__top_p": 0.95}
   return world.open_session(world.config(world_folder, **changes))
 
 
