@@ -38,9 +38,10 @@ def load(paths: Sequence[str], what: str, duplicates: str = "refuse") -> list[Se
   seeds: list[Seed] = []
   first: dict[str, str] = {}
   for path in map(pathlib.Path, paths):
-    before = len(seeds)
+    empty = True
     for number, line in enumerate(_lines(path), 1):
       if line.strip():
+        empty = False
         text, category = _parse(line, place := f"{path}, line {number}")
         if (same := first.setdefault(normalise(text), place)) == place:
           seeds.append(Seed(text, category, len(seeds)))
@@ -48,7 +49,7 @@ def load(paths: Sequence[str], what: str, duplicates: str = "refuse") -> list[Se
           raise UserError(
             f"{place}: the same seed as {same}; allowed: each seed once, or config.data.duplicates='drop'"
           )
-    if len(seeds) == before:
+    if empty:
       raise UserError(f"{path} holds no seed; allowed: one or more lines of {_FORM}")
   return seeds
 

@@ -87,6 +87,11 @@ def test_the_first_of_seeds_alike_can_be_kept(file):
   ]
 
 
+def test_a_file_of_repeats_alone_is_not_an_empty_one(file):
+  paths = (file(line("a"), name="one"), file(line("A"), name="two"))
+  assert data.load(paths, "train", "drop") == [Seed("a", Category.HARMFUL, 0)]
+
+
 def test_splits_must_be_disjoint():
   seed = lambda text, index: Seed(text, Category.BENIGN, index)
   data.check_disjoint([seed("a", 0)], [seed("b", 0)])
