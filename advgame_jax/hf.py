@@ -215,11 +215,18 @@ def _read_layer(
 ) -> np.ndarray:
   stored = shards[name].get_slice(name)
   if not spec.inputs:
-    return stored[tuple(index)].astype(dtype)
+    return _finite(name, stored[tuple(index)].astype(dtype))
   outputs = _merge(index[spec.inputs :], shape[spec.inputs :])
   inputs = _merge(index[: spec.inputs], shape[: spec.inputs])
-  part = stored[outputs, inputs].astype(dtype)
+  part = _finite(name, stored[outputs, inputs].astype(dtype))
   return np.ascontiguousarray(part.T).reshape([bound.stop - bound.start for bound in index])
+
+
+def _finite(name: str, part: np.ndarray) -> np.ndarray:
+  """A player with such a weight says nothing valid, and would be played to the end of a run without a word."""
+  if not np.isfinite(part).all():
+    raise UserError(f"the weights {name} hold numbers that are not finite; allowed: finite ones, in the dtype loaded")
+  return part
 
 
 def _merge(index: Sequence[slice], shape: Sequence[int]) -> slice:

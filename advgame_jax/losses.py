@@ -48,11 +48,16 @@ def grpo(
   A = reward − baseline, not divided by a deviation (Shao et al. 2402.03300; Liu et al. 2503.20783). The importance
   weight is detached: it corrects the sampling density, and must not be learnt from.
   """
-  weight_PCT = jax.lax.stop_gradient(jnp.minimum(jnp.exp(logprob_PCT - behaviour_PCT), cap))
+  weight_PCT = importance(logprob_PCT, behaviour_PCT, cap)
   score_PCT = jnp.exp(logprob_PCT - jax.lax.stop_gradient(logprob_PCT))
   ratio_PCT = reference_PCT - logprob_PCT
   divergence_PCT = jnp.exp(ratio_PCT) - ratio_PCT - 1
   return -(score_PCT * advantage_PC[..., None] * weight_PCT - beta * divergence_PCT)
+
+
+def importance(logprob_PCT: jax.Array, behaviour_PCT: jax.Array, cap: float) -> jax.Array:
+  """w = min(exp(ℓ − ℓ_behaviour), cap), detached."""
+  return jax.lax.stop_gradient(jnp.minimum(jnp.exp(logprob_PCT - behaviour_PCT), cap))
 
 
 def live_tokens(batch: PreferenceBatch) -> jax.Array:
@@ -82,8 +87,9 @@ def preference_loss(
     total: of the batch that this one is part of.
 
   Returns:
-    A scalar, and scalars by name: 'kl' in nats per completion (mean of log π − log π_ref), for pairs 'margin' in nats
-    (mean of Δw − Δl) and 'accuracy' (fraction of pairs in which it is positive), for GRPO 'importance' (mean weight).
+    A scalar, and scalars by name: 'loss'; 'kl', nats per completion, the mean of log π − log π_ref; for pairs 'margin',
+    nats, the mean of Δw − Δl, and 'accuracy', the fraction of pairs in which it is positive; for GRPO 'importance', the
+    mean weight; with a bonus 'entropy', nats per token.
   """
   live_PCT = live_tokens(batch)
   logprob_PCT, reference_PCT, behaviour_PCT = (
@@ -100,7 +106,7 @@ def preference_loss(
     advantage_PC = jnp.where(batch.weight_P[:, None] > 0, batch.advantage_PC, 0)
     token_PCT = grpo(logprob_PCT, reference_PCT, behaviour_PCT, advantage_PC, settings.beta, settings.importance_cap)
     token_PCT = jnp.where(live_PCT, token_PCT, 0)
-    weight_PCT = jnp.where(live_PCT, jnp.minimum(jnp.exp(logprob_PCT - behaviour_PCT), settings.importance_cap), 0)
+    weight_PCT = jnp.where(live_PCT, importance(logprob_PCT, behaviour_PCT, settings.importance_cap), 0)
     metrics["importance"] = jnp.sum(weight_PCT) / total.tokens
     if settings.normalisation == "token_mean":
       loss = jnp.sum(token_PCT) / total.tokens

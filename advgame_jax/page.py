@@ -101,6 +101,7 @@ def render(folder: pathlib.Path) -> str:
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
+  """The settings of a run, empty where they cannot be read: the page is written all the same."""
   try:
     return dict(json.loads(path.read_text(encoding="utf-8")))
   except (OSError, ValueError, TypeError):
@@ -160,14 +161,17 @@ def number(value: Any, unit: str = "") -> str:
 
 
 def percent(value: Any) -> str:
+  """A fraction as `12.3 %`."""
   return f"{100 * value:.1f} %" if _is_number(value) else "–"
 
 
 def duration(value: Any) -> str:
+  """Seconds as `1m23s`."""
   return report.duration(value) if _is_number(value) else "–"
 
 
 def status_words(status: Any) -> str:
+  """A status as a reader says it."""
   return str(status).lower().replace("_", " ")
 
 

@@ -140,10 +140,9 @@ def _draw(
 ) -> sampler.Drawn:
   """This process's prompts → what was drawn for them, as numpy. Rows are padded to fill the mesh."""
   rows = sharding.rows_sharding(player.mesh, player.layout)
-  parts = max(1, sharding.shards(player.mesh, player.layout.rows) // jax.process_count())
-  pad = lambda x: np.pad(x, ((0, -len(x) % parts), *((0, 0),) * (x.ndim - 1)))
-  # An absent prompt still has one token, so that its last one exists.
-  local = (pad(tokens_RT), np.maximum(pad(length_R), 1), pad(present_R))
+  parts = sharding.local_parts(player.mesh, player.layout)
+  tokens, length, present = sharding.pad_leading((tokens_RT, length_R, present_R), parts)
+  local = (tokens, np.maximum(length, 1), present)  # an absent prompt still has one token, so that its last one exists
   temperature, top_p = np.float32(player.sampling.temperature), np.float32(player.sampling.top_p)
   with jax.set_mesh(player.mesh):
     global_rows = sharding.to_global(local, rows)

@@ -99,15 +99,10 @@ class Session:
   def update(self, state: TrainState, batch: Players[PreferenceBatch]) -> tuple[TrainState, Metrics]:
     """`joint_update`, jitted and sharded. `state` is donated: it must not be read again."""
     rows = sharding.rows_sharding(self.mesh, sharding.TRAIN)
-    parts = max(1, sharding.shards(self.mesh, sharding.TRAIN.rows) // jax.process_count())
-    padded = Players(*(pad_rows(b, parts * r.player.accumulate) for b, r in zip(batch, self.recipes)))
+    parts = sharding.local_parts(self.mesh, sharding.TRAIN)
+    padded = Players(*(sharding.pad_leading(b, parts * r.player.accumulate) for b, r in zip(batch, self.recipes)))
     with jax.set_mesh(self.mesh):
       return self._jitted_update(state, sharding.to_global(padded, rows))
-
-
-def pad_rows(batch: PreferenceBatch, multiple: int) -> PreferenceBatch:
-  """Comparisons of weight 0 at the end, up to a multiple."""
-  return jax.tree.map(lambda x: np.pad(x, ((0, -len(x) % multiple), *((0, 0),) * (x.ndim - 1))), batch)
 
 
 def open_session(config: Config, devices: Sequence[jax.Device] | None = None) -> Session:
@@ -119,6 +114,8 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
   Raises:
     UserError: seeds, model folders or a mesh that cannot be used.
   """
+  if jax.process_count() > 1:
+    raise UserError(f"{jax.process_count()} processes run this; allowed: one, with all its devices, as of this version")
   if config.game.skip_attacker:  # it has nothing to learn from
     config = dataclasses.replace(config, attacker=dataclasses.replace(config.attacker, frozen=True))
   train_seeds = data.load(config.data.train, "train", config.data.duplicates)

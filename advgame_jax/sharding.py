@@ -105,6 +105,16 @@ def rows_sharding(mesh: Mesh, layout: Layout) -> NamedSharding:
   return NamedSharding(mesh, layout.spec(("rows",)))
 
 
+def local_parts(mesh: Mesh, layout: Layout) -> int:
+  """How many parts this process's rows are split into; their number must be a multiple of it."""
+  return max(1, shards(mesh, layout.rows) // jax.process_count())
+
+
+def pad_leading(tree: Any, multiple: int) -> Any:
+  """Zeros at the end of every array's leading axis, up to a multiple."""
+  return jax.tree.map(lambda x: np.pad(x, ((0, -len(x) % multiple), *((0, 0),) * (x.ndim - 1))), tree)
+
+
 def to_global(tree: Any, sharding: NamedSharding) -> Any:
   """Each process's own rows → global arrays."""
 

@@ -136,6 +136,9 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
     _files={name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()},
   )
   _check_unknown(tokenizer, folder)
+  for token in control & added.keys():
+    # Refused here, not when a player first writes it.
+    tokenizer.encode_chat(added[token]["content"])
   return tokenizer
 
 

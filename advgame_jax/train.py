@@ -21,7 +21,7 @@ from advgame_jax.ledger import Ledger
 from advgame_jax.report import Reporter
 from advgame_jax.session import Session
 from advgame_jax.state import TrainState
-from advgame_jax.types import Category, Players, Rewards, RolloutTree, Samples, Status, UserError, fold_key
+from advgame_jax.types import Category, Players, Rewards, RolloutTree, Samples, SeedBatch, Status, UserError, fold_key
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +53,10 @@ def train(
     log.info("resuming at step %d of %d", int(state.step), config.steps)
   stop = _stop_on_sigterm()
   with Reporter(folder, config.report, config.steps, int(state.step), write=jax.process_index() == 0) as reporter:
-    state, objective = _loop(run, state, ledger, reporter, checkpoints, stop)
+    state, objective, finished = _loop(run, state, ledger, reporter, checkpoints, stop)
   checkpoints.save(state, ledger.state_dict(), objective)
   checkpoints.close()
-  if stop.is_set() and int(state.step) < config.steps:
+  if not finished:
     log.info("stopped at step %d, which is saved; the same command goes on from there", int(state.step))
   elif jax.process_index() == 0:
     page.write_page(folder)
@@ -69,15 +69,19 @@ def _loop(
   reporter: Reporter,
   checkpoints: checkpoint.Checkpoints,
   stop: threading.Event,
-) -> tuple[TrainState, float | None]:
-  """From `state.step` to the last step; returns the state, and its evaluation's objective if it has one."""
+) -> tuple[TrainState, float | None, bool]:
+  """From `state.step` to the last step, or to the one in which `stop` is set.
+
+  Returns:
+    The state, its evaluation's objective if it has one, and whether nothing is left to do.
+  """
   config = run.config
   seed_batches = data.SeedBatches(run.train_seeds, config.data, config.seed)
   state = warm_up(run, state)
   objective = None
   for step in range(int(state.step), config.steps + 1):
     if stop.is_set():
-      break
+      return state, objective, False
     if step % config.evaluation.every == 0 or step == config.steps:
       with ledger.timed("evaluate"):
         values = dict(evaluate.evaluate(run, state))
@@ -89,19 +93,19 @@ def _loop(
       checkpoints.save(state, ledger.state_dict(), objective)
     state = play_and_learn(run, state, step, seed_batches[step], ledger, reporter)
     objective = None
-  return state, objective
+  return state, objective, True
 
 
 def play_and_learn(
-  run: Session, state: TrainState, step: int, seeds: data.SeedBatch, ledger: Ledger, reporter: Reporter
+  run: Session, state: TrainState, step: int, seeds: SeedBatch, ledger: Ledger, reporter: Reporter
 ) -> TrainState:
   """One step. `state` is donated. All its draws come from (config.seed, step)."""
   config, key = run.config, jax.random.fold_in(jax.random.key(run.config.seed), step)
   before = ledger.scalars()
   with ledger.timed("other"):
     attacker, defender, judge = metrics.metered(run, run.policies(state), ledger)
-    again = functools.partial(judges.ask, judge, retries=config.judges.retries)
-    tree = game.play(run.rules, seeds, attacker, defender, again, key)
+    faithfulness_judge = functools.partial(judges.ask, judge, retries=config.judges.retries)
+    tree = game.play(run.rules, seeds, attacker, defender, faithfulness_judge, key)
     judgments = judges.judge(config.judges, tree, judge, fold_key(config.seed, step))
     reward = rewards.assign_rewards(judgments)
     batch = preferences.select_comparisons(config.loss, tree, reward, row_tokens(run, tree))

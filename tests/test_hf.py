@@ -146,6 +146,12 @@ def _lose_shard(folder):
   next(folder.glob("model-00002-*")).unlink()
 
 
+def _spoil(folder):
+  spoilt = tensors(folder)[Q].copy()
+  spoilt[3, 5] = np.nan
+  write_tensors(folder, tensors(folder) | {Q: spoilt})
+
+
 def _pickle(folder):
   (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -170,6 +176,7 @@ BROKEN = {
   r"q_proj.weight is stored as I8": lambda folder: write_tensors(
     folder, tensors(folder) | {Q: tensors(folder)[Q].astype(np.int8)}
   ),
+  r"the weights model.layers.1.self_attn.q_proj.weight hold numbers that are not finite": _spoil,
   r"lm_head.weight differs from model.embed_tokens.weight": lambda folder: write_tensors(
     folder, tensors(folder) | {"lm_head.weight": tensors(folder)["model.embed_tokens.weight"] + 1}
   ),

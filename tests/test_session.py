@@ -170,6 +170,11 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(world_folder):
     world.open_session(config, devices=8)
 
 
+def test_more_than_one_process_is_refused(world_folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  refused(world.config(world_folder), tmp_path, "2 processes run this; allowed: one")
+
+
 def test_a_folder_of_another_run_is_left_alone(world_folder, tmp_path):
   checkpoint.claim(tmp_path, world.config(world_folder), allow_changes=False)
   before = sorted((path, path.read_bytes()) for path in tmp_path.iterdir())

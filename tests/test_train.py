@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import threading
 
 import jax
 import numpy as np
@@ -141,6 +142,31 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_stop_the_run(firs
   state = jax.device_put(states[-1], run.state_shardings)
   with pytest.raises(UserError, match="the attacker's gradients were not finite for 3 steps in a row"):
     world.play(run, 1, state)
+
+
+@pytest.mark.parametrize("asked_at", [0, 2])
+def test_a_run_that_is_asked_to_stop_is_not_finished_until_it_is_evaluated(
+  world_folder, tmp_path, monkeypatch, asked_at
+):
+  """SIGTERM comes while step `asked_at` − 1 is played, the last one included; the same call then ends the run."""
+  config, folder = world.config(world_folder, steps=2, evaluation__every=2), tmp_path / "run"
+  play, stop = train.play_and_learn, threading.Event()
+
+  def play_and_stop(run, state, step, *rest):
+    if step == asked_at - 1:
+      stop.set()
+    return play(run, state, step, *rest)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "play_and_learn", play_and_stop)
+    patch.setattr(train, "_stop_on_sigterm", lambda: stop)
+    if asked_at == 0:
+      stop.set()
+    train.train(config, str(folder), devices=jax.devices()[:1])
+  evaluated = lambda: [json.loads(line)["step"] for line in (folder / "evaluations.jsonl").open()]
+  assert evaluated() == [0][:asked_at] and not (folder / "report.html").exists()
+  train.train(config, str(folder), devices=jax.devices()[:1])
+  assert evaluated() == [0, 2] and (folder / "report.html").exists()
 
 
 def drawn_from(player, params, samples):
