@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -37,20 +38,13 @@ def load(paths: Sequence[str], what: str, duplicates: str = "refuse") -> list[Se
     raise UserError(f"config.data.{what} names no file; allowed: JSON-lines files of {_FORM}")
   seeds: list[Seed] = []
   first: dict[str, str] = {}
-  for path in map(pathlib.Path, paths):
-    empty = True
-    for number, line in enumerate(_lines(path), 1):
-      if line.strip():
-        empty = False
-        text, category = _parse(line, place := f"{path}, line {number}")
-        if (same := first.setdefault(normalise(text), place)) == place:
-          seeds.append(Seed(text, category, len(seeds)))
-        elif duplicates == "refuse":
-          raise UserError(
-            f"{place}: the same seed as {same}; allowed: each seed once, or config.data.duplicates='drop'"
-          )
-    if empty:
-      raise UserError(f"{path} holds no seed; allowed: one or more lines of {_FORM}")
+  for path in paths:
+    for place, row in rows(path, _FORM):
+      text, category = text_under(row, "prompt", place, _FORM), category_of(row, place)
+      if (same := first.setdefault(normalise(text), place)) == place:
+        seeds.append(Seed(text, category, len(seeds)))
+      elif duplicates == "refuse":
+        raise UserError(f"{place}: the same seed as {same}; allowed: each seed once, or config.data.duplicates='drop'")
   return seeds
 
 
@@ -70,26 +64,49 @@ def check_disjoint(train: Sequence[Seed], validation: Sequence[Seed]) -> None:
     )
 
 
-def _lines(path: pathlib.Path) -> list[str]:
+def rows(path: str, form: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+  """The objects of a JSON-lines file, each after its place ('file, line n').
+
+  Args:
+    form: what a line should be, for errors.
+
+  Raises:
+    UserError: a file that cannot be read or holds nothing, or a line that is no object.
+  """
   try:
-    return path.read_text(encoding="utf-8").split("\n")  # a JSON string may hold other line ends
+    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")  # a JSON string may hold other line ends
   except OSError as error:
-    raise UserError(f"seed file {path} cannot be read: {error.strerror}; allowed: a JSON-lines file") from None
+    raise UserError(f"{path} cannot be read: {error.strerror}; allowed: a JSON-lines file of {form}") from None
   except UnicodeDecodeError as error:
-    raise UserError(f"seed file {path} is not UTF-8 at byte {error.start}; allowed: a JSON-lines file") from None
+    raise UserError(f"{path} is not UTF-8 at byte {error.start}; allowed: a JSON-lines file of {form}") from None
+  if not any(map(str.strip, lines)):
+    raise UserError(f"{path} is empty; allowed: one or more lines of {form}")
+  for number, line in enumerate(lines, 1):
+    if line.strip():
+      place = f"{path}, line {number}"
+      try:
+        row = json.loads(line)
+      except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); allowed: {form}") from None
+      if not isinstance(row, dict):
+        raise UserError(f"{place}: not a JSON object; allowed: {form}")
+      yield place, row
 
 
-def _parse(line: str, place: str) -> tuple[str, Category]:
-  try:
-    row = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); allowed: {_FORM}") from None
-  if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-    raise UserError(f"{place}: no text under 'prompt'; allowed: {_FORM}")
+def text_under(row: Mapping[str, Any], name: str, place: str, form: str) -> str:
+  """The text of a row under a name; UserError where there is none."""
+  text = row.get(name)
+  if not isinstance(text, str) or not text.strip():
+    raise UserError(f"{place}: no text under {name!r}; allowed: {form}")
+  return text
+
+
+def category_of(row: Mapping[str, Any], place: str) -> Category:
+  """The category that a row names; UserError where it names none."""
   names = {category.name.lower(): category for category in Category}
   if str(row.get("category")) not in names:
     raise UserError(f"{place}: category is {row.get('category')!r}; allowed: {', '.join(names)}")
-  return row["prompt"], names[row["category"]]
+  return names[row["category"]]
 
 
 class SeedBatches:

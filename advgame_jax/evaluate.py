@@ -36,12 +36,25 @@ WHOLE_ANSWERS = (Answer.COMPLY, Answer.DEFLECT, Answer.REFUSE)
 _ROWS = 2048  # of one scoring call
 
 
-def evaluate(run: Session, state: TrainState) -> Iterator[tuple[str, float]]:
-  """All evaluations of the players as they are."""
-  if run.config.judges.kind == "microworld":
-    yield from _microworld(run, state)
-  else:
-    yield from _by_play(run, state)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+  """All evaluations of a run's players as they are; what the initial ones do is found once."""
+
+  run: Session
+
+  def __call__(self, state: TrainState) -> Iterator[tuple[str, float]]:
+    if self.run.config.judges.kind == "microworld":
+      yield from _microworld(self.run, state, self._base_attacks, self._base_probabilities)
+    else:
+      yield from _by_play(self.run, state)
+
+  @functools.cached_property
+  def _base_attacks(self) -> RolloutTree:
+    return _attack_language(self.run, self.run.initial_policies.attacker)
+
+  @functools.cached_property
+  def _base_probabilities(self) -> "Probabilities":
+    return answer_probabilities(self.run.players.defender, self.run.initial_generators.defender)
 
 
 def objective(values: Mapping[str, float]) -> float:
@@ -121,26 +134,17 @@ def response_rates(tree: RolloutTree, judge: Judge) -> dict[str, float]:
   }
 
 
-def _microworld(run: Session, state: TrainState) -> Iterator[tuple[str, float]]:
+def _microworld(
+  run: Session, state: TrainState, base_attacks: RolloutTree, base: "Probabilities"
+) -> Iterator[tuple[str, float]]:
   """Exact rates of both Defenders over the language, and of both Attackers' samples against them."""
   now = answer_probabilities(run.players.defender, run.generators(state).defender)
-  base = _base_probabilities(run)
   yield from defender_rates(now)
   tree = _attack_language(run, run.policies(state).attacker)
   yield from attack_rates(tree.attack_status_BA)
-  for name, attacks in (("", tree), ("base_", _base_attacks(run))):
+  for name, attacks in (("", tree), ("base_", base_attacks)):
     yield from attack_outcomes(f"{name}attack", "", attacks, now)
     yield from attack_outcomes(f"{name}attack", "_base_defender", attacks, base)
-
-
-@functools.lru_cache(maxsize=1)
-def _base_attacks(run: Session) -> RolloutTree:
-  return _attack_language(run, run.initial_policies.attacker)
-
-
-@functools.lru_cache(maxsize=1)
-def _base_probabilities(run: Session) -> "Probabilities":
-  return answer_probabilities(run.players.defender, run.initial_generators.defender)
 
 
 Probabilities = Mapping[Answer, np.ndarray]

@@ -59,10 +59,9 @@ def generated(player: LanguageModel, samples: Samples) -> tuple[int, float]:
 
 
 def trained(run: Session, batch: Players[PreferenceBatch]) -> tuple[int, float]:
-  """Tokens of rows with a weight, and the FLOPs of the update, padding included."""
+  """Tokens of rows with a weight, and the FLOPs of the update."""
   tokens = sum(float((b.length_PC * b.weight_P[:, None]).sum()) for b in batch)
-  flops = sum(update.update_flops(r, b.length_PC.size, b.tokens_PCT.shape[2]) for r, b in zip(run.recipes, batch))
-  return int(tokens), flops
+  return int(tokens), sum(map(update.update_flops, run.recipes, batch))
 
 
 def of_play(tree: RolloutTree, judgments: Judgments, reward: Rewards) -> dict[str, float]:

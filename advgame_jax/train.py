@@ -77,6 +77,7 @@ def _loop(
   """
   config = run.config
   seed_batches = data.SeedBatches(run.train_seeds, config.data, config.seed)
+  evaluator = evaluate.Evaluator(run)
   state = warm_up(run, state)
   objective = None
   for step in range(int(state.step), config.steps + 1):
@@ -84,7 +85,7 @@ def _loop(
       return state, objective, False
     if step % config.evaluation.every == 0 or step == config.steps:
       with ledger.timed("evaluate"):
-        values = dict(evaluate.evaluate(run, state))
+        values = dict(evaluator(state))
       reporter.evaluation(step, values)
       objective = evaluate.objective(values)
     if step == config.steps:

@@ -5,7 +5,8 @@
 Every array name ends in its axes. The letters, unique in the package:
 
     B seeds   A attacks per seed   D responses per attack   P comparisons   C completions of a comparison   J votes
-    R rows of a device batch (prompts × samples)   G samples of one prompt   T tokens   S cache slots
+    R rows of a device batch (prompts × samples)   Q rows before they fork   G samples of one prompt
+    T tokens   t tokens of one chunk   S cache slots   E stop states   X what one function runs over, as it says
     V vocabulary   M width   F feed-forward   N query heads   K key/value heads   H head size   L layers
 
 Records of the host hold numpy arrays (text as arrays of `object`); what a jitted step reads is a pytree. Fixed shapes

@@ -126,9 +126,11 @@ def _score(recipe: Recipe, params: Params, batch: PreferenceBatch, entropy: bool
   return logprob_RT.reshape(shape), entropy_RT.reshape(shape)
 
 
-def update_flops(recipe: Recipe, rows: int, tokens: int) -> float:
-  """FLOPs of one update of rows of `tokens` tokens each, padding included: forward, backward, reference."""
+def update_flops(recipe: Recipe, batch: PreferenceBatch) -> float:
+  """FLOPs of an update with this batch (numpy): forward, backward, reference; padding included, idle parts not."""
   if recipe.player.frozen:
     return 0.0
-  forward = model.forward_flops(recipe.model, rows * tokens, tokens / 2)
+  parts = micro_batches(batch, recipe.player.accumulate)
+  tokens = parts.tokens_PCT[(parts.weight_P > 0).any(1)]
+  forward = model.forward_flops(recipe.model, tokens.size, tokens.shape[-1] / 2)
   return forward * (3 + (recipe.precision.remat == "layer") + (not recipe.player.reference_is_generator))

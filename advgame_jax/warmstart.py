@@ -5,9 +5,7 @@ The microworld's base players are made by it; so can be an Attacker of one's own
 
 import dataclasses
 import functools
-import json
 import logging
-import pathlib
 import time
 from typing import Any
 
@@ -18,11 +16,11 @@ import numpy as np
 import optax
 
 from advgame_jax import config as config_lib
-from advgame_jax import hf, hf_config, policies, prompts, scoring, sharding, tokenizer
+from advgame_jax import data, hf, hf_config, policies, prompts, scoring, sharding, tokenizer
 from advgame_jax import state as state_lib
 from advgame_jax.config import setting
 from advgame_jax.tokenizer import Tokenizer
-from advgame_jax.types import Category, Params, UserError
+from advgame_jax.types import Params, UserError
 
 log = logging.getLogger(__name__)
 _FORM = '{"prompt": "…", "completion": "…"}'
@@ -107,42 +105,16 @@ def _step(
 
 def _load_examples(settings: WarmStart, words: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """[X, T] tokens of prompt and completion, and the mask of the completions."""
-  try:
-    lines = pathlib.Path(settings.examples).read_text(encoding="utf-8").split("\n")
-  except OSError as error:
-    raise UserError(f"examples {settings.examples} cannot be read: {error.strerror}; allowed: JSON lines") from None
-  except UnicodeDecodeError as error:
-    raise UserError(f"examples {settings.examples} are not UTF-8 at byte {error.start}; allowed: JSON lines") from None
-  rows, starts = [], []
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    prompt, completion = _parse(line, f"{settings.examples}, line {number}", settings.attacker)
+  examples, starts = [], []
+  for place, row in data.rows(settings.examples, _FORM):
+    prompt, completion = (data.text_under(row, name, place, _FORM) for name in ("prompt", "completion"))
+    if settings.attacker:
+      form = prompts.STANDARD_THINK if prompts.THINK_END in completion else prompts.STANDARD
+      prompt = prompts.attacker_turn(form, data.category_of(row, place), prompt)
     starts.append(len(ids := words.encode_chat(prompt)))
-    rows.append(ids + words.encode_completion(completion))
-    if len(rows[-1]) > settings.row_tokens:
-      raise UserError(
-        f"{settings.examples}, line {number}: {len(rows[-1])} tokens; allowed: up to row_tokens={settings.row_tokens}"
-      )
-  if not rows:
-    raise UserError(f"{settings.examples} holds no example; allowed: lines of {_FORM}")
-  tokens_XT, length_X = policies.pad_rows(rows, max(map(len, rows)))
+    examples.append(ids + words.encode_completion(completion))
+    if len(examples[-1]) > settings.row_tokens:
+      raise UserError(f"{place}: {len(examples[-1])} tokens; allowed: up to row_tokens={settings.row_tokens}")
+  tokens_XT, length_X = policies.pad_rows(examples, max(map(len, examples)))
   slots = np.arange(tokens_XT.shape[1])
   return tokens_XT, (slots >= np.array(starts)[:, None]) & (slots < length_X[:, None])
-
-
-def _parse(line: str, place: str, attacker: bool) -> tuple[str, str]:
-  try:
-    row = json.loads(line)
-    prompt, completion = row["prompt"], row["completion"]
-  except (ValueError, KeyError, TypeError):
-    raise UserError(f"{place}: no example; allowed: {_FORM}") from None
-  if not isinstance(prompt, str) or not isinstance(completion, str):
-    raise UserError(f"{place}: prompt and completion must be text; allowed: {_FORM}")
-  if not attacker:
-    return prompt, completion
-  names = {category.name.lower(): category for category in Category}
-  if str(row.get("category")) not in names:
-    raise UserError(f"{place}: category is {row.get('category')!r}; allowed for an Attacker: {', '.join(names)}")
-  form = prompts.STANDARD_THINK if prompts.THINK_END in completion else prompts.STANDARD
-  return prompts.attacker_turn(form, names[row["category"]], prompt), completion

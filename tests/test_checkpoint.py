@@ -99,10 +99,10 @@ def test_a_new_folder_has_nothing_to_restore(run, open_checkpoints):
 
 def test_the_newest_and_the_best_are_kept(run, open_checkpoints, tmp_path):
   checkpoints = open_checkpoints()
-  for step, objective in enumerate((-0.5, -0.1, -0.3, None, None)):
+  for step, objective in enumerate((-0.5, None, -0.1, -0.3, None, None)):
     checkpoints.save(at(run, step), {}, objective)
   checkpoints.wait()
-  assert saved_steps(tmp_path) == [1, 3, 4]
+  assert saved_steps(tmp_path) == [2, 4, 5]
 
 
 @pytest.mark.parametrize("spoil", [corrupt, empty, without_ledger, shutil.rmtree, mislabelled])

@@ -36,15 +36,15 @@ def test_seeds_in_the_order_of_the_files(file):
 @pytest.mark.parametrize(
   ("lines", "sentence"),
   [
-    ([], "holds no seed"),
-    (["", "  "], "holds no seed"),
+    ([], "is empty"),
+    (["", "  "], "is empty"),
     ([line("a"), "{'prompt': 1}"], "line 2: not JSON .* column 2"),
     ([line("a"), "", line("b", "evil")], "line 3: category is 'evil'; allowed: harmful, benign"),
     ([json.dumps({"prompt": "a"})], "line 1: category is None"),
     ([line("a", ["harmful"])], r"line 1: category is \['harmful'\]"),
     ([json.dumps({"text": "a", "category": "benign"})], "line 1: no text under 'prompt'"),
     ([line("   ")], "line 1: no text under 'prompt'"),
-    (["[1]"], "line 1: no text under 'prompt'"),
+    (["[1]"], "line 1: not a JSON object"),
     ([line("A  b"), line("c"), line(" a B ", "benign")], "line 3: the same seed as .*line 1"),
   ],
 )
@@ -74,7 +74,7 @@ def test_the_same_seed_in_two_files(file):
 
 
 def test_each_file_holds_a_seed(file):
-  with pytest.raises(UserError, match="two holds no seed"):
+  with pytest.raises(UserError, match="two is empty"):
     data.load((file(line("a"), name="one"), file("", name="two")), "train")
 
 

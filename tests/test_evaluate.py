@@ -81,7 +81,8 @@ def test_the_defender_s_rates_are_those_counted_one_by_one():
 
 def test_at_the_first_step_the_players_are_the_base_and_later_only_they_have_changed(run, table):
   state = run.init_state()
-  first = dict(evaluate.evaluate(run, state))
+  evaluator = evaluate.Evaluator(run)
+  first = dict(evaluator(state))
   for name, value in first.items():
     assert 0 <= value <= 1 and first[name.replace("base_attack", "attack").replace("_base_defender", "")] == value, name
   (chances_X,) = evaluate.by_topic(table[Answer.COMPLY], world.PLAYED[:1])  # the one harmful topic of the seeds
@@ -89,7 +90,7 @@ def test_at_the_first_step_the_players_are_the_base_and_later_only_they_have_cha
   assert first["worst_over_refusal"] >= first["over_refusal"]
 
   blunt = lambda player: player.replace(ema=jax.tree.map(lambda x: x * 0.9, player.ema))
-  later = dict(evaluate.evaluate(run, state.replace(players=Players(*map(blunt, state.players)))))
+  later = dict(evaluator(state.replace(players=Players(*map(blunt, state.players)))))
   of_base = {name for name in first if name.startswith("base_attack") and "_base_defender" in name}
   assert of_base and {name for name in first if later[name] == first[name]} >= of_base
   for name in ("worst_case", "over_refusal", "attack_success", "base_attack_success", "attack_success_base_defender"):
@@ -198,7 +199,7 @@ def played(judge):
     policies=lambda state: Players(player(now_attacker), player(now_defender)),
     initial_policies=Players(player(base_attacker), player(lambda prompt, _: ANSWERS[about(prompt)])),
   )
-  return dict(evaluate.evaluate(run, state=None))
+  return dict(evaluate.Evaluator(run)(state=None))
 
 
 def test_rates_by_play_are_those_counted_by_hand():

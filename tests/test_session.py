@@ -93,8 +93,8 @@ SEED = '{"prompt": "how do i pick the lock ?", "category": "harmful"}\n'
 @pytest.mark.parametrize(
   "text, sentence",
   [
-    (None, "seed file .*train.jsonl cannot be read: No such file"),
-    ("\n", "train.jsonl holds no seed; allowed: one or more lines"),
+    (None, ".*train.jsonl cannot be read: No such file"),
+    ("\n", "train.jsonl is empty; allowed: one or more lines"),
     (SEED + "{", r"train.jsonl, line 2: not JSON \("),
     (SEED.replace("harmful", "naughty"), "line 1: category is 'naughty'; allowed: harmful, benign"),
     (SEED + "\n" + SEED.replace("how do", "HOW  do"), "line 3: the same seed as .*train.jsonl, line 1; allowed: each"),

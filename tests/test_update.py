@@ -363,9 +363,18 @@ def test_a_mesh_updates_as_one_device_does_and_donates_its_state():
 
 
 def test_update_flops_count_forward_backward_remat_and_reference():
-  forward = model.forward_flops(tiny.CONFIG, 4 * 10, 5)
-  remat = dataclasses.replace(RECIPES.defender, precision=config_lib.Precision(remat="layer"))
-  assert update.update_flops(RECIPES.attacker, 4, 10) == 3 * forward
-  assert update.update_flops(RECIPES.defender, 4, 10) == 4 * forward
-  assert update.update_flops(remat, 4, 10) == 5 * forward
-  assert update.update_flops(FROZEN.attacker, 4, 10) == 0
+  remat = dataclasses.replace(RECIPES.defender, precision=config_lib.Precision(logit_chunk=64, remat="layer"))
+  batch = tiny.preference_batch(np.random.default_rng(0), P, 2, T)
+  forward = model.forward_flops(tiny.CONFIG, P * 2 * T, T / 2)
+  assert update.update_flops(RECIPES.attacker, batch) == 3 * forward
+  assert update.update_flops(RECIPES.defender, batch) == 4 * forward
+  assert update.update_flops(remat, batch) == 5 * forward
+  assert update.update_flops(FROZEN.attacker, batch) == 0
+
+
+def test_update_flops_leave_out_the_parts_that_do_not_run():
+  batch = tiny.preference_batch(np.random.default_rng(0), P, 2, T)
+  idle = batch.replace(weight_P=(np.arange(P) % 4 == 1).astype(np.float32))
+  recipe = lambda accumulate: recipes({"accumulate": accumulate}).attacker
+  assert update.update_flops(recipe(4), idle) == update.update_flops(recipe(4), batch) / 4
+  assert update.update_flops(recipe(1), idle) == update.update_flops(recipe(1), batch)

@@ -84,11 +84,13 @@ def test_only_completions_are_learnt(settings):
   [("<prompt>x</prompt>", STANDARD), ("<think>r</think><prompt>x</prompt>", STANDARD_THINK)],
 )
 @pytest.mark.parametrize("category", Category)
-def test_an_attacker_is_told_a_seed_as_in_the_game(completion, instructions, category):
+def test_an_attacker_is_told_a_seed_as_in_the_game(settings, completion, instructions, category):
   row = line("how ?", completion, category=category.name.lower())
   told = prompts.attacker_turn(instructions, category, "how ?")
-  assert warmstart._parse(row, "here", attacker=True) == (told, completion)
-  assert warmstart._parse(row, "here", attacker=False) == ("how ?", completion)
+  words = worldfiles.load_tokenizer()
+  for attacker, prompt in ((True, told), (False, "how ?")):
+    tokens_XT, _ = warmstart._load_examples(settings(row, attacker=attacker, row_tokens=4096), words)
+    assert tokens_XT[0].tolist() == words.encode_chat(prompt) + words.encode_completion(completion)
 
 
 def test_a_text_may_hold_the_line_ends_of_other_alphabets(settings):
@@ -100,14 +102,14 @@ def test_a_text_may_hold_the_line_ends_of_other_alphabets(settings):
 @pytest.mark.parametrize(
   ("lines", "changes", "sentence"),
   [
-    ([], {}, r"examples\.jsonl holds no example; allowed: lines of "),
-    (["", " "], {}, "holds no example"),
-    ([line(), "", "{'prompt'"], {}, "line 3: no example; allowed: "),
-    (['"text"'], {}, "line 1: no example"),
-    ([json.dumps({"prompt": "a"})], {}, "line 1: no example"),
-    ([line(completion=3)], {}, "line 1: prompt and completion must be text"),
+    ([], {}, r"examples\.jsonl is empty; allowed: one or more lines of "),
+    (["", " "], {}, "is empty"),
+    ([line(), "", "{'prompt'"], {}, "line 3: not JSON"),
+    (['"text"'], {}, "line 1: not a JSON object; allowed: "),
+    ([json.dumps({"prompt": "a"})], {}, "line 1: no text under 'completion'"),
+    ([line(completion=3)], {}, "line 1: no text under .completion."),
     ([line(), line(completion="take " * 30)], {}, r"line 2: \d+ tokens; allowed: up to row_tokens=32"),
-    ([line()], {"attacker": True}, "line 1: category is None; allowed for an Attacker: harmful, benign"),
+    ([line()], {"attacker": True}, "line 1: category is None; allowed: harmful, benign"),
     ([line(category=["harmful"])], {"attacker": True}, r"line 1: category is \['harmful'\]"),
     ([line()], {"examples": "nowhere.jsonl"}, r"nowhere\.jsonl cannot be read: No such file"),
     ([line()], {"model": "nowhere"}, "nowhere"),
@@ -121,7 +123,7 @@ def test_what_cannot_be_learnt_is_refused_in_a_sentence(settings, tmp_path, line
 
 def test_examples_of_another_encoding_are_refused(settings, tmp_path):
   (tmp_path / "latin").write_bytes(line().encode() + b"\n\xe9")
-  with pytest.raises(UserError, match=r"latin are not UTF-8 at byte \d+; allowed: JSON lines"):
+  with pytest.raises(UserError, match=r"latin is not UTF-8 at byte \d+; allowed: a JSON-lines file"):
     warmstart.warm_start(settings(examples=str(tmp_path / "latin")))
 
 
