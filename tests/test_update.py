@@ -378,3 +378,4 @@ def test_update_flops_leave_out_the_parts_that_do_not_run():
   recipe = lambda accumulate: recipes({"accumulate": accumulate}).attacker
   assert update.update_flops(recipe(4), idle) == update.update_flops(recipe(4), batch) / 4
   assert update.update_flops(recipe(1), idle) == update.update_flops(recipe(1), batch)
+  assert update.update_flops(recipe(3), batch) == update.update_flops(recipe(1), batch) * 9 / P  # padded to three parts
