@@ -4,11 +4,33 @@ A segment is keys, values and a mask. Training attends to one segment, a row's o
 the prompt that all samples of a group share, held once, and the row's own new tokens.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What an attention layer computes besides its products."""
+
+  scale: float
+  softcap: float = 0.0
+  window: int = 0
+
+
+def softcap(logits: jax.Array, cap: float) -> jax.Array:
+  """cap·tanh(logits / cap); 0 is none."""
+  return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def causal(query_RTNH, key_RTKH, value_RTKH, rule, *, implementation="auto", segment_RT=None):
+  slots = jnp.arange(query_RTNH.shape[1])
+  age_TS = slots[:, None] - slots
+  mask_1TS = ((age_TS >= 0) & (age_TS < (rule.window or len(slots))))[None]
+  return attend(query_RTNH, [Segment(key_RTKH.swapaxes(1, 2), value_RTKH.swapaxes(1, 2), mask_1TS)], rule)
 
 
 class Segment(NamedTuple):
@@ -25,7 +47,7 @@ def causal_mask(length: int) -> jax.Array:
   return (slots[None, :] <= slots[:, None])[None]
 
 
-def attend(query_RTNH: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+def attend(query_RTNH: jax.Array, segments: Sequence[Segment], rule: Rule) -> jax.Array:
   """Softmax attention over the segments' union, grouped queries, logits in float32 → [R, T, N, H].
 
   Each segment costs one matrix product per (group, key head), all its queries as the rows of one matrix; the softmax
@@ -33,8 +55,8 @@ def attend(query_RTNH: jax.Array, segments: Sequence[Segment]) -> jax.Array:
   """
   R, T, N, H = query_RTNH.shape
   K = segments[0].key_QKSH.shape[1]
-  scaled = query_RTNH * jnp.asarray(H**-0.5, query_RTNH.dtype)
-  logits = [_logits(scaled, segment) for segment in segments]
+  scaled = query_RTNH * jnp.asarray(rule.scale, query_RTNH.dtype)
+  logits = [_logits(scaled, segment, rule.softcap) for segment in segments]
   highest_RKTn1 = jnp.max(jnp.stack([jnp.max(part, -1, keepdims=True) for part in logits]), 0)
   total_RKTn1, output_RKTnH = jnp.zeros_like(highest_RKTn1), jnp.zeros((R, K, T, N // K, H), jnp.float32)
   for part_RKTnS, segment in zip(logits, segments):
@@ -45,7 +67,7 @@ def attend(query_RTNH: jax.Array, segments: Sequence[Segment]) -> jax.Array:
   return output_RTKnH.reshape(R, T, N, H).astype(query_RTNH.dtype)
 
 
-def _logits(query_RTNH: jax.Array, segment: Segment) -> jax.Array:
+def _logits(query_RTNH: jax.Array, segment: Segment, cap: float) -> jax.Array:
   R, T, N, H = query_RTNH.shape
   Q, K, S, _ = segment.key_QKSH.shape
   g, n = R // Q, N // K
@@ -56,6 +78,7 @@ def _logits(query_RTNH: jax.Array, segment: Segment) -> jax.Array:
     segment.key_QKSH,
     preferred_element_type=jnp.float32,
   )
+  logits_QKXS = softcap(logits_QKXS, cap)
   # The least float, not −inf: a row that sees nothing (padding) stays finite.
   logits_QKgTnS = jnp.where(
     segment.mask_QTS[:, None, None, :, None, :], logits_QKXS.reshape(Q, K, g, T, n, S), jnp.finfo(jnp.float32).min

@@ -1,8 +1,8 @@
 """Hugging Face folder ↔ parameters: config.json, safetensors shards, tokenizer.
 
 Hugging Face stores one matrix a layer, [outputs, inputs]; here layers are stacked and a matrix is [inputs, outputs],
-each side split into its dimensions (`model.ParamSpec` knows both). Reading goes layer by layer and takes a device's own
-slice from the file, so that no host holds more than it keeps.
+each side split into its dimensions (`architecture.ParamSpec` knows both). Reading goes tensor by tensor: each device's
+own slice, in the file's dtype, is taken from the mapped file and put in its place on the device.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,9 +23,9 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from advgame_jax import hf_config, model, sharding
+from advgame_jax import architecture, hf_config, sharding
+from advgame_jax.architecture import ModelConfig, ParamSpec
 from advgame_jax.hf_config import load_config as load_config  # part of this module's face
-from advgame_jax.model import ModelConfig, ParamSpec
 from advgame_jax.tokenizer import Tokenizer
 from advgame_jax.types import Array, Params, UserError
 
@@ -49,21 +49,12 @@ def load(
   """
   folder = pathlib.Path(folder)
   config = load_config(folder)
-  specs = model.param_specs(config)
+  specs = architecture.param_specs(config)
   with contextlib.ExitStack() as stack:
     shards = _open(folder, stack)
     _check(config, specs, shards, folder)
 
-    def place(spec: ParamSpec) -> jax.Array:
-      # Replicas ask for the same slice again: it is read once.
-      read = functools.cache(lambda *bounds: _read(spec, [slice(*bound) for bound in bounds], shards, dtype))
-      slice_of = lambda index: read(*(part.indices(size)[:2] for part, size in zip(index, spec.shape)))
-      if mesh is None:
-        return jnp.asarray(slice_of((slice(None),) * len(spec.shape)))
-      to = sharding.named(mesh, layout, spec.axes, spec.shape, spec.hf_name)
-      return jax.make_array_from_callback(spec.shape, to, slice_of)
-
-    return jax.tree.map(place, specs)
+    return jax.tree.map(lambda spec: _place(spec, shards, mesh, layout, jnp.dtype(dtype)), specs)
 
 
 def check(folder: str | pathlib.Path) -> None:
@@ -75,7 +66,7 @@ def check(folder: str | pathlib.Path) -> None:
   folder = pathlib.Path(folder)
   config = load_config(folder)
   with contextlib.ExitStack() as stack:
-    _check(config, model.param_specs(config), _open(folder, stack), folder)
+    _check(config, architecture.param_specs(config), _open(folder, stack), folder)
 
 
 def save(
@@ -89,7 +80,7 @@ def save(
   max_shard_bytes: float = 5e9,
   overwrite: bool = False,
 ) -> None:
-  """Writes a folder that transformers loads as LlamaForCausalLM; it appears whole or not at all.
+  """Writes a folder that transformers and vLLM load; it appears whole or not at all.
 
   Every process of a run must call this; the first one writes.
 
@@ -168,7 +159,7 @@ def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _check(config: ModelConfig, specs: Params, shards: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Every parameter is there, in its shape, and nothing else is."""
-  shapes = {name: stored_shape(spec) for spec in jax.tree.leaves(specs) for name in _hf_names(spec)}
+  shapes = {name: _file_shape(spec) for spec in jax.tree.leaves(specs) for name in spec.hf_names}
   if missing := sorted(shapes.keys() - shards.keys()):
     raise UserError(f"{folder} lacks the weights {_some(missing)}; allowed: all that config.json describes")
   for name, shape in shapes.items():
@@ -187,69 +178,99 @@ def _check(config: ModelConfig, specs: Params, shards: Mapping[str, Any], folder
     raise UserError(f"{folder} has weights that config.json does not describe: {_some(sorted(extra))}; allowed: none")
 
 
+def _file_shape(spec: ParamSpec) -> tuple[int, ...]:
+  rows, *columns = stored_shape(spec)
+  return (spec.hf_rows[1] or rows, *columns)
+
+
 def _some(names: Sequence[str]) -> str:
   return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _hf_names(spec: ParamSpec) -> list[str]:
-  return [spec.hf_name.format(layer=i) for i in range(spec.shape[0])] if spec.stacked else [spec.hf_name]
-
-
 def stored_shape(spec: ParamSpec) -> tuple[int, ...]:
-  """One layer's shape in Hugging Face's files."""
-  shape = spec.shape[1:] if spec.stacked else spec.shape
+  """Its shape in Hugging Face's files, of one tensor and without what else a fused one holds."""
+  shape = spec.shape[spec.stacked :]
+  if spec.inputs is None:
+    return shape
   inputs, outputs = shape[: spec.inputs], shape[spec.inputs :]
-  return (math.prod(outputs), math.prod(inputs)) if spec.inputs else outputs
+  return (math.prod(outputs), *((math.prod(inputs),) if inputs else ()))
 
 
-def _read(spec: ParamSpec, index: Sequence[slice], shards: Mapping[str, Any], dtype: Any) -> np.ndarray:
-  """A slice of one parameter."""
-  if not spec.stacked:
-    return _read_layer(spec, spec.hf_name, index, spec.shape, shards, dtype)
-  layers = [_read_layer(spec, name, index[1:], spec.shape[1:], shards, dtype) for name in _hf_names(spec)[index[0]]]
-  return np.stack(layers)
+def _stored_axes(spec: ParamSpec) -> tuple[str | None, ...]:
+  """Logical axes of the same; of merged dimensions only the leading one is ever split."""
+  axes = spec.axes[spec.stacked :]
+  if spec.inputs is None:
+    return axes
+  return (axes[spec.inputs], *axes[: spec.inputs][:1])
 
 
-def _read_layer(
-  spec: ParamSpec, name: str, index: Sequence[slice], shape: Sequence[int], shards: Mapping[str, Any], dtype: Any
-) -> np.ndarray:
-  stored = shards[name].get_slice(name)
-  if not spec.inputs:
-    return _finite(name, stored[tuple(index)].astype(dtype))
-  outputs = _merge(index[spec.inputs :], shape[spec.inputs :])
-  inputs = _merge(index[: spec.inputs], shape[: spec.inputs])
-  part = _finite(name, stored[outputs, inputs].astype(dtype))
-  return np.ascontiguousarray(part.T).reshape([bound.stop - bound.start for bound in index])
+def _place(
+  spec: ParamSpec, shards: Mapping[str, Any], mesh: Mesh | None, layout: sharding.Layout, dtype: np.dtype
+) -> jax.Array:
+  """One parameter, read tensor by tensor."""
+  where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  stored_where = where
+  if mesh is not None:
+    where = sharding.named(mesh, layout, spec.axes, spec.shape, spec.hf_name)
+    stored_where = sharding.named(mesh, layout, _stored_axes(spec), stored_shape(spec), spec.hf_name)
+  whole = jnp.zeros(spec.shape, dtype, device=where)
+  put = jax.jit(functools.partial(_put, spec), donate_argnums=0, out_shardings=where)
+  for place, name in zip(np.ndindex(spec.shape[: spec.stacked]), spec.hf_names, strict=True):
+    stored = jax.make_array_from_callback(stored_shape(spec), stored_where, _slices(spec, name, shards))
+    whole = put(whole, stored, np.array(place, np.int32))
+  return whole
 
 
-def _finite(name: str, part: np.ndarray) -> np.ndarray:
-  """A player with such a weight says nothing valid, and would be played to the end of a run without a word."""
+def _put(spec: ParamSpec, whole: jax.Array, stored: jax.Array, place: jax.Array) -> jax.Array:
+  """The parameter with one of the files' tensors at its place in the stacked dimensions."""
+  part = stored.T if spec.inputs else stored
+  part = part.reshape((1,) * spec.stacked + spec.shape[spec.stacked :]).astype(whole.dtype)
+  starts = jnp.pad(place, (0, whole.ndim - spec.stacked))
+  return jax.lax.dynamic_update_slice(whole, part, list(starts))
+
+
+def _slices(spec: ParamSpec, name: str, shards: Mapping[str, Any]) -> Callable[[Any], np.ndarray]:
+  """Index → that slice of a tensor; replicas ask for the same one again, and it is read once."""
+  read = functools.cache(functools.partial(_read, spec, name, shards))
+  return lambda index: read(*(part.indices(size)[:2] for part, size in zip(index, stored_shape(spec))))
+
+
+def _read(spec: ParamSpec, name: str, shards: Mapping[str, Any], *bounds: tuple[int, int]) -> np.ndarray:
+  """A slice of one tensor, in its own dtype.
+
+  A player with a weight that is not finite says nothing valid, and would be played to the end of a run without a word.
+  """
+  (start, stop), *others = bounds
+  first, _ = spec.hf_rows
+  index = (slice(first + start, first + stop), *(slice(*bound) for bound in others))
+  part = shards[name].get_slice(name)[index]
   if not np.isfinite(part).all():
     raise UserError(f"the weights {name} hold numbers that are not finite; allowed: finite ones, in the dtype loaded")
   return part
 
 
-def _merge(index: Sequence[slice], shape: Sequence[int]) -> slice:
-  """A slice of dimensions → the slice of their product. Only the leading one is ever split."""
-  inner = math.prod(shape[1:])
-  if any(bound != slice(0, size) for bound, size in zip(index[1:], shape[1:])):
-    raise NotImplementedError(f"{index} of {shape} is not contiguous in a file")
-  return slice(index[0].start * inner, index[0].stop * inner)
+def _tensors(specs: Params, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+  """Parameters as Hugging Face's tensors, one on the host at a time."""
+  parts: dict[str, list[tuple[ParamSpec, Array, tuple[int, ...]]]] = {}
+  for spec, value in zip(jax.tree.leaves(specs), jax.tree.leaves(params), strict=True):
+    for name, place in zip(spec.hf_names, np.ndindex(spec.shape[: spec.stacked]), strict=True):
+      parts.setdefault(name, []).append((spec, value, place))
+  for name, group in parts.items():
+    group.sort(key=lambda part: part[0].hf_rows)
+    stored = [_stored(spec, value[place] if place else value, dtype) for spec, value, place in group]
+    yield name, np.ascontiguousarray(stored[0] if len(stored) == 1 else np.concatenate(stored))
 
 
-def _layers(spec: ParamSpec, value: Array, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-  """One parameter as Hugging Face's tensors, one layer on the host at a time."""
-  for i, name in enumerate(_hf_names(spec)):
-    layer = value[i] if spec.stacked else value
-    if isinstance(layer, jax.Array) and not layer.is_fully_addressable:
-      layer = multihost_utils.process_allgather(layer, tiled=True)
-    whole = np.asarray(layer).astype(dtype)
-    yield name, np.ascontiguousarray(whole.reshape(stored_shape(spec)[::-1]).T if spec.inputs else whole)
+def _stored(spec: ParamSpec, value: Array, dtype: Any) -> np.ndarray:
+  if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    value = multihost_utils.process_allgather(value, tiled=True)
+  whole = np.asarray(value).astype(dtype)
+  return whole.reshape(stored_shape(spec)[::-1]).T if spec.inputs else whole.reshape(stored_shape(spec))
 
 
 def _write_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: Any, max_bytes: float) -> None:
   """safetensors shards in the order of the parameters, and their index where there are several."""
-  specs = jax.tree.leaves(model.param_specs(config))
+  specs = architecture.param_specs(config)
   groups: list[list[str]] = []
   pending: dict[str, np.ndarray] = {}
 
@@ -262,12 +283,11 @@ def _write_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dt
     pending.clear()
 
   total = 0
-  for spec, value in zip(specs, jax.tree.leaves(params), strict=True):
-    for name, tensor in _layers(spec, value, dtype):
-      if pending and sum(other.nbytes for other in pending.values()) + tensor.nbytes > max_bytes:
-        flush()
-      pending[name] = tensor
-      total += tensor.nbytes
+  for name, tensor in _tensors(specs, params, dtype):
+    if pending and sum(other.nbytes for other in pending.values()) + tensor.nbytes > max_bytes:
+      flush()
+    pending[name] = tensor
+    total += tensor.nbytes
   flush()
   if jax.process_index() == 0:
     _name_shards(folder, groups, total)

@@ -1,27 +1,112 @@
-"""config.json of the Llama family ↔ `ModelConfig`. What would be computed otherwise is refused by its name."""
+"""config.json of every family ↔ `ModelConfig`. What would be computed otherwise is refused by its name."""
 
 import json
+import math
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from advgame_jax.model import ModelConfig
+from advgame_jax.architecture import LayerKind, ModelConfig, Rope
 from advgame_jax.types import UserError
 
-# What this model does not do: each must be absent or have this value.
-_FIXED = {
-  "attention_bias": False,
-  "mlp_bias": False,
-  "hidden_act": "silu",
-  "pretraining_tp": 1,
-  "quantization_config": None,
-}
+Values = Mapping[str, Any]
+
+# What no family here does: each must be absent or have this value.
+_FIXED: dict[str, Any] = {"pretraining_tp": 1, "quantization_config": None, "use_bidirectional_attention": False}
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _ROPE_FACTORS = {
-  "factor": "rope_factor",
-  "low_freq_factor": "rope_low_frequency",
-  "high_freq_factor": "rope_high_frequency",
-  "original_max_position_embeddings": "rope_original_length",
+  "factor": "factor",
+  "low_freq_factor": "low_frequency",
+  "high_freq_factor": "high_frequency",
+  "original_max_position_embeddings": "original_length",
 }
+_PROJECTIONS = ("query", "key", "value", "output")
+
+
+class Family(NamedTuple):
+  """How one `model_type` fills the architecture in."""
+
+  architecture: str  # transformers' class
+  defaults: Values  # what transformers takes a field to be that config.json leaves out
+  settings: Callable[[Values], Mapping[str, Any]] = lambda values: {}
+  fixed: Values = {}
+  rope_types: tuple[str, ...] = ("default", "llama3", "linear")
+
+
+def _biases(values: Values) -> dict[str, Any]:
+  attention = _PROJECTIONS if values.get("attention_bias") else ()
+  return {"biases": (*attention, *(("gate", "up", "down") if values.get("mlp_bias") else ()))}
+
+
+def _gemma(values: Values) -> dict[str, Any]:
+  return {
+    "norms": "both",
+    "norm_offset": 1.0,
+    "embed_scale": values["hidden_size"] ** 0.5,
+    "query_scale": values["query_pre_attn_scalar"] ** -0.5,
+    "attention_softcap": values.get("attn_logit_softcapping") or 0.0,
+    "logit_softcap": values.get("final_logit_softcapping") or 0.0,
+  }
+
+
+def _qwen_experts(values: Values) -> dict[str, Any]:
+  return {
+    **_biases(values),
+    "query_key_norm": "head",
+    "feed_forward": values["moe_intermediate_size"],
+    "experts": values["num_experts"],
+    "experts_per_token": values["num_experts_per_tok"],
+    "normalise_experts": bool(values["norm_topk_prob"]),
+  }
+
+
+def _mixtral(values: Values) -> dict[str, Any]:
+  return {"experts": values["num_local_experts"], "experts_per_token": values["num_experts_per_tok"]}
+
+
+_QWEN: Values = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_GEMMA: Values = {
+  "head_dim": 256,
+  "query_pre_attn_scalar": 256,
+  "sliding_window": 4096,
+  "tie_word_embeddings": True,
+  "hidden_activation": "gelu_pytorch_tanh",
+}
+FAMILIES = {
+  "llama": Family("LlamaForCausalLM", {}, _biases),
+  "mistral": Family("MistralForCausalLM", {"sliding_window": 4096}),
+  "qwen2": Family("Qwen2ForCausalLM", _QWEN, lambda _: {"biases": _PROJECTIONS[:3]}),
+  "qwen3": Family(
+    "Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, lambda values: {**_biases(values), "query_key_norm": "head"}
+  ),
+  "gemma2": Family(
+    "Gemma2ForCausalLM", {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, _gemma
+  ),
+  "gemma3_text": Family(
+    "Gemma3ForCausalLM",
+    {**_GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+    lambda values: {**_gemma(values), "query_key_norm": "head"},
+  ),
+  "phi3": Family("Phi3ForCausalLM", {"rms_norm_eps": 1e-5}, rope_types=("default", "longrope", "su")),
+  "olmo2": Family("Olmo2ForCausalLM", {"rms_norm_eps": 1e-5}, lambda _: {"norms": "after", "query_key_norm": "all"}),
+  "smollm3": Family(
+    "SmolLM3ForCausalLM",
+    {"rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4, "use_sliding_window": False},
+    _biases,
+  ),
+  "qwen3_moe": Family(
+    "Qwen3MoeForCausalLM",
+    {**_QWEN, "norm_topk_prob": False, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
+    _qwen_experts,
+    {"decoder_sparse_step": 1, "mlp_only_layers": []},
+  ),
+  "mixtral": Family(
+    "MixtralForCausalLM",
+    {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
+    _mixtral,
+  ),
+}
+_READ_BY_SETTINGS = ("llama", "qwen3", "smollm3", "qwen3_moe")  # families that may have biases
 
 
 def read(folder: str | pathlib.Path) -> dict[str, Any]:
@@ -34,7 +119,7 @@ def read(folder: str | pathlib.Path) -> dict[str, Any]:
   if not path.parent.is_dir():
     raise UserError(f"there is no folder {folder}; allowed: a Hugging Face folder")
   if not path.is_file():
-    raise UserError(f"{folder} has no config.json; allowed: a Hugging Face folder of a Llama-family model")
+    raise UserError(f"{folder} has no config.json; allowed: a Hugging Face folder of a language model")
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
@@ -53,13 +138,14 @@ def load_config(folder: str | pathlib.Path) -> ModelConfig:
   return from_values(read(folder), str(pathlib.Path(folder) / "config.json"))
 
 
-def from_values(values: Mapping[str, Any], where: str) -> ModelConfig:
-  """The architecture that config.json's `values` describe; `where` is what errors call them."""
-  if values.get("model_type") != "llama":
-    raise UserError(f"{where}: model_type is {values.get('model_type')!r}; allowed: 'llama'")
-  for name, only in _FIXED.items():
-    if values.get(name, only) != only:
-      raise UserError(f"{where}: {name} is {values[name]!r}; allowed: {only!r}")
+def from_values(given: Values, where: str) -> ModelConfig:
+  """The architecture that config.json's values describe; `where` is what errors call them."""
+  family = str(given.get("model_type"))
+  if family not in FAMILIES:
+    raise UserError(f"{where}: model_type is {given.get('model_type')!r}; allowed: {', '.join(map(repr, FAMILIES))}")
+  known = FAMILIES[family]
+  values = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, **known.defaults, **given}
+  _check_fixed(family, values, where)
   sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
   for name in sizes:
     if not isinstance(values.get(name), int) or values[name] < 1:
@@ -72,46 +158,184 @@ def from_values(values: Mapping[str, Any], where: str) -> ModelConfig:
       f"{where}: {heads} heads of size {head_size} over {kv_heads} key/value heads; "
       "allowed: key/value heads that divide the heads, and an even size"
     )
+  kinds = _layer_kinds(family, values, where)
+  settings = {"feed_forward": feed_forward, **known.settings(values)}
   return ModelConfig(
+    family=family,
     vocab=vocab,
     width=width,
     layers=layers,
     heads=heads,
     kv_heads=kv_heads,
     head_size=head_size,
-    feed_forward=feed_forward,
-    tied=values.get("tie_word_embeddings", False),
-    norm_epsilon=values.get("rms_norm_eps", 1e-6),
-    max_positions=values.get("max_position_embeddings", 2048),
-    **_parse_rope(values, where),
+    tied=values["tie_word_embeddings"],
+    norm_epsilon=values["rms_norm_eps"],
+    activation=_ACTIVATIONS[values.get(_activation(values), "silu")],  # type: ignore[arg-type]
+    kinds=kinds[:1] if len(set(kinds)) == 1 else kinds,
+    max_positions=_max_positions(values),
+    **settings,
   )
 
 
-def _parse_rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """transformers 5 writes `rope_parameters`; before, `rope_theta` stood beside a `rope_scaling`."""
-  rope = {"rope_theta": values.get("rope_theta", 10_000.0)}
-  rope |= values.get("rope_parameters") or values.get("rope_scaling") or {}
+def _check_fixed(family: str, values: Values, where: str) -> None:
+  known = FAMILIES[family]
+  biases = {} if family in _READ_BY_SETTINGS else {"attention_bias": False}
+  mlp_bias = {} if family in ("llama", "smollm3") else {"mlp_bias": False}
+  for name, only in {**_FIXED, **biases, **mlp_bias, **known.fixed}.items():
+    if values.get(name, only) != only:
+      raise UserError(f"{where}: {name} is {values[name]!r}; allowed: {only!r}")
+  name = _activation(values)
+  if values.get(name, "silu") not in _ACTIVATIONS:
+    raise UserError(f"{where}: {name} is {values[name]!r}; allowed: {', '.join(map(repr, _ACTIVATIONS))}")
+
+
+def _activation(values: Values) -> str:
+  """The field that says it: Gemma's, where there is one."""
+  return "hidden_activation" if values.get("hidden_activation") else "hidden_act"
+
+
+def _max_positions(values: Values) -> int:
+  """Beyond LongRoPE's original length other divisors would hold; rows end before."""
+  rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+  longest = values.get("max_position_embeddings", 2048)
+  if "short_factor" in rope:
+    return min(longest, _original_length(values, rope))
+  return longest
+
+
+def _layer_kinds(family: str, values: Values, where: str) -> tuple[LayerKind, ...]:
+  """Windows and rotations of all layers."""
+  layers, window = values["num_hidden_layers"], values.get("sliding_window") or 0
+  given = values.get("layer_types")
+  if given:
+    if unknown := sorted(set(given) - {"full_attention", "sliding_attention"}):
+      raise UserError(f"{where}: layer_types has {unknown[0]!r}; allowed: 'full_attention', 'sliding_attention'")
+    if len(given) != layers:
+      raise UserError(f"{where}: layer_types names {len(given)} layers; allowed: {layers}, the num_hidden_layers")
+    slides = [kind == "sliding_attention" for kind in given]
+  elif "use_sliding_window" in values:
+    slides = [bool(values["use_sliding_window"]) and i >= values.get("max_window_layers", 0) for i in range(layers)]
+  elif family == "gemma2":
+    slides = [i % 2 == 0 for i in range(layers)]
+  elif family == "gemma3_text":
+    slides = [(i + 1) % values["sliding_window_pattern"] != 0 for i in range(layers)]
+  else:
+    slides = [True] * layers
+  full, local = _ropes(family, values, where)
+  turned = _turned(family, values)
+  return tuple(
+    LayerKind((local if slide else full) if turn else Rope(fraction=0.0), window if slide else 0)
+    for slide, turn in zip(slides, turned)
+  )
+
+
+def _turned(family: str, values: Values) -> list[bool]:
+  """The layers that know positions."""
+  layers = values["num_hidden_layers"]
+  if family != "smollm3":
+    return [True] * layers
+  interval = values["no_rope_layer_interval"]
+  return [bool(x) for x in values.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]]
+
+
+def _ropes(family: str, values: Values, where: str) -> tuple[Rope, Rope]:
+  """Of layers that see everything, and of those with a window.
+
+  transformers 5 writes `rope_parameters`, of each kind of layer where they differ; before, `rope_theta` stood beside a
+  `rope_scaling`.
+  """
+  parameters = values.get("rope_parameters") or {}
+  if "full_attention" in parameters:
+    parts = (parameters["full_attention"], parameters["sliding_attention"])
+    full, local = (_rope(family, values, part, where) for part in parts)
+    return full, local
+  full = _rope(family, values, parameters or values.get("rope_scaling") or {}, where)
+  return full, Rope(theta=values["rope_local_base_freq"]) if family == "gemma3_text" else full
+
+
+def _rope(family: str, values: Values, given: Values, where: str) -> Rope:
+  rope = {"rope_theta": values["rope_theta"], **given}
   kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind not in ("default", "llama3"):
-    raise UserError(f"{where}: the rope type is {kind!r}; allowed: 'default', 'llama3'")
-  if rope.get("partial_rotary_factor", 1) != 1:
-    raise UserError(f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']!r}; allowed: 1")
-  parsed = {"rope_theta": float(rope["rope_theta"])}
-  if kind == "llama3":
-    if missing := [name for name in _ROPE_FACTORS if name not in rope]:
-      raise UserError(
-        f"{where}: the llama3 rope lacks {', '.join(missing)}; allowed: all of {', '.join(_ROPE_FACTORS)}"
-      )
-    parsed |= {ours: rope[theirs] for theirs, ours in _ROPE_FACTORS.items()}
-  return parsed
+  allowed = FAMILIES[family].rope_types
+  if kind not in allowed:
+    raise UserError(f"{where}: the rope type is {kind!r}; allowed: {', '.join(map(repr, allowed))}")
+  fraction = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) or 1.0
+  if family != "phi3" and fraction != 1:
+    raise UserError(f"{where}: partial_rotary_factor is {fraction!r}; allowed: 1")
+  names = {
+    "llama3": tuple(_ROPE_FACTORS),
+    "linear": ("factor",),
+    "longrope": ("short_factor",),
+    "su": ("short_factor",),
+  }
+  if missing := [name for name in names.get(kind, ()) if name not in rope]:
+    raise UserError(f"{where}: the {kind} rope lacks {', '.join(missing)}; allowed: all of {', '.join(names[kind])}")
+  settings: dict[str, Any] = {"theta": float(rope["rope_theta"]), "fraction": float(fraction)}
+  if kind == "linear":
+    settings["factor"] = float(rope["factor"])
+  elif kind == "llama3":
+    settings |= {ours: rope[theirs] for theirs, ours in _ROPE_FACTORS.items()}
+  elif kind in ("longrope", "su"):
+    settings |= {"divisors": tuple(map(float, rope["short_factor"])), "amplitude": _amplitude(values, rope)}
+  return Rope(**settings)
 
 
-def to_values(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """config.json of an architecture, as transformers 4 and 5 read it; what else `base` says is kept."""
-  scaling = {theirs: getattr(config, ours) for theirs, ours in _ROPE_FACTORS.items()}
-  values = {name: value for name, value in (base or {}).items() if name != "rope_parameters"}  # transformers 5 only
-  return values | {
-    "architectures": ["LlamaForCausalLM"],
+def _original_length(values: Values, rope: Values) -> int:
+  longest = values.get("max_position_embeddings", 2048)
+  return values.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest
+
+
+def _amplitude(values: Values, rope: Values) -> float:
+  """LongRoPE's factor of sine and cosine."""
+  if rope.get("attention_factor"):
+    return float(rope["attention_factor"])
+  original = _original_length(values, rope)
+  stretch = values.get("max_position_embeddings", 2048) / original
+  return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+
+
+def to_values(config: ModelConfig, base: Values | None = None) -> dict[str, Any]:
+  """config.json of an architecture, as transformers 4 and 5 read it; what else `base` says is kept.
+
+  Raises:
+    UserError: `base` is missing for a family of which only what a folder says can be given back, or is another model's.
+  """
+  values = _llama_values(config) if config.family == "llama" and len(config.kinds) == 1 else {}
+  if base is None and not values:
+    raise UserError(
+      f"a {config.family} model has no config.json to start from; allowed: that of the folder it came from"
+    )
+  values = _for_both(base or {}) | values | {"vocab_size": config.vocab}
+  if from_values(values, "config.json") != config:
+    raise UserError(
+      "the config.json to start from is of another architecture; allowed: that of the folder it came from"
+    )
+  return values
+
+
+def _for_both(base: Values) -> dict[str, Any]:
+  """transformers 5's `rope_parameters` as transformers 4 knows them, which 5 reads too."""
+  parameters = base.get("rope_parameters")
+  values = {name: value for name, value in base.items() if name != "rope_parameters"}
+  if not parameters:
+    return values
+  if "full_attention" in parameters:
+    values["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+    parameters = parameters["full_attention"]
+  scaling = {name: value for name, value in parameters.items() if name not in ("rope_theta", "partial_rotary_factor")}
+  values["rope_theta"] = parameters.get("rope_theta", base.get("rope_theta", 10_000.0))
+  if "partial_rotary_factor" in parameters:
+    values["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+  values["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+  return values
+
+
+def _llama_values(config: ModelConfig) -> dict[str, Any]:
+  rope = config.kinds[0].rope
+  scaling = {theirs: getattr(rope, ours) for theirs, ours in _ROPE_FACTORS.items()}
+  linear = {"rope_type": "linear", "factor": rope.factor} if rope.factor != 1 else None
+  return {
+    "architectures": [FAMILIES["llama"].architecture],
     "model_type": "llama",
     "vocab_size": config.vocab,
     "hidden_size": config.width,
@@ -123,9 +347,9 @@ def to_values(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dic
     "tie_word_embeddings": config.tied,
     "rms_norm_eps": config.norm_epsilon,
     "max_position_embeddings": config.max_positions,
-    "rope_theta": config.rope_theta,
-    "rope_scaling": {"rope_type": "llama3", **scaling} if config.rope_factor != 1 else None,
+    "rope_theta": rope.theta,
+    "rope_scaling": {"rope_type": "llama3", **scaling} if rope.original_length else linear,
     "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
+    "attention_bias": "query" in config.biases,
+    "mlp_bias": "gate" in config.biases,
   }

@@ -14,9 +14,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from advgame_jax import hf, hf_config, model
+from advgame_jax import architecture, hf, hf_config
 from advgame_jax import tokenizer as tokenizer_lib
-from advgame_jax.model import ModelConfig, ParamSpec
+from advgame_jax.architecture import ModelConfig, ParamSpec
 from advgame_jax.types import Params, UserError
 
 _NAMES = {
@@ -123,7 +123,7 @@ def params(config: ModelConfig, tensors: Mapping[str, gguf.ReaderTensor], where:
   Raises:
     UserError: a tensor is missing, not known to this architecture, or of another shape.
   """
-  specs = model.param_specs(config)
+  specs = architecture.param_specs(config)
   known = {name for spec in jax.tree.leaves(specs) for name in _names(spec)}
   if missing := sorted(known - tensors.keys()):
     raise UserError(f"{where} lacks the tensor {missing[0]}; allowed: all that its metadata describe")

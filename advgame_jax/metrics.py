@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from advgame_jax import model, update
+from advgame_jax import architecture, update
 from advgame_jax.ledger import Ledger, Work
 from advgame_jax.policies import LanguageModel
 from advgame_jax.session import Session
@@ -55,7 +55,7 @@ def generated(player: LanguageModel, samples: Samples) -> tuple[int, float]:
   """Tokens drawn, and the FLOPs of prefilling the prompts and drawing them."""
   tokens = int(samples.length_RG.sum())
   context = float(samples.prompt_length_R.mean()) + tokens / max(1, samples.length_RG.size)
-  return tokens, model.forward_flops(player.model, tokens + float(samples.prompt_length_R.sum()), context)
+  return tokens, architecture.forward_flops(player.model, tokens + float(samples.prompt_length_R.sum()), context)
 
 
 def trained(run: Session, batch: Players[PreferenceBatch]) -> tuple[int, float]:

@@ -1,11 +1,9 @@
-"""One decoder-only transformer, functional: a table of parameter specs, and a forward pass over nested dicts.
+"""One decoder-only transformer for every family, functional: a forward pass over nested dicts, layers scanned.
 
-`param_specs` is the one place that knows the parameters: their shapes, logical axes, initial scale and Hugging Face
-names; initialisation, sharding, import, export and memory planning all read it. Layers are stacked on a leading axis
-and scanned. An architecture's difference is a field of `ModelConfig`.
+An architecture's difference is a field of `ModelConfig`, or which parameters its table has.
 """
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,45 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import attention
+from advgame_jax import attention, experts
+from advgame_jax.architecture import ModelConfig, Rope
+from advgame_jax.matrices import cast, project
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
 
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+_EVERYTHING = jnp.iinfo(jnp.int32).max  # the window of a layer that has none
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """A Llama-family architecture."""
-
-  vocab: int
-  width: int
-  layers: int
-  heads: int
-  kv_heads: int
-  head_size: int
-  feed_forward: int
-  tied: bool  # the output head is the embedding
-  norm_epsilon: float = 1e-5
-  rope_theta: float = 10_000.0
-  rope_factor: float = 1.0  # Llama-3 scaling of the frequencies; 1 is none
-  rope_low_frequency: float = 1.0
-  rope_high_frequency: float = 4.0
-  rope_original_length: int = 8192
-  max_positions: int = 8192
-
-
-@dataclasses.dataclass(frozen=True)
-class ParamSpec:
-  """One parameter. `shape` is input dimensions, then output dimensions; a leading "layers" axis is stacked."""
-
-  shape: tuple[int, ...]
-  axes: tuple[str | None, ...]
-  hf_name: str  # with {layer} where stacked
-  inputs: int = 0  # leading dimensions that Hugging Face holds last: its matrices are [outputs, inputs]
-  norm: bool = False  # initialised to 1 and free of weight decay
-
-  @property
-  def stacked(self) -> bool:
-    return "{layer}" in self.hf_name
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(query_RTNH, key_RTKH, value_RTKH) → [R, T, N, H]: decides what is attended to and what is kept."""
 
 
 class Cache(NamedTuple):
@@ -61,86 +31,66 @@ class Cache(NamedTuple):
   value_LRKSH: jax.Array
 
 
-def param_specs(config: ModelConfig) -> dict[str, Any]:
-  """The nested dict of `ParamSpec` that parameters of this architecture have the structure of."""
-  L, M, N, K, H, F = (
-    config.layers,
-    config.width,
-    config.heads,
-    config.kv_heads,
-    config.head_size,
-    config.feed_forward,
+class Kinds(NamedTuple):
+  """What differs from layer to layer, as the scan over layers reads it."""
+
+  frequency_Lh: jax.Array  # radians per position of each rotated pair; 0 does not turn
+  amplitude_L: jax.Array
+  window_L: jax.Array  # int32
+  which_L: jax.Array  # int32: of the windows that there are, ascending
+
+
+def layer_kinds(config: ModelConfig) -> Kinds:
+  """The table of a config's layer kinds."""
+  kinds = config.layer_kinds
+  frequencies = [rope_frequencies(kind.rope, config.head_size) for kind in kinds]
+  pairs = max(map(len, frequencies))
+  return Kinds(
+    jnp.stack([jnp.pad(frequency_h, (0, pairs - len(frequency_h))) for frequency_h in frequencies]),
+    jnp.array([kind.rope.amplitude for kind in kinds], jnp.float32),
+    jnp.array([kind.window or _EVERYTHING for kind in kinds], jnp.int32),
+    jnp.array([_windows(config).index(kind.window) for kind in kinds], jnp.int32),
   )
 
-  def layer(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], **more: Any) -> ParamSpec:
-    return ParamSpec((L, *shape), (None, *axes), f"model.layers.{{layer}}.{name}.weight", **more)
 
-  specs = {
-    "embed": ParamSpec((config.vocab, M), ("vocab", "width"), "model.embed_tokens.weight"),
-    "layers": {
-      "attention_norm": layer("input_layernorm", (M,), (None,), norm=True),
-      "query": layer("self_attn.q_proj", (M, N, H), ("width", "heads", None), inputs=1),
-      "key": layer("self_attn.k_proj", (M, K, H), ("width", "heads", None), inputs=1),
-      "value": layer("self_attn.v_proj", (M, K, H), ("width", "heads", None), inputs=1),
-      "output": layer("self_attn.o_proj", (N, H, M), ("heads", None, "width"), inputs=2),
-      "mlp_norm": layer("post_attention_layernorm", (M,), (None,), norm=True),
-      "gate": layer("mlp.gate_proj", (M, F), ("width", "feed_forward"), inputs=1),
-      "up": layer("mlp.up_proj", (M, F), ("width", "feed_forward"), inputs=1),
-      "down": layer("mlp.down_proj", (F, M), ("feed_forward", "width"), inputs=1),
-    },
-    "final_norm": ParamSpec((M,), (None,), "model.norm.weight", norm=True),
-  }
-  if not config.tied:
-    specs["head"] = ParamSpec((config.vocab, M), ("vocab", "width"), "lm_head.weight")
-  return specs
+def rope_frequencies(rope: Rope, head_size: int) -> jax.Array:
+  """Radians per position, [rotated pairs]."""
+  rotated = int(head_size * rope.fraction)
+  frequency_h = rope.theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / max(1, rotated))
+  if rope.divisors:
+    return frequency_h / jnp.array(rope.divisors, jnp.float32)
+  if not rope.original_length:
+    return frequency_h / rope.factor
+  # Llama 3.1: long wavelengths are stretched, short ones are not, and those between are blended.
+  turns_h = rope.original_length * frequency_h / (2 * math.pi)
+  blend_h = jnp.clip((turns_h - rope.low_frequency) / (rope.high_frequency - rope.low_frequency), 0, 1)
+  return frequency_h * (blend_h + (1 - blend_h) / rope.factor)
 
 
-def init(config: ModelConfig, key: jax.Array) -> Params:
-  """Fresh float32 parameters: normal(0.02), the layers' outputs scaled by 1/√(2L); norms are 1. Consumes `key`."""
-  specs, structure = jax.tree.flatten(param_specs(config))
-
-  def draw(spec: ParamSpec, key: jax.Array) -> jax.Array:
-    if spec.norm:
-      return jnp.ones(spec.shape)
-    to_residual = spec.axes[-1] == "width" and spec.stacked
-    return 0.02 / (math.sqrt(2 * config.layers) if to_residual else 1) * jax.random.normal(key, spec.shape)
-
-  return jax.tree.unflatten(structure, [draw(spec, key) for spec, key in zip(specs, jax.random.split(key, len(specs)))])
+def rotate(x_RTNH: jax.Array, angle_RTh: jax.Array, amplitude: jax.Array) -> jax.Array:
+  """Rotary position embedding: of the first 2h dimensions, i is paired with i + h; the others stay."""
+  cos_RT1h, sin_RT1h = (amplitude * turn(angle_RTh)[:, :, None] for turn in (jnp.cos, jnp.sin))
+  h = angle_RTh.shape[-1]
+  left, right, rest = jnp.split(x_RTNH.astype(jnp.float32), (h, 2 * h), axis=-1)
+  turned = [left * cos_RT1h - right * sin_RT1h, right * cos_RT1h + left * sin_RT1h, rest]
+  return jnp.concatenate(turned, -1).astype(x_RTNH.dtype)
 
 
-def rope_frequencies(config: ModelConfig) -> jax.Array:
-  """Radians per position, [H/2]; long wavelengths stretched as Llama 3.1 does where `rope_factor` > 1."""
-  frequency = config.rope_theta ** (-jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size)
-  if config.rope_factor == 1:
-    return frequency
-  turns = config.rope_original_length * frequency / (2 * math.pi)
-  blend = (turns - config.rope_low_frequency) / (config.rope_high_frequency - config.rope_low_frequency)
-  blend = jnp.clip(blend, 0, 1)
-  return frequency * (blend + (1 - blend) / config.rope_factor)
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, offset: float = 0.0) -> jax.Array:
+  """Root-mean-square normalisation over the dimensions that the scale has, in float32."""
+  wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+  wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axes, keepdims=True) + epsilon)
+  return (wide * (scale.astype(jnp.float32) + offset)).astype(x.dtype)
 
 
-def rotate(x_RTNH: jax.Array, angle_RTh: jax.Array) -> jax.Array:
-  """Rotary position embedding: dimension i is paired with i + H/2."""
-  cos, sin = jnp.cos(angle_RTh)[:, :, None], jnp.sin(angle_RTh)[:, :, None]
-  left, right = jnp.split(x_RTNH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x_RTNH.dtype)
+def _norm(config: ModelConfig, layer: Params, name: str, x: jax.Array) -> jax.Array:
+  """Normalised, in an architecture that has this norm."""
+  return rms_norm(x, layer[name], config.norm_epsilon, config.norm_offset) if name in layer else x
 
 
-def rms_norm(x: jax.Array, scale_M: jax.Array, epsilon: float) -> jax.Array:
-  """Root-mean-square normalisation of the last axis, in float32."""
-  wide = x.astype(jnp.float32)
-  wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon)
-  return (wide * scale_M).astype(x.dtype)
-
-
-def project(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
-  """Contracts the last `inputs` dimensions of x with the first ones of the weight.
-
-  As one product of two matrices: XLA's CPU backend runs the gradients of the three-dimensional form at half the speed.
-  """
-  before, outputs = x.shape[: x.ndim - inputs], weight.shape[inputs:]
-  size = math.prod(weight.shape[:inputs])
-  return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*before, *outputs)
+def _linear(layer: Params, name: str, x: jax.Array, inputs: int = 1) -> jax.Array:
+  product = project(x, layer[name], inputs)
+  return product + layer[f"{name}_bias"] if f"{name}_bias" in layer else product
 
 
 def _block(
@@ -148,21 +98,32 @@ def _block(
   layout: Layout,
   layer: Params,
   x_RTM: jax.Array,
-  angle_RTh: jax.Array,
-  attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+  turn: Callable[[jax.Array], jax.Array],
+  attend: Attend,
 ) -> jax.Array:
-  """One layer; `attend(query_RTNH, key_RTKH, value_RTKH)` decides what is attended to and what is kept."""
+  """One layer; `turn` gives queries and keys their positions."""
   with jax.named_scope("attention"):
-    y_RTM = rms_norm(x_RTM, layer["attention_norm"], config.norm_epsilon)
-    query_RTNH = rotate(project(y_RTM, layer["query"]), angle_RTh)
-    key_RTKH = rotate(project(y_RTM, layer["key"]), angle_RTh)
-    value_RTKH = project(y_RTM, layer["value"])
-    x_RTM += project(attend(query_RTNH, key_RTKH, value_RTKH), layer["output"], inputs=2)
+    y_RTM = _norm(config, layer, "attention_norm", x_RTM)
+    query_RTNH = turn(_norm(config, layer, "query_norm", _linear(layer, "query", y_RTM)))
+    key_RTKH = turn(_norm(config, layer, "key_norm", _linear(layer, "key", y_RTM)))
+    attended_RTNH = attend(query_RTNH, key_RTKH, _linear(layer, "value", y_RTM))
+    x_RTM += _norm(config, layer, "attention_out_norm", _linear(layer, "output", attended_RTNH, inputs=2))
   with jax.named_scope("mlp"):
-    y_RTM = rms_norm(x_RTM, layer["mlp_norm"], config.norm_epsilon)
-    gated_RTF = jax.nn.silu(project(y_RTM, layer["gate"])) * project(y_RTM, layer["up"])
-    x_RTM += project(gated_RTF, layer["down"])
+    y_RTM = _norm(config, layer, "mlp_norm", x_RTM)
+    x_RTM += _norm(config, layer, "mlp_out_norm", _feed_forward(config, layout, layer, y_RTM))
   return layout.constrain(x_RTM, "rows", None, None)
+
+
+def _feed_forward(config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax.Array) -> jax.Array:
+  activate = _ACTIVATIONS[config.activation]
+  if config.experts:
+    return experts.mix(config, layout, layer, x_RTM, activate)
+  return _linear(layer, "down", activate(_linear(layer, "gate", x_RTM)) * _linear(layer, "up", x_RTM))
+
+
+def embed(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+  """[...] → [..., M]."""
+  return params["embed"][tokens] * jnp.asarray(config.embed_scale, params["embed"].dtype)
 
 
 def forward(
@@ -173,39 +134,62 @@ def forward(
   dtype: Any = jnp.float32,
   layout: Layout = LOCAL,
   remat: bool = False,
+  kernel: str = "auto",
 ) -> tuple[jax.Array, Cache]:
   """Whole rows, padded on the right → normalised hidden states [R, T, M] and the cache of all T tokens.
 
-  A caller that drops the cache does not pay for it. `remat` recomputes each layer in the backward pass.
+  A caller that drops the cache does not pay for it. `remat` recomputes each layer in the backward pass; `kernel` is an
+  implementation of `attention.causal`.
   """
-  params = jax.tree.map(lambda x: x.astype(dtype), params)
-  T = tokens_RT.shape[1]
-  x_RTM = layout.constrain(params["embed"][tokens_RT], "rows", None, None)
-  angle_RTh = (jnp.arange(T)[:, None] * rope_frequencies(config))[None]
-  mask_1TS = attention.causal_mask(T)
+  params = cast(params, dtype)
+  x_RTM = layout.constrain(embed(config, params, tokens_RT), "rows", None, None)
+  position_RT = jnp.arange(tokens_RT.shape[1])[None]
 
-  def layer_step(x_RTM: jax.Array, layer: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  def layer_step(x_RTM: jax.Array, inputs: tuple[Params, Kinds]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    layer, kind = inputs
     kept: list[jax.Array] = []
 
     def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
-      key_RKSH, value_RKSH = key_RTKH.swapaxes(1, 2), value_RTKH.swapaxes(1, 2)
-      kept.extend((key_RKSH, value_RKSH))
-      return attention.attend(query_RTNH, [attention.Segment(key_RKSH, value_RKSH, mask_1TS)])
+      kept.extend((key_RTKH.swapaxes(1, 2), value_RTKH.swapaxes(1, 2)))
+      return _attend_rows(config, kernel, kind.which_L, query_RTNH, key_RTKH, value_RTKH)
 
-    x_RTM = _block(config, layout, layer, x_RTM, angle_RTh, attend)
-    return x_RTM, (kept[0], kept[1])
+    return _block(config, layout, layer, x_RTM, _turn(position_RT, kind), attend), tuple(kept)
 
-  x_RTM, (key, value) = jax.lax.scan(jax.checkpoint(layer_step) if remat else layer_step, x_RTM, params["layers"])
-  return rms_norm(x_RTM, params["final_norm"], config.norm_epsilon), Cache(key, value)
+  step = jax.checkpoint(layer_step) if remat else layer_step
+  x_RTM, (key, value) = jax.lax.scan(step, x_RTM, (params["layers"], layer_kinds(config)))
+  return rms_norm(x_RTM, params["final_norm"], config.norm_epsilon, config.norm_offset), Cache(key, value)
+
+
+def _turn(position_RT: jax.Array, kind: Kinds) -> Callable[[jax.Array], jax.Array]:
+  """The rotation of one layer's queries and keys at these positions."""
+  angle_RTh = position_RT[..., None] * kind.frequency_Lh
+  return lambda x_RTNH: rotate(x_RTNH, angle_RTh, kind.amplitude_L)
+
+
+def _attend_rows(
+  config: ModelConfig, kernel: str, which: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array
+) -> jax.Array:
+  """Causal attention in this layer's window; kernels know windows only before they are compiled."""
+  rules = [attention_rule(config, window) for window in _windows(config)]
+  branches = [functools.partial(attention.causal, rule=rule, implementation=kernel) for rule in rules]
+  return jax.lax.switch(which, branches, query, key, value) if len(branches) > 1 else branches[0](query, key, value)
+
+
+def _windows(config: ModelConfig) -> list[int]:
+  return sorted({kind.window for kind in config.layer_kinds})
+
+
+def attention_rule(config: ModelConfig, window: int = 0) -> attention.Rule:
+  """What attention computes in a layer of this window."""
+  return attention.Rule(config.query_scale or config.head_size**-0.5, config.attention_softcap, window)
 
 
 def decode(
   config: ModelConfig,
   params: Params,
   token_R: jax.Array,
-  position_R: jax.Array,
   prompt: Cache,
-  prompt_mask_QTS: jax.Array,
+  length_Q: jax.Array,
   own: Cache,
   slot: jax.Array,
   *,
@@ -213,57 +197,49 @@ def decode(
 ) -> tuple[jax.Array, Cache]:
   """One token a row → hidden states [R, M] and the rows' own cache with this token in `slot`.
 
-  `prompt` holds Q ≤ R prompts, each shared by R/Q consecutive rows; `own` holds what each row drew since. The own cache
-  is carried through the layers and written in place. Parameters are already in the compute dtype.
+  `prompt` holds Q ≤ R prompts of `length_Q` tokens, each shared by R/Q consecutive rows; `own` holds what each row drew
+  since. The own cache is carried through the layers and written in place. Parameters are already in the compute dtype.
   """
-  x_RTM = params["embed"][token_R][:, None]
-  angle_RTh = position_R[:, None, None] * rope_frequencies(config)
-  own_mask_1TS = (jnp.arange(own.key_LRKSH.shape[3]) <= slot)[None, None]
+  x_RTM = embed(config, params, token_R)[:, None]
+  position_RT = jnp.repeat(length_Q + slot, len(token_R) // len(length_Q))[:, None]
+  prompt_slots, own_slots = (jnp.arange(cache.key_LRKSH.shape[3]) for cache in (prompt, own))
+  age_QS, own_age_S = length_Q[:, None] + slot - prompt_slots, slot - own_slots
+  rule = attention_rule(config)
 
-  def layer_step(carry: tuple[jax.Array, Cache], inputs: tuple[jax.Array, Params, Cache]) -> tuple[Any, None]:
+  def layer_step(carry: tuple[jax.Array, Cache], inputs: Any) -> tuple[Any, None]:
     x_RTM, own = carry
-    index, layer, prompt_layer = inputs
+    index, layer, kind, prompt_layer = inputs
 
     def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
       nonlocal own
       own = Cache(*(_write(cache, new, index, slot) for cache, new in zip(own, (key_RTKH, value_RTKH))))
       own_layer = Cache(*(jax.lax.dynamic_index_in_dim(cache, index, keepdims=False) for cache in own))
+      prompt_mask_QTS = ((prompt_slots < length_Q[:, None]) & (age_QS < kind.window_L))[:, None]
+      own_mask_1TS = ((own_age_S >= 0) & (own_age_S < kind.window_L))[None, None]
       shared = attention.Segment(*prompt_layer, prompt_mask_QTS)
-      return attention.attend(query_RTNH, [shared, attention.Segment(*own_layer, own_mask_1TS)])
+      return attention.attend(query_RTNH, [shared, attention.Segment(*own_layer, own_mask_1TS)], rule)
 
-    x_RTM = _block(config, layout, layer, x_RTM, angle_RTh, attend)
+    x_RTM = _block(config, layout, layer, x_RTM, _turn(position_RT, kind), attend)
     return (x_RTM, own), None
 
-  indices = jnp.arange(config.layers)
-  (x_RTM, own), _ = jax.lax.scan(layer_step, (x_RTM, own), (indices, params["layers"], prompt))
-  return rms_norm(x_RTM[:, 0], params["final_norm"], config.norm_epsilon), own
+  inputs = (jnp.arange(config.layers), params["layers"], layer_kinds(config), prompt)
+  (x_RTM, own), _ = jax.lax.scan(layer_step, (x_RTM, own), inputs)
+  return rms_norm(x_RTM[:, 0], params["final_norm"], config.norm_epsilon, config.norm_offset), own
 
 
 def _write(cache_LRKSH: jax.Array, new_RTKH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
   return jax.lax.dynamic_update_slice(cache_LRKSH, new_RTKH.swapaxes(1, 2)[None], (layer, 0, 0, slot, 0))
 
 
-def logits(params: Params, hidden: jax.Array) -> jax.Array:
+def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
   """[..., M] → float32 [..., V]."""
   head_VM = params.get("head", params["embed"]).astype(hidden.dtype)
   with jax.named_scope("head"):
-    return jnp.einsum("...M,VM->...V", hidden, head_VM, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...M,VM->...V", hidden, head_VM, preferred_element_type=jnp.float32)
+    return attention.softcap(logits, config.logit_softcap)
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
   """A cache of R rows and S slots, all zeros."""
   shape = (config.layers, rows, config.kv_heads, slots, config.head_size)
   return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def count_params(config: ModelConfig) -> int:
-  """Numbers in the parameters; a tied head is counted once."""
-  return sum(math.prod(spec.shape) for spec in jax.tree.leaves(param_specs(config)))
-
-
-def forward_flops(config: ModelConfig, tokens: float, context: float) -> float:
-  """FLOPs of `tokens` tokens through the model and its head, each attending to `context` others on average."""
-  head = config.vocab * config.width
-  matrices = count_params(config) - (0 if config.tied else head)  # the embedding is a look-up, the head a product
-  attended = 2 * config.layers * config.heads * config.head_size * context
-  return 2 * tokens * (matrices + attended)

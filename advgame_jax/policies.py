@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from advgame_jax import architecture, matrices, sampler, sharding
 from advgame_jax import config as config_lib
-from advgame_jax import model, sampler, sharding
-from advgame_jax.model import ModelConfig
+from advgame_jax.architecture import ModelConfig
 from advgame_jax.sharding import Layout
 from advgame_jax.tokenizer import Tokenizer
 from advgame_jax.types import Params, Policy, Samples, Status
@@ -37,11 +37,11 @@ class LanguageModel:
   @functools.cached_property
   def decode_weights(self) -> Callable[[Params], Params]:
     """Training weights → the copy that generates: compute dtype, decode layout."""
-    specs = model.param_specs(self.model)
+    specs = architecture.param_specs(self.model)
     shardings = jax.tree.map(
       lambda spec: sharding.named(self.mesh, self.layout, spec.axes, spec.shape, spec.hf_name), specs
     )
-    cast = lambda params: jax.tree.map(lambda x: x.astype(self.dtype), params)
+    cast = lambda params: matrices.cast(params, self.dtype)
     return jax.jit(cast, out_shardings=shardings)
 
   @functools.cached_property

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from advgame_jax import model, scoring
-from advgame_jax.model import Cache, ModelConfig
+from advgame_jax.architecture import ModelConfig
+from advgame_jax.model import Cache
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
 
@@ -33,9 +34,8 @@ class Rows(NamedTuple):
   """What the decode loop reads and never writes."""
 
   key_R: jax.Array
-  prompt_length_R: jax.Array
+  prompt_length_Q: jax.Array
   prompt: Cache  # of Q prompts, each shared by its group
-  prompt_mask_QTS: jax.Array
   temperature: jax.Array
   top_p: jax.Array
   stops_EV: jax.Array
@@ -150,11 +150,10 @@ def sample(
   state = _start(config, jnp.repeat(last_QM, group, 0), jnp.repeat(present_Q, group), slots, layout)
 
   def draw_and_decode(_: Any, state: SamplingState) -> SamplingState:
-    state, token_R = _draw_next(params, rows, state, max_new_tokens)
-    position_R = rows.prompt_length_R + state.step
+    state, token_R = _draw_next(config, params, rows, state, max_new_tokens)
     with jax.named_scope("decode"):
       hidden_RM, own = model.decode(
-        config, params, token_R, position_R, rows.prompt, rows.prompt_mask_QTS, state.own, state.step, layout=layout
+        config, params, token_R, rows.prompt, rows.prompt_length_Q, state.own, state.step, layout=layout
       )
     return state._replace(step=state.step + 1, hidden_RM=hidden_RM, own=own)
 
@@ -182,9 +181,8 @@ def _prefill(
     last_QM = jnp.take_along_axis(hidden_QTM, length_Q[:, None, None] - 1, 1)[:, 0]
   rows = Rows(
     key_R=row_keys(key, len(length_Q), group),
-    prompt_length_R=jnp.repeat(length_Q, group),
+    prompt_length_Q=length_Q,
     prompt=prompt,
-    prompt_mask_QTS=(jnp.arange(tokens_QT.shape[1]) < length_Q[:, None])[:, None],
     **settings,
   )
   return rows, last_QM
@@ -205,9 +203,11 @@ def _start(
   )
 
 
-def _draw_next(params: Params, rows: Rows, state: SamplingState, limit: int) -> tuple[SamplingState, jax.Array]:
+def _draw_next(
+  config: ModelConfig, params: Params, rows: Rows, state: SamplingState, limit: int
+) -> tuple[SamplingState, jax.Array]:
   """Draws each row's next token [R], and records it where the row is not done."""
-  logits_RV = model.logits(params, state.hidden_RM)
+  logits_RV = model.logits(config, params, state.hidden_RM)
   density_RV = scoring.behaviour(logits_RV, rows.temperature, rows.top_p)
   uniform_R = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(rows.key_R)
   token_R = jnp.where(state.done_R, 0, draw(density_RV, uniform_R))

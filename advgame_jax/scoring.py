@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from advgame_jax import model
-from advgame_jax.model import ModelConfig
+from advgame_jax.architecture import ModelConfig
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
 
@@ -104,7 +104,7 @@ def score(
     hidden_RtM, token_Rt, mask_Rt = inputs
 
     def compute() -> Any:
-      logits_XV = model.logits(params, hidden_RtM.reshape(R * stretch, -1))
+      logits_XV = model.logits(config, params, hidden_RtM.reshape(R * stretch, -1))
       measured = measure(logits_XV, token_Rt.reshape(-1))
       return jax.tree.map(lambda x_X: jnp.where(mask_Rt, x_X.reshape(R, stretch), 0), measured)
 

@@ -11,8 +11,20 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from advgame_jax import (
+  architecture,
+  data,
+  game,
+  heuristic,
+  hf,
+  hf_config,
+  microworld,
+  policies,
+  prompts,
+  sharding,
+  tokenizer,
+)
 from advgame_jax import config as config_lib
-from advgame_jax import data, game, heuristic, hf, hf_config, microworld, model, policies, prompts, sharding, tokenizer
 from advgame_jax import state as state_lib
 from advgame_jax.config import Config
 from advgame_jax.data import Seed
@@ -77,7 +89,9 @@ class Session:
 
     def init() -> TrainState:
       key = jax.random.key(0)
-      players = Players(*(state_lib.init_player(r.player, r.optimizer, model.init(r.model, key)) for r in self.recipes))
+      players = Players(
+        *(state_lib.init_player(r.player, r.optimizer, architecture.init(r.model, key)) for r in self.recipes)
+      )
       return TrainState(players=players, step=jax.numpy.int32(0))
 
     describe = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
@@ -206,11 +220,13 @@ def _player_shardings(recipe: Recipe, mesh: Mesh) -> Any:
   """Weights, averages and moments are laid out alike; everything else is replicated."""
   whole = sharding.replicated(mesh)
 
-  def place(spec: model.ParamSpec) -> NamedSharding:
+  def place(spec: architecture.ParamSpec) -> NamedSharding:
     return sharding.named(mesh, sharding.TRAIN, spec.axes, spec.shape, spec.hf_name)
 
-  params = jax.tree.map(place, model.param_specs(recipe.model))
-  init = lambda: state_lib.init_player(recipe.player, recipe.optimizer, model.init(recipe.model, jax.random.key(0)))
+  params = jax.tree.map(place, architecture.param_specs(recipe.model))
+  init = lambda: state_lib.init_player(
+    recipe.player, recipe.optimizer, architecture.init(recipe.model, jax.random.key(0))
+  )
   abstract = jax.eval_shape(init)
   moments = lambda: optax.tree.map_params(
     recipe.optimizer, lambda _, where: where, abstract.optimizer, params, transform_non_params=lambda _: whole

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from advgame_jax import architecture
 from advgame_jax import config as config_lib
-from advgame_jax import model
-from advgame_jax.model import ModelConfig
+from advgame_jax.architecture import ModelConfig
 from advgame_jax.types import Params, Players
 
 
@@ -45,7 +45,7 @@ def schedule(settings: config_lib.Optimizer, steps: int) -> optax.Schedule:
 
 def make_optimizer(settings: config_lib.Optimizer, steps: int, config: ModelConfig) -> optax.GradientTransformation:
   """AdamW with decoupled weight decay on all but norms, after a clip of the global norm."""
-  decayed = jax.tree.map(lambda spec: not spec.norm, model.param_specs(config))
+  decayed = jax.tree.map(lambda spec: spec.constant is None, architecture.param_specs(config))
   adamw = optax.adamw(
     schedule(settings, steps), settings.b1, settings.b2, weight_decay=settings.weight_decay, mask=decayed
   )

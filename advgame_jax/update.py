@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from advgame_jax import architecture, losses, scoring
 from advgame_jax import config as config_lib
-from advgame_jax import losses, model, scoring
 from advgame_jax import state as state_lib
-from advgame_jax.model import ModelConfig
+from advgame_jax.architecture import ModelConfig
 from advgame_jax.sharding import LOCAL, Layout, pad_leading
 from advgame_jax.state import PlayerState, TrainState
 from advgame_jax.types import Params, Players, PreferenceBatch
@@ -132,5 +132,5 @@ def update_flops(recipe: Recipe, batch: PreferenceBatch) -> float:
     return 0.0
   parts = micro_batches(pad_leading(batch, recipe.player.accumulate), recipe.player.accumulate)
   tokens = parts.tokens_PCT[(parts.weight_P > 0).any(1)]
-  forward = model.forward_flops(recipe.model, tokens.size, tokens.shape[-1] / 2)
+  forward = architecture.forward_flops(recipe.model, tokens.size, tokens.shape[-1] / 2)
   return forward * (3 + (recipe.precision.remat == "layer") + (not recipe.player.reference_is_generator))

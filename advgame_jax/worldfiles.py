@@ -16,9 +16,9 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from advgame_jax import hf, microworld, model, tokenizer
+from advgame_jax import architecture, hf, microworld, tokenizer
+from advgame_jax.architecture import ModelConfig
 from advgame_jax.microworld import Answer, Mood, Query, Topic
-from advgame_jax.model import ModelConfig
 from advgame_jax.prompts import attacker_turn
 from advgame_jax.tokenizer import Tokenizer
 from advgame_jax.types import Category
@@ -117,7 +117,7 @@ def write(
   _write_lines(folder / "attacker.jsonl", attacker_examples(attacker_rows, np.random.default_rng([seed, 0])))
   _write_lines(folder / "defender.jsonl", defender_examples(defender_rows, np.random.default_rng([seed, 1])))
   for index, name in enumerate(("attacker", "defender")):
-    params = model.init(player, jax.random.key(2 * seed + index))
+    params = architecture.init(player, jax.random.key(2 * seed + index))
     hf.save(folder / name, player, params, load_tokenizer(), overwrite=True)
 
 

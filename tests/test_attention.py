@@ -1,5 +1,7 @@
 """Segmented attention against one float64 softmax, and at the edge of what a mask can hide."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,8 @@ from advgame_jax import attention
 from advgame_jax.attention import Segment
 
 R, T, N, K, H = 4, 3, 6, 2, 8
-attend = jax.jit(attention.attend)
+RULE = attention.Rule(H**-0.5)
+attend = jax.jit(functools.partial(attention.attend, rule=RULE))
 
 
 def draw(seed=0):
@@ -82,7 +85,7 @@ def test_gradients_are_finite_and_zero_where_masked():
   mask_QTS[:, :, 3] = False
 
   def loss(query_RTNH, key, value):
-    output = attention.attend(query_RTNH, [Segment(key, value, mask_QTS)])
+    output = attention.attend(query_RTNH, [Segment(key, value, mask_QTS)], RULE)
     return jnp.sum(jnp.where(mask_QTS.any(-1)[..., None, None], output, 0) ** 2)
 
   gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(query_RTNH, part.key_QKSH, part.value_QKSH)

@@ -14,8 +14,9 @@ import safetensors
 import safetensors.numpy
 import tiny
 
+from advgame_jax import architecture, hf, hf_config, model, sharding, worldfiles
 from advgame_jax import config as config_lib
-from advgame_jax import hf, hf_config, model, sharding, worldfiles
+from advgame_jax.architecture import Rope
 from advgame_jax.types import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -46,7 +47,7 @@ def test_logits_are_those_of_transformers(name):
   expected = safetensors.numpy.load_file(GOLDEN / name / "expected.safetensors")
   config, params = hf.load_config(GOLDEN / name), hf.load(GOLDEN / name)
   hidden, _ = model.forward(config, params, jnp.asarray(expected["tokens"]))
-  np.testing.assert_allclose(model.logits(params, hidden), expected["logits"], atol=1e-4)
+  np.testing.assert_allclose(model.logits(config, params, hidden), expected["logits"], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -69,7 +70,7 @@ def test_an_index_names_every_tensor_and_the_whole_size(max_shard_bytes, tmp_pat
   index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
   files = sorted({*index["weight_map"].values()})
   assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-  assert index["metadata"]["total_size"] == 4 * model.count_params(tiny.CONFIG)
+  assert index["metadata"]["total_size"] == 4 * architecture.count_params(tiny.CONFIG)
   for file in files:
     with safetensors.safe_open(tmp_path / "out" / file, framework="numpy") as shard:
       assert set() != set(shard.keys()) == {name for name, where in index["weight_map"].items() if where == file}
@@ -84,7 +85,7 @@ def test_each_device_reads_its_slice(layout, shape):
   sharded = hf.load(folder, mesh, layout)
   assert_same(sharded, hf.load(folder))
   placed = lambda spec, x: x.sharding == sharding.named(mesh, layout, spec.axes, spec.shape, "")
-  assert jax.tree.all(jax.tree.map(placed, model.param_specs(hf.load_config(folder)), sharded))
+  assert jax.tree.all(jax.tree.map(placed, architecture.param_specs(hf.load_config(folder)), sharded))
 
 
 def test_a_sharded_model_is_written_as_a_local_one(tmp_path):
@@ -203,10 +204,14 @@ LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
 @pytest.mark.parametrize(
   "change, sentence",
   [
-    ({"model_type": "qwen2"}, "model_type is 'qwen2'; allowed: 'llama'"),
-    ({"attention_bias": True}, "attention_bias is True; allowed: False"),
-    ({"mlp_bias": True}, "mlp_bias is True"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; allowed: 'silu'"),
+    ({"model_type": "gpt2"}, "model_type is 'gpt2'; allowed: 'llama', 'mistral', "),
+    ({"model_type": "mistral", "attention_bias": True}, "attention_bias is True; allowed: False"),
+    ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is True"),
+    ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step is 2; allowed: 1"),
+    ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; allowed: 'silu', 'gelu_pytorch_tanh'"),
+    ({"layer_types": ["full_attention"]}, "layer_types names 1 layers; allowed: 2"),
+    ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'; allowed: 'full_"),
     ({"pretraining_tp": 2}, "pretraining_tp is 2"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is"),
     (
@@ -215,7 +220,8 @@ LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
     ),
     ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     ({"rope_parameters": {**LLAMA_3, "rope_theta": 1e4}}, "lacks original_max_position_embeddings"),
-    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type is 'linear'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type is 'dynamic'"),
+    ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}, "rope_parameters": None}, "lacks short_factor"),
     ({"hidden_size": None}, "hidden_size is None; allowed: a positive integer"),
     ({"num_key_value_heads": 3}, "4 heads of size 16 over 3 key/value heads"),
   ],
@@ -230,10 +236,10 @@ def test_what_an_older_config_leaves_out():
     name: value for name, value in BASE.items() if name not in ("rope_parameters", "head_dim", "num_key_value_heads")
   }
   config = hf_config.from_values(old | {"rope_theta": 7.0}, "here")
-  assert (config.rope_theta, config.rope_factor, config.head_size, config.kv_heads) == (7.0, 1.0, 8, 4)
+  assert (config.kinds[0].rope, config.head_size, config.kv_heads) == (Rope(7.0), 8, 4)
   scaling = LLAMA_3 | {"original_max_position_embeddings": 64}
   config = hf_config.from_values(old | {"rope_theta": 7.0, "rope_scaling": scaling}, "here")
-  assert (config.rope_theta, config.rope_factor, config.rope_original_length) == (7.0, 8.0, 64)
+  assert config.kinds[0].rope == Rope(7.0, factor=8.0, original_length=64)
 
 
 def test_nothing_is_written_over(tmp_path):

@@ -133,7 +133,7 @@ def test_the_model_comes_back(tmp_path):
   np.testing.assert_array_equal(params["embed"][: expected.vocab], golden["embed"])
   jax.tree.map(np.testing.assert_array_equal, params["layers"], golden["layers"])
   np.testing.assert_array_equal(params["final_norm"], golden["final_norm"])
-  same = ("width", "layers", "heads", "kv_heads", "head_size", "feed_forward", "tied", "norm_epsilon", "rope_theta")
+  same = ("width", "layers", "heads", "kv_heads", "head_size", "feed_forward", "tied", "norm_epsilon", "kinds")
   assert [getattr(config, name) for name in same] == [getattr(expected, name) for name in same]
 
 

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types config",
   "sharding tokenizer refusals prompts rewards preferences losses",
-  "attention model scoring sampler hf_config hf hf_gguf",
+  "architecture matrices attention experts model scoring sampler hf_config hf hf_gguf",
   "policies game judges heuristic microworld worldfiles state update",
   "data checkpoint ledger report plots charts page",
   "command session evaluate metrics train warmstart",
@@ -22,8 +22,10 @@ LEVELS = (
 CHAINS = (
   "types → config",
   "refusals → prompts",
-  "attention → model → scoring → sampler",
-  "model → hf_config → hf → hf_gguf",
+  "architecture → experts → model → scoring → sampler",
+  "attention → model",
+  "matrices → model",
+  "architecture → hf_config → hf → hf_gguf",
   "microworld → worldfiles",
   "state → update",
   "plots → charts → page",

@@ -8,22 +8,21 @@ import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import model
+from advgame_jax import architecture, model
+from advgame_jax.architecture import LayerKind, Rope
 from advgame_jax.model import Cache
 
 UNTIED = dataclasses.replace(
   tiny.CONFIG,
   tied=False,
-  rope_theta=10_000.0,
-  rope_factor=8.0,
-  rope_original_length=64,
+  kinds=(LayerKind(Rope(factor=8.0, original_length=64)),),
 )
 RNG = np.random.default_rng(0)
 TOKENS_RT = RNG.integers(0, tiny.CONFIG.vocab, (3, 10)).astype(np.int32)
 
 
 def all_logits(config):
-  return jax.jit(lambda params, tokens_RT: model.logits(params, model.forward(config, params, tokens_RT)[0]))
+  return jax.jit(lambda params, tokens_RT: model.logits(config, params, model.forward(config, params, tokens_RT)[0]))
 
 
 LOGITS = {config: all_logits(config) for config in (tiny.CONFIG, UNTIED)}
@@ -38,22 +37,22 @@ def test_forward_equals_a_float64_llama(config):
 
 @pytest.mark.parametrize("config", [tiny.CONFIG, UNTIED], ids=["tied", "untied"])
 def test_init_follows_the_table_of_specs(config):
-  specs, params = model.param_specs(config), model.init(config, jax.random.key(0))
+  specs, params = architecture.param_specs(config), architecture.init(config, jax.random.key(0))
   assert jax.tree.structure(specs) == jax.tree.structure(params)
   for spec, x in zip(jax.tree.leaves(specs), jax.tree.leaves(params)):
     assert x.shape == spec.shape and x.dtype == jnp.float32 and len(spec.axes) == len(spec.shape)
     assert spec.stacked == (spec.shape[0] == config.layers)
-    if spec.norm:
-      assert (x == 1).all()
+    if spec.constant is not None:
+      assert (x == spec.constant).all()
     else:
       to_residual = "o_proj" in spec.hf_name or "down_proj" in spec.hf_name
       np.testing.assert_allclose(np.std(x), 0.02 / (2 * config.layers) ** (0.5 * to_residual), rtol=0.1)
   assert ("head" in params) != config.tied
-  assert model.count_params(config) == sum(x.size for x in jax.tree.leaves(params))
+  assert architecture.count_params(config) == sum(x.size for x in jax.tree.leaves(params))
 
 
 def test_init_draws_every_parameter_from_its_own_key():
-  columns = [np.ravel(x)[:64] for x in jax.tree.leaves(model.init(UNTIED, jax.random.key(0))) if np.std(x) > 0]
+  columns = [np.ravel(x)[:64] for x in jax.tree.leaves(architecture.init(UNTIED, jax.random.key(0))) if np.std(x) > 0]
   correlation = np.corrcoef(columns) - np.eye(len(columns))
   assert np.abs(correlation).max() < 0.6
 
@@ -71,16 +70,8 @@ def test_rows_do_not_see_their_padding():
   "theta,factor,low,high,original", [(5e5, 8, 1, 4, 8192), (5e5, 32, 1, 4, 8192), (1e4, 1, 1, 4, 64)]
 )
 def test_rope_frequencies_equal_the_llama_3_formula(theta, factor, low, high, original):
-  config = dataclasses.replace(
-    tiny.CONFIG,
-    head_size=64,
-    rope_theta=theta,
-    rope_factor=factor,
-    rope_low_frequency=low,
-    rope_high_frequency=high,
-    rope_original_length=original,
-  )
-  np.testing.assert_allclose(model.rope_frequencies(config), tiny.frequencies(config), rtol=2e-6)
+  rope = Rope(theta, factor=factor, low_frequency=low, high_frequency=high, original_length=original)
+  np.testing.assert_allclose(model.rope_frequencies(rope, 64), tiny.frequencies(rope, 64), rtol=2e-6)
 
 
 def test_decode_step_by_step_equals_forward():
@@ -89,14 +80,13 @@ def test_decode_step_by_step_equals_forward():
   params, config = tiny.params(), tiny.CONFIG
   length_Q = np.array([5, 2, 6])
   _, prompt = model.forward(config, params, jnp.asarray(TOKENS_RT[:, :6]))
-  mask_QTS = (np.arange(6) < length_Q[:, None])[:, None]
   new_RT = RNG.integers(0, config.vocab, (Q * group, slots)).astype(np.int32)
   length_R = np.repeat(length_Q, group)
 
   @jax.jit
   def step(token_R, own, slot):
-    hidden_RM, own = model.decode(config, params, token_R, length_R + slot, prompt, mask_QTS, own, slot)
-    return model.logits(params, hidden_RM), own
+    hidden_RM, own = model.decode(config, params, token_R, prompt, length_Q, own, slot)
+    return model.logits(config, params, hidden_RM), own
 
   own = model.empty_cache(config, Q * group, slots, jnp.float32)
   decoded = []
@@ -115,7 +105,7 @@ def test_decode_step_by_step_equals_forward():
 def test_remat_changes_no_gradient():
   def loss(params, remat):
     hidden_RTM, _ = model.forward(tiny.CONFIG, params, TOKENS_RT, remat=remat)
-    return jnp.sum(jax.nn.log_softmax(model.logits(params, hidden_RTM))[..., 0])
+    return jnp.sum(jax.nn.log_softmax(model.logits(tiny.CONFIG, params, hidden_RTM))[..., 0])
 
   plain, rematted = (jax.jit(jax.grad(lambda p, remat=remat: loss(p, remat)))(tiny.params()) for remat in (False, True))
   assert "remat" in str(jax.make_jaxpr(lambda p: loss(p, True))(tiny.params()))
@@ -127,10 +117,10 @@ def test_forward_flops_agree_with_the_compiler(tied):
   """One layer, since a scanned body is counted once; wide enough that the matrix products dominate."""
   config = dataclasses.replace(tiny.CONFIG, layers=1, width=128, feed_forward=256, head_size=32, vocab=512, tied=tied)
   R, T = 2, 128
-  params = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+  params = jax.eval_shape(lambda: architecture.init(config, jax.random.key(0)))
   compiled = all_logits(config).lower(params, jax.ShapeDtypeStruct((R, T), jnp.int32)).compile()
   # The compiler multiplies what the causal mask hides too.
-  assert model.forward_flops(config, R * T, T) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.05)
+  assert architecture.forward_flops(config, R * T, T) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.05)
 
 
 def test_logits_are_float32_and_empty_caches_match_forwards():
@@ -138,6 +128,9 @@ def test_logits_are_float32_and_empty_caches_match_forwards():
   hidden, cache = jax.eval_shape(lambda: model.forward(tiny.CONFIG, params, TOKENS_RT, dtype=jnp.bfloat16))
   empty = model.empty_cache(tiny.CONFIG, *TOKENS_RT.shape, jnp.bfloat16)
   assert hidden.dtype == jnp.bfloat16
-  assert jax.eval_shape(lambda: model.logits(params, jnp.zeros(hidden.shape, hidden.dtype))).dtype == jnp.float32
+  assert (
+    jax.eval_shape(lambda: model.logits(tiny.CONFIG, params, jnp.zeros(hidden.shape, hidden.dtype))).dtype
+    == jnp.float32
+  )
   assert isinstance(cache, Cache)
   jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b.shape}"), cache, empty)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from advgame_jax import architecture, policies, sharding, worldfiles
 from advgame_jax import config as config_lib
-from advgame_jax import model, policies, sharding, worldfiles
 from advgame_jax.policies import LanguageModel
 from advgame_jax.types import Samples, Status
 
@@ -26,7 +26,7 @@ def tokenizer():
 
 @functools.cache
 def weights():
-  return jax.tree.map(lambda x: 4 * x, model.init(CONFIG, jax.random.key(0)))
+  return jax.tree.map(lambda x: 4 * x, architecture.init(CONFIG, jax.random.key(0)))
 
 
 def mesh_of(*sizes: int) -> Mesh:

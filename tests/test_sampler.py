@@ -10,8 +10,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from advgame_jax import architecture, model, sampler, scoring, sharding
 from advgame_jax import config as config_lib
-from advgame_jax import model, sampler, scoring, sharding
 
 CONFIG, PARAMS = tiny.CONFIG, tiny.params()
 KEY = jax.random.key(7)
@@ -177,7 +177,7 @@ def test_rows_do_not_depend_on_the_mesh(name):
   settings = config_lib.Mesh(data=2, fsdp=2, tensor=2, decode=name)
   mesh, layout = sharding.make_mesh(settings), sharding.decode_layout(settings)
   place = lambda spec, x: jax.device_put(x, sharding.named(mesh, layout, spec.axes, x.shape, spec.hf_name))
-  params = jax.tree.map(place, model.param_specs(CONFIG), PARAMS)
+  params = jax.tree.map(place, architecture.param_specs(CONFIG), PARAMS)
   by_rows = sharding.rows_sharding(mesh, layout)
   tokens_QT, length_Q, present_Q = sharding.to_global((TOKENS_QT, LENGTH_Q, np.ones(8, bool)), by_rows)
   with jax.set_mesh(mesh):

@@ -9,8 +9,8 @@ import pytest
 import tiny
 from jax.sharding import AxisType
 
+from advgame_jax import architecture, sharding
 from advgame_jax import config as config_lib
-from advgame_jax import model, sharding
 from advgame_jax.sharding import DECODE_REPLICATED, DECODE_TENSOR, LOCAL, TRAIN, Layout
 from advgame_jax.types import UserError
 
@@ -58,7 +58,7 @@ def test_a_mesh_axis_cannot_be_used_twice():
 
 @pytest.mark.parametrize("layout", [TRAIN, DECODE_REPLICATED, DECODE_TENSOR, LOCAL])
 def test_every_parameter_can_be_laid_out(layout):
-  for spec in jax.tree.leaves(model.param_specs(tiny.CONFIG)):
+  for spec in jax.tree.leaves(architecture.param_specs(tiny.CONFIG)):
     where = sharding.named(mesh(), layout, spec.axes, spec.shape, spec.hf_name)
     part = where.shard_shape(spec.shape)
     split = [sharding.shards(mesh(), getattr(layout, axis)) if axis else 1 for axis in spec.axes]

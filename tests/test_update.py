@@ -11,8 +11,8 @@ import optax
 import pytest
 import tiny
 
+from advgame_jax import architecture, model, scoring, sharding, update
 from advgame_jax import config as config_lib
-from advgame_jax import model, scoring, sharding, update
 from advgame_jax import state as state_lib
 from advgame_jax.state import TrainState
 from advgame_jax.types import Players
@@ -108,7 +108,7 @@ def test_the_attacker_s_step_equals_an_independent_adamw():
   @jax.grad
   def gradient(params):
     tokens_RT = batch.tokens_PCT.reshape(-1, T)
-    logits_RTV = model.logits(params, model.forward(tiny.CONFIG, params, tokens_RT)[0])
+    logits_RTV = model.logits(tiny.CONFIG, params, model.forward(tiny.CONFIG, params, tokens_RT)[0])
     logprob_RT = jnp.take_along_axis(jax.nn.log_softmax(logits_RTV[:, :-1]), tokens_RT[:, 1:, None], 2)[..., 0]
     delta_PCT = logprob_RT.reshape(P, 2, T - 1) - batch.plain_logprob_PCT[..., 1:]
     delta_PC = jnp.sum(delta_PCT * batch.completion_mask_PCT[..., 1:], -1)
@@ -123,7 +123,7 @@ def test_the_attacker_s_step_equals_an_independent_adamw():
 
   def check(spec, old, new, g, mu, nu):
     g = g * OPTIMIZER.clip / norm
-    decay = 0 if spec.norm else OPTIMIZER.weight_decay
+    decay = 0 if spec.constant is not None else OPTIMIZER.weight_decay
     expected = -1e-4 * (g / (np.abs(g) + 1e-8) + decay * np.asarray(old, np.float64))
     clear = np.abs(g) > 1e-5  # where rounding of the gradient does not decide the step
     assert clear.mean() > 0.4
@@ -133,7 +133,7 @@ def test_the_attacker_s_step_equals_an_independent_adamw():
 
   player = state.players.attacker
   moments = (optax.tree.get(player.optimizer, name) for name in ("mu", "nu"))
-  jax.tree.map(check, model.param_specs(tiny.CONFIG), before.params, player.params, wide, *moments)
+  jax.tree.map(check, architecture.param_specs(tiny.CONFIG), before.params, player.params, wide, *moments)
 
 
 def test_the_attacker_s_gradient_equals_finite_differences_in_float64():
@@ -320,7 +320,7 @@ def test_a_reference_that_generated_costs_no_forward_pass(monkeypatch):
 
 def place(mesh, recipes, state):
   """The state in the training layout: whatever has the parameters' structure is laid out as they are."""
-  specs = model.param_specs(tiny.CONFIG)
+  specs = architecture.param_specs(tiny.CONFIG)
   structure, whole = jax.tree.structure(specs), sharding.replicated(mesh)
 
   def lay_out(x):
@@ -365,7 +365,7 @@ def test_a_mesh_updates_as_one_device_does_and_donates_its_state():
 def test_update_flops_count_forward_backward_remat_and_reference():
   remat = dataclasses.replace(RECIPES.defender, precision=config_lib.Precision(logit_chunk=64, remat="layer"))
   batch = tiny.preference_batch(np.random.default_rng(0), P, 2, T)
-  forward = model.forward_flops(tiny.CONFIG, P * 2 * T, T / 2)
+  forward = architecture.forward_flops(tiny.CONFIG, P * 2 * T, T / 2)
   assert update.update_flops(RECIPES.attacker, batch) == 3 * forward
   assert update.update_flops(RECIPES.defender, batch) == 4 * forward
   assert update.update_flops(remat, batch) == 5 * forward

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 import transformers
 
-from advgame_jax import hf, hf_config, microworld, model, worldfiles
+from advgame_jax import architecture, hf, hf_config, microworld, worldfiles
 from advgame_jax.microworld import FRAMINGS, TOPICS, Answer
 from advgame_jax.prompts import parse_attack
 from advgame_jax.types import Category, Status
@@ -184,5 +184,5 @@ def test_the_model_folder_loads_as_a_player_with_fresh_weights(folder):
   player = worldfiles.player_config()
   attacker, defender = (hf.load(folder / name) for name in ("attacker", "defender"))
   assert hf_config.load_config(folder / "attacker") == player
-  assert jax.tree.map(np.shape, attacker) == jax.tree.map(lambda spec: spec.shape, model.param_specs(player))
+  assert jax.tree.map(np.shape, attacker) == jax.tree.map(lambda spec: spec.shape, architecture.param_specs(player))
   assert not np.array_equal(attacker["embed"], defender["embed"])

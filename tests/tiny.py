@@ -5,12 +5,20 @@ import functools
 import jax
 import numpy as np
 
-from advgame_jax import model
-from advgame_jax.model import ModelConfig
+from advgame_jax import architecture
+from advgame_jax.architecture import LayerKind, ModelConfig, Rope
 from advgame_jax.types import PreferenceBatch
 
 CONFIG = ModelConfig(
-  vocab=128, width=32, layers=2, heads=4, kv_heads=2, head_size=8, feed_forward=48, tied=True, rope_theta=100.0
+  vocab=128,
+  width=32,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_size=8,
+  feed_forward=48,
+  tied=True,
+  kinds=(LayerKind(Rope(100.0)),),
 )
 
 
@@ -18,8 +26,10 @@ CONFIG = ModelConfig(
 def params(config: ModelConfig = CONFIG, seed: int = 0, scale: float = 0.15):
   """Weights far above their initial scale, norms off 1: every part of the model shows in its output."""
   rng = np.random.default_rng(seed)
-  draw = lambda spec: 1 + 0.3 * rng.normal(size=spec.shape) if spec.norm else scale * rng.normal(size=spec.shape)
-  return jax.tree.map(lambda spec: jax.numpy.asarray(draw(spec), np.float32), model.param_specs(config))
+  draw = lambda spec: (
+    1 + 0.3 * rng.normal(size=spec.shape) if spec.constant == 1 else scale * rng.normal(size=spec.shape)
+  )
+  return jax.tree.map(lambda spec: jax.numpy.asarray(draw(spec), np.float32), architecture.param_specs(config))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -41,20 +51,20 @@ def attention(query_RTNH: np.ndarray, key_RKSH: np.ndarray, value_RKSH: np.ndarr
   return output_RTNH
 
 
-def frequencies(config: ModelConfig) -> np.ndarray:
+def frequencies(rope: Rope, head_size: int) -> np.ndarray:
   """Rotary frequencies by the case distinction of the Llama 3.1 release, float64."""
   result = []
-  for i in range(config.head_size // 2):
-    frequency = 1 / config.rope_theta ** (2 * i / config.head_size)
+  for i in range(head_size // 2):
+    frequency = 1 / rope.theta ** (2 * i / head_size)
     wavelength = 2 * np.pi / frequency
-    if config.rope_factor == 1 or wavelength < config.rope_original_length / config.rope_high_frequency:
+    if not rope.original_length or wavelength < rope.original_length / rope.high_frequency:
       result.append(frequency)
-    elif wavelength > config.rope_original_length / config.rope_low_frequency:
-      result.append(frequency / config.rope_factor)
+    elif wavelength > rope.original_length / rope.low_frequency:
+      result.append(frequency / rope.factor)
     else:
-      span = config.rope_high_frequency - config.rope_low_frequency
-      smooth = (config.rope_original_length / wavelength - config.rope_low_frequency) / span
-      result.append((1 - smooth) * frequency / config.rope_factor + smooth * frequency)
+      span = rope.high_frequency - rope.low_frequency
+      smooth = (rope.original_length / wavelength - rope.low_frequency) / span
+      result.append((1 - smooth) * frequency / rope.factor + smooth * frequency)
   return np.array(result)
 
 
@@ -62,7 +72,7 @@ def llama_logits(config: ModelConfig, params, tokens_RT: np.ndarray) -> np.ndarr
   """The whole model in float64, [R, T, V]: rotations as products of complex numbers."""
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   R, T = tokens_RT.shape
-  turn_TH = np.exp(1j * np.arange(T)[:, None] * frequencies(config))
+  turn_TH = np.exp(1j * np.arange(T)[:, None] * frequencies(config.kinds[0].rope, config.head_size))
   mask_RTS = np.broadcast_to(np.tril(np.ones((T, T), bool)), (R, T, T))
 
   def norm(x, scale):

@@ -1,0 +1,55 @@
+"""The forms a weight matrix may have, and the one product that takes them all."""
+
+import math
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from advgame_jax.types import Params
+
+
+class Int8(NamedTuple):
+  """A frozen matrix in eight bits: `values` × `scale`, a scale for each output (2208.07339 without its outliers)."""
+
+  values: jax.Array  # int8, the matrix's shape
+  scale: jax.Array  # the stacked and output dimensions
+
+
+class Adapted(NamedTuple):
+  """A frozen matrix and a low-rank change to it (LoRA, 2106.09685): W + down·up. Nothing is ever merged."""
+
+  weight: "jax.Array | Int8"
+  down: jax.Array  # inputs, then the rank
+  up: jax.Array  # the rank, then outputs; its scale is in it
+
+
+Matrix: TypeAlias = jax.Array | Int8 | Adapted
+
+
+def project(x: jax.Array, matrix: Matrix, inputs: int = 1) -> jax.Array:
+  """Contracts the last `inputs` dimensions of x with the first ones of the matrix.
+
+  As one product of two matrices: XLA's CPU backend runs the gradients of the three-dimensional form at half the speed.
+  """
+  if isinstance(matrix, Adapted):
+    return project(x, matrix.weight, inputs) + project(project(x, matrix.down, inputs), matrix.up)
+  if isinstance(matrix, Int8):
+    return project(x, matrix.values.astype(x.dtype), inputs) * matrix.scale.astype(x.dtype)
+  before, outputs = x.shape[: x.ndim - inputs], matrix.shape[inputs:]
+  size = math.prod(matrix.shape[:inputs])
+  return (x.reshape(-1, size) @ matrix.reshape(size, -1)).reshape(*before, *outputs)
+
+
+def quantise(weight: jax.Array, stacked: int, inputs: int) -> Int8:
+  """The nearest `Int8` with the largest weight of each output at ±127."""
+  wide = weight.astype(jnp.float32)
+  axes = tuple(range(stacked, stacked + inputs))
+  scale = jnp.max(jnp.abs(wide), axes, keepdims=True) / 127
+  values = jnp.round(wide / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+  return Int8(values, jnp.squeeze(scale, axes))
+
+
+def cast(params: Params, dtype: Any) -> Params:
+  """Weights in the compute dtype; whole numbers stay what they are."""
+  return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
