@@ -54,7 +54,7 @@ def _qwen_experts(values: Values) -> dict[str, Any]:
     **_biases(values),
     "query_key_norm": "head",
     "feed_forward": values["moe_intermediate_size"],
-    "experts": values["num_experts"],
+    "experts": values.get("num_local_experts") or values["num_experts"],  # transformers 5 and 4
     "experts_per_token": values["num_experts_per_tok"],
     "normalise_experts": bool(values["norm_topk_prob"]),
   }
@@ -64,9 +64,15 @@ def _mixtral(values: Values) -> dict[str, Any]:
   return {"experts": values["num_local_experts"], "experts_per_token": values["num_experts_per_tok"]}
 
 
-_QWEN: Values = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN: Values = {
+  "use_sliding_window": False,
+  "sliding_window": 4096,
+  "max_window_layers": 28,
+  "num_key_value_heads": 32,
+}
 _GEMMA: Values = {
   "head_dim": 256,
+  "num_key_value_heads": 4,
   "query_pre_attn_scalar": 256,
   "sliding_window": 4096,
   "tie_word_embeddings": True,
@@ -74,7 +80,7 @@ _GEMMA: Values = {
 }
 FAMILIES = {
   "llama": Family("LlamaForCausalLM", {}, _biases),
-  "mistral": Family("MistralForCausalLM", {"sliding_window": 4096}),
+  "mistral": Family("MistralForCausalLM", {"sliding_window": 4096, "num_key_value_heads": 8}),
   "qwen2": Family("Qwen2ForCausalLM", _QWEN, lambda _: {"biases": _PROJECTIONS[:3]}),
   "qwen3": Family(
     "Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, lambda values: {**_biases(values), "query_key_norm": "head"}
@@ -91,18 +97,37 @@ FAMILIES = {
   "olmo2": Family("Olmo2ForCausalLM", {"rms_norm_eps": 1e-5}, lambda _: {"norms": "after", "query_key_norm": "all"}),
   "smollm3": Family(
     "SmolLM3ForCausalLM",
-    {"rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4, "use_sliding_window": False},
+    {
+      "rope_theta": 2e6,
+      "tie_word_embeddings": True,
+      "no_rope_layer_interval": 4,
+      "use_sliding_window": False,
+      "num_key_value_heads": 4,
+    },
     _biases,
   ),
   "qwen3_moe": Family(
     "Qwen3MoeForCausalLM",
-    {**_QWEN, "norm_topk_prob": False, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
+    {
+      **_QWEN,
+      "norm_topk_prob": False,
+      "moe_intermediate_size": 768,
+      "num_experts": 128,
+      "num_experts_per_tok": 8,
+      "num_key_value_heads": 4,
+    },
     _qwen_experts,
     {"decoder_sparse_step": 1, "mlp_only_layers": []},
   ),
   "mixtral": Family(
     "MixtralForCausalLM",
-    {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
+    {
+      "rope_theta": 1e6,
+      "rms_norm_eps": 1e-5,
+      "num_local_experts": 8,
+      "num_experts_per_tok": 2,
+      "num_key_value_heads": 8,
+    },
     _mixtral,
   ),
 }
@@ -182,7 +207,7 @@ def _check_fixed(family: str, values: Values, where: str) -> None:
   biases = {} if family in _READ_BY_SETTINGS else {"attention_bias": False}
   mlp_bias = {} if family in ("llama", "smollm3") else {"mlp_bias": False}
   for name, only in {**_FIXED, **biases, **mlp_bias, **known.fixed}.items():
-    if values.get(name, only) != only:
+    if values.get(name) not in (only, None):
       raise UserError(f"{where}: {name} is {values[name]!r}; allowed: {only!r}")
   name = _activation(values)
   if values.get(name, "silu") not in _ACTIVATIONS:
@@ -214,7 +239,8 @@ def _layer_kinds(family: str, values: Values, where: str) -> tuple[LayerKind, ..
       raise UserError(f"{where}: layer_types names {len(given)} layers; allowed: {layers}, the num_hidden_layers")
     slides = [kind == "sliding_attention" for kind in given]
   elif "use_sliding_window" in values:
-    slides = [bool(values["use_sliding_window"]) and i >= values.get("max_window_layers", 0) for i in range(layers)]
+    first = 0 if family == "qwen3_moe" else values.get("max_window_layers", 0)
+    slides = [bool(values["use_sliding_window"]) and i >= first for i in range(layers)]
   elif family == "gemma2":
     slides = [i % 2 == 0 for i in range(layers)]
   elif family == "gemma3_text":
@@ -306,6 +332,8 @@ def to_values(config: ModelConfig, base: Values | None = None) -> dict[str, Any]
       f"a {config.family} model has no config.json to start from; allowed: that of the folder it came from"
     )
   values = _for_both(base or {}) | values | {"vocab_size": config.vocab}
+  if config.family == "qwen3_moe":
+    values["num_experts"] = config.experts
   if from_values(values, "config.json") != config:
     raise UserError(
       "the config.json to start from is of another architecture; allowed: that of the folder it came from"

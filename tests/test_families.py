@@ -1,0 +1,100 @@
+"""Every family against transformers: folders and logits of tests/golden, there and back again.
+
+The folders hold what transformers wrote and computed (tests/golden/make_goldens.py), so that no torch is needed here.
+"""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from advgame_jax import architecture, hf, hf_config, model, sampler, sharding
+from advgame_jax import config as config_lib
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"))
+
+
+@functools.cache
+def loaded(name):
+  return hf.load_config(GOLDEN / name), hf.load(GOLDEN / name), load_file(GOLDEN / name / "expected.safetensors")
+
+
+def logits(config, params, tokens_RT, **how):
+  hidden_RTM, _ = model.forward(config, params, tokens_RT, **how)
+  return model.logits(config, params, hidden_RTM)
+
+
+def assert_logits(got_RTV, expected):
+  real_RT = np.arange(got_RTV.shape[1]) < expected["length"][:, None]
+  np.testing.assert_allclose(np.asarray(got_RTV)[real_RT], expected["logits"][real_RT], atol=1e-4)
+
+
+def test_all_families_are_there():
+  assert {hf.load_config(GOLDEN / name).family for name in FAMILIES} == set(hf_config.FAMILIES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_of_ragged_rows_are_transformers(name):
+  config, params, expected = loaded(name)
+  assert_logits(jax.jit(functools.partial(logits, config))(params, expected["tokens"]), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_drawn_with_a_cache_are_transformers(name):
+  config, params, expected = loaded(name)
+  greedy, never = (jnp.float32(0), jnp.float32(1)), jnp.zeros((2, config.vocab), jnp.int16)
+  sample = jax.jit(functools.partial(sampler.sample, config, group=1, max_new_tokens=8))
+  present_Q = np.ones(len(expected["length"]), bool)
+  drawn = sample(params, expected["tokens"], expected["length"], present_Q, jax.random.key(0), *greedy, never)
+  np.testing.assert_array_equal(drawn.tokens_RT, expected["greedy"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_export_and_import_again_is_exact(name, tmp_path):
+  config, params, _ = loaded(name)
+  hf.save(tmp_path / "out", config, params, base_config=hf_config.read(GOLDEN / name), max_shard_bytes=40_000)
+  assert hf.load_config(tmp_path / "out") == config
+  jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "out"), params)
+  theirs, ours = (
+    functools.reduce(dict.__or__, map(load_file, sorted(folder.glob("model*.safetensors"))))
+    for folder in (GOLDEN / name, tmp_path / "out")
+  )
+  assert theirs.keys() == ours.keys()
+  jax.tree.map(np.testing.assert_array_equal, theirs, ours)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_config_as_transformers_4_wrote_it_means_the_same(name):
+  old = json.loads((GOLDEN / name / "config_v4.json").read_text())
+  assert hf_config.from_values(old, "here") == loaded(name)[0]
+  assert hf_config.to_values(loaded(name)[0], old).keys() >= old.keys()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_mesh_computes_the_same(name):
+  """Rows, width and, where the heads allow it, tensor shards."""
+  config, _, expected = loaded(name)
+  divides = config.kv_heads % 2 == 0
+  settings = config_lib.Mesh(data=2, fsdp=2, tensor=2) if divides else config_lib.Mesh(data=4, fsdp=2)
+  mesh = sharding.make_mesh(settings)
+  sharded = hf.load(GOLDEN / name, mesh, sharding.TRAIN)
+  rows = sharding.rows_sharding(mesh, sharding.TRAIN)
+  tokens_RT = sharding.to_global(sharding.pad_leading(expected["tokens"], 8), rows)
+  with jax.set_mesh(mesh):
+    got_RTV = jax.jit(functools.partial(logits, config, layout=sharding.TRAIN))(sharded, tokens_RT)
+  assert_logits(np.asarray(got_RTV)[: len(expected["length"])], expected)
+
+
+def test_flops_count_the_experts_that_a_token_goes_through():
+  config, _, _ = loaded("mixtral")
+  expert = 3 * config.layers * config.width * config.feed_forward
+  matrices = architecture.count_params(config) - config.vocab * config.width - 2 * expert
+  context = 4.0
+  attended = 2 * config.layers * config.heads * config.head_size * context
+  assert architecture.forward_flops(config, 10, context) == 20 * (matrices + attended)
