@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from advgame_jax import sharding
 from advgame_jax.types import Params
 
 
@@ -181,6 +183,15 @@ def _norm_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     )
     for ours, theirs in {"before": before, "after": after, "both": both}[config.norms].items()
   }
+
+
+def shardings(specs: Any, mesh: Mesh, layout: sharding.Layout) -> Any:
+  """Where each parameter of a table lives.
+
+  Raises:
+    UserError: a dimension does not divide over the mesh.
+  """
+  return jax.tree.map(lambda spec: sharding.named(mesh, layout, spec.axes, spec.shape, spec.hf_name), specs)
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:

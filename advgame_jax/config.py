@@ -17,6 +17,7 @@ from ml_collections import config_dict
 from advgame_jax.types import UserError
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
+LORA_TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 def setting(
@@ -115,6 +116,25 @@ class Sampling(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora(Settings):
+  """Low-rank adapters on a frozen base, instead of training every weight."""
+
+  rank: int = setting(0, "of the adapters; 0 trains every weight", at_least=0)
+  alpha: float = setting(32.0, "the adapters' change is scaled by alpha / rank", above=0)
+  targets: tuple[str, ...] = setting(
+    LORA_TARGETS, f"the matrices of a layer that are adapted: {', '.join(LORA_TARGETS)}"
+  )
+  start: str = setting("", "PEFT folder of the adapters to start from; empty starts fresh ones")
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.targets or not set(self.targets) <= set(LORA_TARGETS) or len(set(self.targets)) < len(self.targets):
+      raise UserError(f"targets is {self.targets}; allowed: one or more of {', '.join(LORA_TARGETS)}, each once")
+    if self.start and not self.rank:
+      raise UserError(f"start is {self.start!r} with rank=0; allowed: the rank of these adapters")
+
+
+@dataclasses.dataclass(frozen=True)
 class Player(Settings):
   """One player: its weights, how they play, what they are held near to, how they learn."""
 
@@ -124,6 +144,7 @@ class Player(Settings):
   reference: Literal["initial", "ema"] = setting("ema", "the weights the loss holds the player near to")
   ema_decay: float = setting(0.95, "of the moving average, per optimiser step", at_least=0, at_most=1)
   frozen: bool = setting(False, "plays but does not learn")
+  lora: Lora = part(Lora)
   accumulate: int = setting(1, "micro-batches a step's comparisons are split into", at_least=1)
   sampling: Sampling = part(Sampling)
   optimizer: Optimizer = part(Optimizer)
@@ -216,6 +237,7 @@ class Precision(Settings):
   compute: Literal["auto", "float32", "bfloat16"] = setting(
     "auto", "of the forward pass; auto is float32 on CPU, else bfloat16"
   )
+  frozen: Literal["compute", "int8"] = setting("compute", "weights that never learn: in the compute dtype, or 8 bits")
   remat: Literal["none", "layer"] = setting("layer", "what the backward pass recomputes")
   logit_chunk: int = setting(1024, "tokens whose logits exist at one time in the loss", at_least=1)
 

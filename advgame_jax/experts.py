@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from advgame_jax.architecture import ModelConfig
+from advgame_jax.matrices import dense
 from advgame_jax.sharding import Layout
 from advgame_jax.types import Params
 
@@ -24,6 +25,7 @@ def mix(
   On a mesh each part of the rows sorts its own: nothing is exchanged but the weights.
   """
   names = ("router", "gate", "up", "down")
+  layer = {name: dense(layer[name], x_RTM.dtype) for name in names}
   route = lambda x_RTM, *weights: _route(config, dict(zip(names, weights)), x_RTM, activate)
   if not layout.rows:
     return route(x_RTM, *(layer[name] for name in names))

@@ -53,8 +53,7 @@ def load(
   with contextlib.ExitStack() as stack:
     shards = _open(folder, stack)
     _check(config, specs, shards, folder)
-
-    return jax.tree.map(lambda spec: _place(spec, shards, mesh, layout, jnp.dtype(dtype)), specs)
+    return place(specs, shards, mesh, layout, dtype)
 
 
 def check(folder: str | pathlib.Path) -> None:
@@ -204,6 +203,11 @@ def _stored_axes(spec: ParamSpec) -> tuple[str | None, ...]:
   return (axes[spec.inputs], *axes[: spec.inputs][:1])
 
 
+def place(specs: Params, shards: Mapping[str, Any], mesh: Mesh | None, layout: sharding.Layout, dtype: Any) -> Params:
+  """The parameters of a table, read from open files by tensor name; the files are known to be right."""
+  return jax.tree.map(lambda spec: _place(spec, shards, mesh, layout, jnp.dtype(dtype)), specs)
+
+
 def _place(
   spec: ParamSpec, shards: Mapping[str, Any], mesh: Mesh | None, layout: sharding.Layout, dtype: np.dtype
 ) -> jax.Array:
@@ -249,7 +253,7 @@ def _read(spec: ParamSpec, name: str, shards: Mapping[str, Any], *bounds: tuple[
   return part
 
 
-def _tensors(specs: Params, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(specs: Params, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
   """Parameters as Hugging Face's tensors, one on the host at a time."""
   parts: dict[str, list[tuple[ParamSpec, Array, tuple[int, ...]]]] = {}
   for spec, value in zip(jax.tree.leaves(specs), jax.tree.leaves(params), strict=True):
@@ -283,7 +287,7 @@ def _write_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dt
     pending.clear()
 
   total = 0
-  for name, tensor in _tensors(specs, params, dtype):
+  for name, tensor in tensors(specs, params, dtype):
     if pending and sum(other.nbytes for other in pending.values()) + tensor.nbytes > max_bytes:
       flush()
     pending[name] = tensor

@@ -13,7 +13,7 @@ class Int8(NamedTuple):
   """A frozen matrix in eight bits: `values` × `scale`, a scale for each output (2208.07339 without its outliers)."""
 
   values: jax.Array  # int8, the matrix's shape
-  scale: jax.Array  # the stacked and output dimensions
+  scale: jax.Array  # the same, its input dimensions of size 1
 
 
 class Adapted(NamedTuple):
@@ -35,7 +35,9 @@ def project(x: jax.Array, matrix: Matrix, inputs: int = 1) -> jax.Array:
   if isinstance(matrix, Adapted):
     return project(x, matrix.weight, inputs) + project(project(x, matrix.down, inputs), matrix.up)
   if isinstance(matrix, Int8):
-    return project(x, matrix.values.astype(x.dtype), inputs) * matrix.scale.astype(x.dtype)
+    return project(x, matrix.values.astype(x.dtype), inputs) * matrix.scale.astype(x.dtype).reshape(
+      matrix.values.shape[inputs:]
+    )
   before, outputs = x.shape[: x.ndim - inputs], matrix.shape[inputs:]
   size = math.prod(matrix.shape[:inputs])
   return (x.reshape(-1, size) @ matrix.reshape(size, -1)).reshape(*before, *outputs)
@@ -46,8 +48,14 @@ def quantise(weight: jax.Array, stacked: int, inputs: int) -> Int8:
   wide = weight.astype(jnp.float32)
   axes = tuple(range(stacked, stacked + inputs))
   scale = jnp.max(jnp.abs(wide), axes, keepdims=True) / 127
-  values = jnp.round(wide / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
-  return Int8(values, jnp.squeeze(scale, axes))
+  return Int8(jnp.round(wide / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
+
+
+def dense(matrix: "jax.Array | Int8", dtype: Any) -> jax.Array:
+  """All of its numbers."""
+  if not isinstance(matrix, Int8):
+    return matrix.astype(dtype)
+  return matrix.values.astype(dtype) * matrix.scale.astype(dtype)
 
 
 def cast(params: Params, dtype: Any) -> Params:

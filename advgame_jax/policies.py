@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from advgame_jax import architecture, matrices, sampler, sharding
+from advgame_jax import architecture, lora, matrices, sampler, sharding
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.sharding import Layout
@@ -29,6 +29,7 @@ class LanguageModel:
   layout: Layout
   dtype: Any
   stop_strings: tuple[str, ...] = ()
+  lora: config_lib.Lora = config_lib.Lora()
 
   def policy(self, params: Params) -> Policy:
     """These weights, laid out by `decode_weights`, as a player."""
@@ -37,12 +38,14 @@ class LanguageModel:
   @functools.cached_property
   def decode_weights(self) -> Callable[[Params], Params]:
     """Training weights → the copy that generates: compute dtype, decode layout."""
-    specs = architecture.param_specs(self.model)
-    shardings = jax.tree.map(
-      lambda spec: sharding.named(self.mesh, self.layout, spec.axes, spec.shape, spec.hf_name), specs
-    )
-    cast = lambda params: matrices.cast(params, self.dtype)
-    return jax.jit(cast, out_shardings=shardings)
+    where = architecture.shardings(architecture.param_specs(self.model), self.mesh, self.layout)
+    return jax.jit(lambda params: matrices.cast(params, self.dtype), out_shardings=where)
+
+  @functools.cached_property
+  def decode_adapters(self) -> Callable[[Params], Params]:
+    """Adapters as they are trained → the copy that generates, its scale within."""
+    where = architecture.shardings(lora.adapter_specs(self.model, self.lora), self.mesh, self.layout)
+    return jax.jit(lambda params: matrices.cast(lora.scale(params, self.lora), self.dtype), out_shardings=where)
 
   @functools.cached_property
   def _sample(self) -> Callable[..., sampler.Drawn]:

@@ -9,16 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from advgame_jax import (
   architecture,
   data,
+  frozen,
   game,
   heuristic,
   hf,
   hf_config,
+  lora,
   microworld,
+  peft,
   policies,
   prompts,
   sharding,
@@ -31,7 +34,7 @@ from advgame_jax.data import Seed
 from advgame_jax.policies import LanguageModel
 from advgame_jax.state import TrainState
 from advgame_jax.types import Judge, Params, Players, Policy, PreferenceBatch, UserError
-from advgame_jax.update import Metrics, Recipe, joint_update
+from advgame_jax.update import Bases, Metrics, Recipe, joint_update
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,15 +50,46 @@ class Session:
   train_seeds: list[Seed]
   validation_seeds: list[Seed]
 
-  def load_weights(self, name: str) -> Params:
-    """A player's initial weights, float32, in the training layout."""
-    return hf.load(getattr(self.config, name).model, self.mesh, sharding.TRAIN)
+  def load_weights(self, recipe: Recipe) -> Params:
+    """What a player starts to learn from, float32, in the training layout: its folder's weights, or adapters."""
+    settings = recipe.player
+    if not recipe.adapted:
+      return hf.load(settings.model, self.mesh, sharding.TRAIN)
+    if settings.lora.start:
+      return peft.load(settings.lora.start, recipe.model, settings.lora, self.mesh, sharding.TRAIN)
+    where = architecture.shardings(recipe.specs, self.mesh, sharding.TRAIN)
+    key = jax.random.fold_in(jax.random.key(self.config.seed), self.recipes.index(recipe))
+    return jax.jit(functools.partial(lora.init, recipe.specs), out_shardings=where)(key)
+
+  @functools.cached_property
+  def bases(self) -> Bases:
+    """The frozen weights that adapters are on, in the training layout: one copy a folder."""
+    precision = self.config.precision
+    load = lambda folder, dtype: frozen.load(folder, self.mesh, sharding.TRAIN, dtype, precision.frozen == "int8")
+    return {recipe.player.model: load(recipe.player.model, recipe.dtype) for recipe in self.recipes if recipe.adapted}
+
+  @functools.cached_property
+  def _decode_bases(self) -> Bases:
+    """The same in the decode layout; where the layouts are alike, the very same arrays."""
+    int8 = self.config.precision.frozen == "int8"
+    layouts = {recipe.player.model: player for recipe, player in zip(self.recipes, self.players) if recipe.adapted}
+    where = {folder: frozen.shardings(p.model, self.mesh, p.layout, int8) for folder, p in layouts.items()}
+    return {folder: jax.device_put(base, where[folder]) for folder, base in self.bases.items()}
+
+  def _to_play(self, weights: Players[Params]) -> Players[Params]:
+    """Weights as they are trained → as they generate."""
+
+    def lay_out(recipe: Recipe, player: LanguageModel, w: Params) -> Params:
+      if not recipe.adapted:
+        return player.decode_weights(w)
+      return lora.attach(self._decode_bases[recipe.player.model], player.decode_adapters(w) if w else {})
+
+    return Players(*map(lay_out, self.recipes, self.players, weights))
 
   def generators(self, state: TrainState) -> Players[Params]:
     """The weights that play now, in the decode layout: one resharding copy each."""
     settings = (self.config.attacker, self.config.defender)
-    weights = [state_lib.generator(s, player) for s, player in zip(settings, state.players)]
-    return Players(*(player.decode_weights(w) for player, w in zip(self.players, weights)))
+    return self._to_play(Players(*map(state_lib.generator, settings, state.players)))
 
   def policies(self, state: TrainState) -> Players[Policy]:
     """Both players as they play now."""
@@ -64,7 +98,8 @@ class Session:
   @functools.cached_property
   def initial_generators(self) -> Players[Params]:
     """The weights before the run, in the decode layout."""
-    return Players(*(p.decode_weights(self.load_weights(name)) for name, p in zip(Players._fields, self.players)))
+    fresh = [recipe.adapted and not recipe.player.lora.start for recipe in self.recipes]
+    return self._to_play(Players(*({} if new else self.load_weights(r) for new, r in zip(fresh, self.recipes))))
 
   @property
   def initial_policies(self) -> Players[Policy]:
@@ -80,19 +115,15 @@ class Session:
       )
       return TrainState(players=players, step=jax.numpy.int32(0))
 
-    weights = Players(*map(self.load_weights, Players._fields))
-    return jax.jit(init, out_shardings=self.state_shardings)(weights)
+    weights = Players(*map(self.load_weights, self.recipes))
+    return jax.jit(init, donate_argnums=0, out_shardings=self.state_shardings)(weights)
 
   @functools.cached_property
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of the state, without any array."""
 
     def init() -> TrainState:
-      key = jax.random.key(0)
-      players = Players(
-        *(state_lib.init_player(r.player, r.optimizer, architecture.init(r.model, key)) for r in self.recipes)
-      )
-      return TrainState(players=players, step=jax.numpy.int32(0))
+      return TrainState(players=Players(*map(_blank_player, self.recipes)), step=jax.numpy.int32(0))
 
     describe = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     return jax.tree.map(describe, jax.eval_shape(init), self.state_shardings)
@@ -116,7 +147,7 @@ class Session:
     parts = sharding.local_parts(self.mesh, sharding.TRAIN)
     padded = Players(*(sharding.pad_leading(b, parts * r.player.accumulate) for b, r in zip(batch, self.recipes)))
     with jax.set_mesh(self.mesh):
-      return self._jitted_update(state, sharding.to_global(padded, rows))
+      return self._jitted_update(state, sharding.to_global(padded, rows), self.bases)
 
 
 def open_session(config: Config, devices: Sequence[jax.Device] | None = None) -> Session:
@@ -165,6 +196,8 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
     raise UserError(f"config.{name}.model is empty; allowed: a Hugging Face folder with weights and tokenizer")
   model_config, words = hf_config.load_config(settings.model), tokenizer.load(settings.model)
   hf.check(settings.model)
+  if settings.lora.start:
+    peft.check(settings.lora.start, model_config, settings.lora)
   if words.vocab_size > model_config.vocab:
     raise UserError(
       f"{settings.model}: the tokenizer has {words.vocab_size} tokens but the embedding {model_config.vocab}; "
@@ -184,6 +217,7 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
     layout=sharding.decode_layout(config.mesh),
     dtype=policies.compute_dtype(config.precision),
     stop_strings=(prompts.PROMPT_END,) if name == "attacker" else (),
+    lora=settings.lora,
   )
 
 
@@ -216,18 +250,18 @@ def _check_prompts(session: Session, seeds: list[Seed]) -> None:
     )
 
 
+def _blank_player(recipe: Recipe) -> state_lib.PlayerState:
+  """A player's state with zeros for weights: for its shapes."""
+  zeros = jax.tree.map(lambda spec: jax.numpy.zeros(spec.shape), recipe.specs)
+  return state_lib.init_player(recipe.player, recipe.optimizer, zeros)
+
+
 def _player_shardings(recipe: Recipe, mesh: Mesh) -> Any:
   """Weights, averages and moments are laid out alike; everything else is replicated."""
   whole = sharding.replicated(mesh)
 
-  def place(spec: architecture.ParamSpec) -> NamedSharding:
-    return sharding.named(mesh, sharding.TRAIN, spec.axes, spec.shape, spec.hf_name)
-
-  params = jax.tree.map(place, architecture.param_specs(recipe.model))
-  init = lambda: state_lib.init_player(
-    recipe.player, recipe.optimizer, architecture.init(recipe.model, jax.random.key(0))
-  )
-  abstract = jax.eval_shape(init)
+  params = architecture.shardings(recipe.specs, mesh, sharding.TRAIN)
+  abstract = jax.eval_shape(lambda: _blank_player(recipe))
   moments = lambda: optax.tree.map_params(
     recipe.optimizer, lambda _, where: where, abstract.optimizer, params, transform_non_params=lambda _: whole
   )

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from advgame_jax import architecture
 from advgame_jax import config as config_lib
-from advgame_jax.architecture import ModelConfig
 from advgame_jax.types import Params, Players
 
 
@@ -17,9 +15,9 @@ from advgame_jax.types import Params, Players
 class PlayerState:
   """One player. Weights that its settings do not call for are an empty dict."""
 
-  params: Params  # float32 master weights
+  params: Params  # float32 master weights; with LoRA, its adapters alone
   ema: Params  # float32 moving average, where it generates or is the reference
-  initial: Params  # where it is the reference
+  initial: Params  # where it is the reference; with fresh adapters, {}: the base itself
   optimizer: optax.OptState
   bad_steps: jax.Array  # int32: steps in a row skipped for gradients that were not finite
 
@@ -43,9 +41,9 @@ def schedule(settings: config_lib.Optimizer, steps: int) -> optax.Schedule:
   )
 
 
-def make_optimizer(settings: config_lib.Optimizer, steps: int, config: ModelConfig) -> optax.GradientTransformation:
-  """AdamW with decoupled weight decay on all but norms, after a clip of the global norm."""
-  decayed = jax.tree.map(lambda spec: spec.constant is None, architecture.param_specs(config))
+def make_optimizer(settings: config_lib.Optimizer, steps: int, specs: Params) -> optax.GradientTransformation:
+  """AdamW with decoupled weight decay on all but norms and biases, after a clip of the global norm."""
+  decayed = jax.tree.map(lambda spec: spec.constant is None, specs)
   adamw = optax.adamw(
     schedule(settings, steps), settings.b1, settings.b2, weight_decay=settings.weight_decay, mask=decayed
   )
@@ -56,11 +54,11 @@ def init_player(settings: config_lib.Player, optimizer: optax.GradientTransforma
   """A player before its first step. The state owns copies: no two of its leaves share a buffer."""
   copy = lambda: jax.tree.map(jnp.copy, params)
   uses = (settings.generator, settings.reference)
-  learns = not settings.frozen
+  learns, fresh = not settings.frozen, settings.lora.rank > 0 and not settings.lora.start
   return PlayerState(
     params=copy(),
     ema=copy() if learns and "ema" in uses else {},
-    initial=copy() if learns and "initial" in uses else {},
+    initial=copy() if learns and "initial" in uses and not fresh else {},
     optimizer=optimizer.init(params) if learns else (),
     bad_steps=jnp.int32(0),
   )

@@ -1,13 +1,14 @@
 """The joint update: both players' losses, gradients, optimiser and moving average in one pure function."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from advgame_jax import architecture, losses, scoring
+from advgame_jax import architecture, lora, losses, scoring
 from advgame_jax import config as config_lib
 from advgame_jax import state as state_lib
 from advgame_jax.architecture import ModelConfig
@@ -16,6 +17,8 @@ from advgame_jax.state import PlayerState, TrainState
 from advgame_jax.types import Params, Players, PreferenceBatch
 
 Metrics = dict[str, jax.Array]
+Bases = Mapping[str, Params]
+"""The frozen weights that adapters are on, by model folder: players of one folder share them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +34,30 @@ class Recipe:
   layout: Layout = LOCAL
 
   @property
+  def adapted(self) -> bool:
+    """Whether adapters learn, on a frozen base."""
+    return self.player.lora.rank > 0
+
+  @property
+  def specs(self) -> Params:
+    """The table of what is learnt: all parameters, or the adapters."""
+    if self.adapted:
+      return lora.adapter_specs(self.model, self.player.lora)
+    return architecture.param_specs(self.model)
+
+  @property
   def optimizer(self) -> optax.GradientTransformation:
-    return state_lib.make_optimizer(self.player.optimizer, self.steps, self.model)
+    return state_lib.make_optimizer(self.player.optimizer, self.steps, self.specs)
+
+  def weights(self, params: Params, bases: Bases) -> Params:
+    """What computes: the parameters themselves, or the base they are adapters of."""
+    if not self.adapted:
+      return params
+    return lora.attach(bases[self.player.model], lora.scale(params, self.player.lora))
 
 
 def joint_update(
-  recipes: Players[Recipe], state: TrainState, batch: Players[PreferenceBatch]
+  recipes: Players[Recipe], state: TrainState, batch: Players[PreferenceBatch], bases: Bases
 ) -> tuple[TrainState, Metrics]:
   """One step of both players from the same tree; `step` advances by one.
 
@@ -46,7 +67,7 @@ def joint_update(
   Returns:
     The new state, and scalars by '{player}/{name}'.
   """
-  updated = Players(*map(_update_player, recipes, state.players, batch))
+  updated = Players(*(_update_player(*player, bases) for player in zip(recipes, state.players, batch)))
   metrics = {
     f"{name}/{key}": value for name, (_, scalars) in zip(Players._fields, updated) for key, value in scalars.items()
   }
@@ -54,10 +75,12 @@ def joint_update(
   return TrainState(players=players, step=state.step + 1), metrics
 
 
-def _update_player(recipe: Recipe, state: PlayerState, batch: PreferenceBatch) -> tuple[PlayerState, Metrics]:
+def _update_player(
+  recipe: Recipe, state: PlayerState, batch: PreferenceBatch, bases: Bases
+) -> tuple[PlayerState, Metrics]:
   if recipe.player.frozen:
     return state, {}
-  gradient, metrics = _gradient(recipe, state, batch)
+  gradient, metrics = _gradient(recipe, state, batch, bases)
   norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(norm)
   comparisons = jnp.sum(batch.weight_P)
@@ -76,16 +99,18 @@ def _update_player(recipe: Recipe, state: PlayerState, batch: PreferenceBatch) -
   return new, metrics | extra | {"skipped": 1.0 - moves.astype(jnp.float32)}
 
 
-def _gradient(recipe: Recipe, state: PlayerState, batch: PreferenceBatch) -> tuple[Params, Metrics]:
+def _gradient(recipe: Recipe, state: PlayerState, batch: PreferenceBatch, bases: Bases) -> tuple[Params, Metrics]:
   """The gradient of the whole batch's loss, summed over micro-batches, and the metrics of the loss."""
   total = losses.totals(batch)
 
   def loss(params: Params, part: PreferenceBatch) -> tuple[jax.Array, Metrics]:
-    logprob_PCT, entropy_PCT = _score(recipe, params, part, entropy=recipe.loss.entropy_bonus > 0)
+    weights = recipe.weights(params, bases)
+    logprob_PCT, entropy_PCT = _score(recipe, weights, part, entropy=recipe.loss.entropy_bonus > 0)
     if recipe.player.reference_is_generator:
       reference_PCT = part.plain_logprob_PCT
     else:
-      reference_PCT, _ = _score(recipe, state_lib.reference(recipe.player, state), part, entropy=False)
+      weights = recipe.weights(state_lib.reference(recipe.player, state), bases)
+      reference_PCT, _ = _score(recipe, weights, part, entropy=False)
     return losses.preference_loss(recipe.loss, part, logprob_PCT, reference_PCT, entropy_PCT, total)
 
   differentiate = lambda part: jax.grad(loss, has_aux=True)(state.params, part)
@@ -107,13 +132,13 @@ def micro_batches(batch: PreferenceBatch, parts: int) -> PreferenceBatch:
   return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def _score(recipe: Recipe, params: Params, batch: PreferenceBatch, entropy: bool) -> tuple[jax.Array, jax.Array]:
+def _score(recipe: Recipe, weights: Params, batch: PreferenceBatch, entropy: bool) -> tuple[jax.Array, jax.Array]:
   """Log-probabilities of the live tokens, and their entropies (zeros where not asked for), [P, C, T]."""
   shape = batch.tokens_PCT.shape
   rows = lambda x_PCT: x_PCT.reshape(-1, shape[-1])
   scored = scoring.score(
     recipe.model,
-    params,
+    weights,
     rows(batch.tokens_PCT),
     rows(losses.live_tokens(batch)),
     scoring.logprob_and_entropy if entropy else scoring.plain_logprob,
@@ -133,4 +158,6 @@ def update_flops(recipe: Recipe, batch: PreferenceBatch) -> float:
   parts = micro_batches(pad_leading(batch, recipe.player.accumulate), recipe.player.accumulate)
   tokens = parts.tokens_PCT[(parts.weight_P > 0).any(1)]
   forward = architecture.forward_flops(recipe.model, tokens.size, tokens.shape[-1] / 2)
-  return forward * (3 + (recipe.precision.remat == "layer") + (not recipe.player.reference_is_generator))
+  backward = 1 if recipe.adapted else 2  # a frozen matrix passes gradients on and has none
+  again = (recipe.precision.remat == "layer") + (not recipe.player.reference_is_generator)
+  return forward * (1 + backward + again)

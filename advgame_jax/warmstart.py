@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from advgame_jax import architecture, data, hf, hf_config, policies, prompts, scoring, sharding, tokenizer
 from advgame_jax import config as config_lib
-from advgame_jax import data, hf, hf_config, policies, prompts, scoring, sharding, tokenizer
 from advgame_jax import state as state_lib
 from advgame_jax.config import setting
 from advgame_jax.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def warm_start(settings: WarmStart) -> float:
   tokens_XT, mask_XT = _load_examples(settings, words)
   mesh = sharding.make_mesh(settings.mesh)
   params = hf.load(settings.model, mesh, sharding.TRAIN)
-  optimizer = state_lib.make_optimizer(settings.optimizer, settings.steps, config)
+  optimizer = state_lib.make_optimizer(settings.optimizer, settings.steps, architecture.param_specs(config))
   opt_state = jax.jit(optimizer.init)(params)
   step = jax.jit(functools.partial(_step, config, optimizer, settings.precision), donate_argnums=(0, 1))
   rows = sharding.rows_sharding(mesh, sharding.TRAIN)

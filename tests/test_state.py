@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
+from advgame_jax import architecture
 from advgame_jax import config as config_lib
 from advgame_jax import state as state_lib
 
-OPTIMIZER = state_lib.make_optimizer(config_lib.Optimizer(), 10, tiny.CONFIG)
+OPTIMIZER = state_lib.make_optimizer(config_lib.Optimizer(), 10, architecture.param_specs(tiny.CONFIG))
 SOURCES = list(itertools.product(["train", "ema"], ["initial", "ema"]))
 
 

@@ -41,7 +41,7 @@ FROZEN = recipes({"frozen": True}, {"frozen": True})
 # Compiled in half the time; no law below is about speed.
 QUICK = {"xla_backend_optimization_level": 0}
 joint_update = jax.jit(update.joint_update, static_argnums=0, compiler_options=QUICK)
-step = functools.partial(joint_update, RECIPES)
+step = functools.partial(joint_update, RECIPES, bases={})
 
 
 def moved(params, seed, scale=0.02):
@@ -194,7 +194,7 @@ def test_the_rate_advances_once_a_step():
 def test_micro_batches_add_up_to_the_batch():
   """In 2 and in 4, some without a comparison of weight: the same weights, average, moments and metrics."""
   split = recipes({"accumulate": 2}, {"accumulate": 4})
-  (state, metrics), (expected, expected_metrics) = joint_update(split, start(split), batches()), one_step()
+  (state, metrics), (expected, expected_metrics) = joint_update(split, start(split), batches(), {}), one_step()
   close_players(state.players, expected.players)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), metrics, expected_metrics)
 
@@ -208,7 +208,7 @@ def test_a_micro_batch_without_a_comparison_runs_no_model(monkeypatch):
 
   monkeypatch.setattr(scoring, "score", counted)
   recipe = recipes({"accumulate": 4}).attacker
-  gradient = jax.jit(functools.partial(update._gradient, recipe), compiler_options=QUICK)
+  gradient = jax.jit(functools.partial(update._gradient, recipe, bases={}), compiler_options=QUICK)
   jax.block_until_ready(gradient(start().players.attacker, batches().attacker))
   jax.effects_barrier()
   assert len(runs) == 3  # of four
@@ -271,7 +271,7 @@ def test_players_do_not_touch_each_other(name):
 
 def test_frozen_players_stay_as_they_are():
   before = start(FROZEN)
-  after, metrics = update.joint_update(FROZEN, before, batches())
+  after, metrics = update.joint_update(FROZEN, before, batches(), {})
   assert metrics == {} and after.step == before.step + 1
   assert after.players.attacker is before.players.attacker and after.players.defender is before.players.defender
 
@@ -309,7 +309,7 @@ def test_a_reference_that_generated_costs_no_forward_pass(monkeypatch):
     )
     calls.clear()
     both, batch = Players(recipe, recipe), Players(batches().attacker, batches().attacker)
-    jax.eval_shape(functools.partial(update.joint_update, both), start(both), batch)
+    jax.eval_shape(functools.partial(update.joint_update, both), start(both), batch, {})
     return len(calls)
 
   assert traced_forwards("initial") == 2 * traced_forwards("ema") > 0
@@ -348,7 +348,7 @@ def test_a_mesh_updates_as_one_device_does_and_donates_its_state():
     for seed in range(2):
       before = state
       batch = sharding.to_global(batches(seed), sharding.rows_sharding(mesh, sharding.TRAIN))
-      state, metrics = update_(state, batch)
+      state, metrics = update_(state, batch, {})
       expected, expected_metrics = step(expected, batches(seed))
       assert all(x.is_deleted() for x in jax.tree.leaves(before))
   close_players(sharding.to_host(state).players, expected.players)
