@@ -121,20 +121,12 @@ class Session:
   @functools.cached_property
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of the state, without any array."""
-
-    def init() -> TrainState:
-      return TrainState(players=Players(*map(_blank_player, self.recipes)), step=jax.numpy.int32(0))
-
-    describe = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    return jax.tree.map(describe, jax.eval_shape(init), self.state_shardings)
+    return abstract_state(self.recipes, self.mesh)
 
   @functools.cached_property
   def state_shardings(self) -> Any:
     """A `TrainState` of shardings."""
-    return TrainState(
-      players=Players(*(_player_shardings(recipe, self.mesh) for recipe in self.recipes)),
-      step=sharding.replicated(self.mesh),  # type: ignore[arg-type]
-    )
+    return state_shardings(self.recipes, self.mesh)
 
   @functools.cached_property
   def _jitted_update(self) -> Any:
@@ -168,13 +160,7 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
   data.check_disjoint(train_seeds, validation_seeds)
   mesh = sharding.make_mesh(config.mesh, devices)
   players = Players(_language_model(config, mesh, "attacker"), _language_model(config, mesh, "defender"))
-  dtype = policies.compute_dtype(config.precision)
-  recipes = Players(
-    *(
-      Recipe(player.model, settings, config.loss, config.precision, config.steps, dtype, sharding.TRAIN)
-      for player, settings in zip(players, (config.attacker, config.defender))
-    )
-  )
+  recipes = make_recipes(config)
   session = Session(
     config=config,
     mesh=mesh,
@@ -188,6 +174,17 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
   session.state_shardings  # noqa: B018  (refuses shapes that do not divide, before any weight is read)
   _check_prompts(session, [*train_seeds, *validation_seeds])
   return session
+
+
+def make_recipes(config: Config) -> Players[Recipe]:
+  """How both players are updated; their folders are read for the architectures alone."""
+  dtype = policies.compute_dtype(config.precision)
+  return Players(
+    *(
+      Recipe(hf_config.load_config(p.model), p, config.loss, config.precision, config.steps, dtype, sharding.TRAIN)
+      for p in (config.attacker, config.defender)
+    )
+  )
 
 
 def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
@@ -248,6 +245,24 @@ def _check_prompts(session: Session, seeds: list[Seed]) -> None:
       f"config.{name}.sampling.prompt_buckets ends at {player.longest_prompt}; allowed: a bucket of at least "
       f"{math.ceil(lengths[worst] / 64) * 64}, or a shorter seed"
     )
+
+
+def abstract_state(recipes: Players[Recipe], mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of a state, without any array."""
+
+  def init() -> TrainState:
+    return TrainState(players=Players(*map(_blank_player, recipes)), step=jax.numpy.int32(0))
+
+  describe = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  return jax.tree.map(describe, jax.eval_shape(init), state_shardings(recipes, mesh))
+
+
+def state_shardings(recipes: Players[Recipe], mesh: Mesh) -> Any:
+  """A `TrainState` of shardings."""
+  return TrainState(
+    players=Players(*(_player_shardings(recipe, mesh) for recipe in recipes)),
+    step=sharding.replicated(mesh),  # type: ignore[arg-type]
+  )
 
 
 def _blank_player(recipe: Recipe) -> state_lib.PlayerState:

@@ -16,7 +16,7 @@ LEVELS = (
   "architecture matrices lora attention experts model scoring sampler hf_config hf hf_gguf peft frozen",
   "policies game judges heuristic microworld worldfiles state update",
   "data checkpoint ledger report plots charts page",
-  "command session evaluate metrics train warmstart",
+  "command session evaluate metrics train warmstart export",
 )
 # Within a level, only a module to the right may import one to its left.
 CHAINS = (
@@ -41,6 +41,7 @@ CHAINS = (
   "report → page",
   "session → evaluate → train",
   "session → metrics → train",
+  "session → export",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 ARROWS = [pair for chain in CHAINS for pair in itertools.combinations(chain.split(" → "), 2)]
