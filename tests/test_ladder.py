@@ -12,7 +12,7 @@ import advgame_jax
 PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types config",
-  "sharding tokenizer refusals prompts rewards preferences losses",
+  "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers",
   "architecture matrices lora attention experts model scoring sampler hf_config hf hf_gguf peft frozen",
   "policies game judges heuristic microworld worldfiles state update",
   "data checkpoint ledger report plots charts page",
@@ -22,6 +22,7 @@ LEVELS = (
 CHAINS = (
   "types → config",
   "refusals → prompts",
+  "rounding → optimizers",
   "architecture → experts → model → scoring → sampler",
   "matrices → experts",
   "matrices → model",
