@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from advgame_jax import config as config_lib
 from advgame_jax import optimizers, rounding, sharding
 from advgame_jax import state as state_lib
-from tests import tiny
+
 
 KEY = jax.random.key(5)
 F32, BF16 = jnp.float32, jnp.bfloat16
