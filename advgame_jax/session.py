@@ -19,8 +19,10 @@ from advgame_jax import (
   heuristic,
   hf,
   hf_config,
+  kernels,
   lora,
   microworld,
+  model,
   peft,
   policies,
   prompts,
@@ -111,7 +113,10 @@ class Session:
 
     def init(weights: Players[Params]) -> TrainState:
       players = Players(
-        *(state_lib.init_player(recipe.player, recipe.optimizer, w) for recipe, w in zip(self.recipes, weights))
+        *(
+          state_lib.init_player(recipe.player, recipe.precision, recipe.optimizer, w)
+          for recipe, w in zip(self.recipes, weights)
+        )
       )
       return TrainState(players=players, step=jax.numpy.int32(0))
 
@@ -178,13 +183,20 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
 
 def make_recipes(config: Config) -> Players[Recipe]:
   """How both players are updated; their folders are read for the architectures alone."""
-  dtype = policies.compute_dtype(config.precision)
-  return Players(
-    *(
-      Recipe(hf_config.load_config(p.model), p, config.loss, config.precision, config.steps, dtype, sharding.TRAIN)
-      for p in (config.attacker, config.defender)
+
+  def make(player: config_lib.Player, seed: int) -> Recipe:
+    return Recipe(
+      model=hf_config.load_config(player.model),
+      player=player,
+      loss=config.loss,
+      precision=config.precision,
+      steps=config.steps,
+      dtype=policies.compute_dtype(config.precision),
+      layout=sharding.TRAIN,
+      seed=seed,
     )
-  )
+
+  return Players(make(config.attacker, 4 * config.seed), make(config.defender, 4 * config.seed + 2))
 
 
 def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
@@ -200,6 +212,11 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
       f"{settings.model}: the tokenizer has {words.vocab_size} tokens but the embedding {model_config.vocab}; "
       "allowed: a tokenizer of the same model"
     )
+  dtype = policies.compute_dtype(config.precision)
+  for rule in model.attention_rules(model_config):
+    kernels.resolve(
+      config.precision.attention, rule, jax.default_backend(), head_size=model_config.head_size, dtype=dtype
+    )
   longest = settings.sampling.prompt_buckets[-1] + settings.sampling.max_new_tokens
   if longest > model_config.max_positions:
     raise UserError(
@@ -212,9 +229,10 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
     sampling=settings.sampling,
     mesh=mesh,
     layout=sharding.decode_layout(config.mesh),
-    dtype=policies.compute_dtype(config.precision),
+    dtype=dtype,
     stop_strings=(prompts.PROMPT_END,) if name == "attacker" else (),
     lora=settings.lora,
+    attention=config.precision.attention,
   )
 
 
@@ -268,7 +286,7 @@ def state_shardings(recipes: Players[Recipe], mesh: Mesh) -> Any:
 def _blank_player(recipe: Recipe) -> state_lib.PlayerState:
   """A player's state with zeros for weights: for its shapes."""
   zeros = jax.tree.map(lambda spec: jax.numpy.zeros(spec.shape), recipe.specs)
-  return state_lib.init_player(recipe.player, recipe.optimizer, zeros)
+  return state_lib.init_player(recipe.player, recipe.precision, recipe.optimizer, zeros)
 
 
 def _player_shardings(recipe: Recipe, mesh: Mesh) -> Any:

@@ -13,7 +13,8 @@ PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types config",
   "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers",
-  "architecture matrices lora attention experts model scoring sampler hf_config hf hf_gguf peft frozen",
+  "architecture matrices lora blockwise kernels attention experts model scoring sampler "
+  "hf_config hf hf_gguf peft frozen",
   "policies game judges heuristic microworld worldfiles state update",
   "data checkpoint ledger report plots charts page",
   "command session evaluate metrics train warmstart export",
@@ -29,7 +30,7 @@ CHAINS = (
   "matrices → lora → peft",
   "architecture → lora",
   "architecture → peft",
-  "attention → model",
+  "blockwise → kernels → attention → model",
   "architecture → hf_config → hf → hf_gguf",
   "hf → peft",
   "hf → frozen",
