@@ -239,3 +239,24 @@ def test_what_a_kernel_cannot_do_is_refused_in_a_sentence(name, rule, platform, 
 def test_a_named_kernel_is_refused_where_it_cannot_run():
   with pytest.raises(UserError, match="'splash' runs on tpu"):
     attention.causal(*draw(), RULES["plain"], implementation="splash")
+
+
+@pytest.mark.parametrize("platform, runs", [("cpu", "xla"), ("gpu", "cudnn"), ("tpu", "splash")])
+def test_causal_runs_what_is_resolved_for_the_backend(monkeypatch, platform, runs):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  for name, (module, function) in {
+    "xla": (blockwise, "causal"),
+    "cudnn": (kernels, "cudnn"),
+    "splash": (kernels, "splash"),
+  }.items():
+    monkeypatch.setattr(module, function, lambda *_, name=name, **__: name)
+  assert attention.causal(*(jnp.asarray(x, jnp.bfloat16) for x in draw()), RULES["plain"]) == runs
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_splash_lowers_for_tpus_forward_and_backward(head_size):
+  parts = [jax.ShapeDtypeStruct((2, 384, heads, head_size), jnp.bfloat16) for heads in (N, K, K)]
+  rule, segment_RT = Rule(0.125, softcap=50.0, window=200), jnp.zeros((2, 384), jnp.int32)
+  loss = lambda *parts: jnp.sum(kernels.splash(*parts, rule, segment_RT).astype(jnp.float32))
+  lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*parts).lower(lowering_platforms=("tpu",))
+  assert lowered.as_text().count("tpu_custom_call") >= 3  # forward, to queries, to keys and values
