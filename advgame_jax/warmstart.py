@@ -94,7 +94,8 @@ def _step(
       chunk=precision.logit_chunk,
       dtype=policies.compute_dtype(precision),
       layout=sharding.TRAIN,
-      remat=precision.remat == "layer",
+      remat=precision.remat,
+      kernel=precision.attention,
     )
     return -jnp.sum(logprob_RT) / jnp.maximum(jnp.sum(mask_RT), 1)
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from advgame_jax import architecture, hf, policies, prompts, sharding, tokenizer, warmstart, worldfiles
 from advgame_jax import config as config_lib
-from advgame_jax import hf, model, policies, prompts, sharding, tokenizer, warmstart, worldfiles
 from advgame_jax.prompts import STANDARD, STANDARD_THINK
 from advgame_jax.types import Category, Status, UserError
 
@@ -20,7 +20,7 @@ def base(tmp_path_factory):
   """A player of the microworld with random weights."""
   folder = tmp_path_factory.mktemp("base") / "model"
   player = worldfiles.player_config(width=32, layers=1, heads=4, kv_heads=2, head_size=8, feed_forward=32)
-  hf.save(folder, player, model.init(player, jax.random.key(0)), worldfiles.load_tokenizer())
+  hf.save(folder, player, architecture.init(player, jax.random.key(0)), worldfiles.load_tokenizer())
   return folder
 
 
