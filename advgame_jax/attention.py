@@ -1,36 +1,52 @@
-"""Attention over segments of keys that rows may share.
+"""Attention: of whole rows to themselves (training, prefill), and over segments of keys that rows may share (decoding).
 
-A segment is keys, values and a mask. Training attends to one segment, a row's own tokens. Decoding attends to several:
-the prompt that all samples of a group share, held once, and the row's own new tokens.
+A segment is keys, values and a mask: the prompt that all samples of a group share, held once, and the row's own new
+tokens.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-  """What an attention layer computes besides its products."""
-
-  scale: float
-  softcap: float = 0.0
-  window: int = 0
+from advgame_jax import blockwise, kernels
+from advgame_jax.blockwise import Rule as Rule
+from advgame_jax.blockwise import softcap as softcap
+from advgame_jax.sharding import LOCAL, Layout
 
 
-def softcap(logits: jax.Array, cap: float) -> jax.Array:
-  """cap·tanh(logits / cap); 0 is none."""
-  return cap * jnp.tanh(logits / cap) if cap else logits
+def causal(
+  query_RTNH: jax.Array,
+  key_RTKH: jax.Array,
+  value_RTKH: jax.Array,
+  rule: Rule,
+  *,
+  implementation: str = "auto",
+  segment_RT: jax.Array | None = None,
+  layout: Layout = LOCAL,
+) -> jax.Array:
+  """Each token attends to itself and what came before, by the rule, softmax in float32 → [R, T, N, H].
 
+  Query head n reads key head n // (N / K). Rows are padded on the right, which needs no mask: padding is every token's
+  future.
 
-def causal(query_RTNH, key_RTKH, value_RTKH, rule, *, implementation="auto", segment_RT=None):
-  slots = jnp.arange(query_RTNH.shape[1])
-  age_TS = slots[:, None] - slots
-  mask_1TS = ((age_TS >= 0) & (age_TS < (rule.window or len(slots))))[None]
-  return attend(query_RTNH, [Segment(key_RTKH.swapaxes(1, 2), value_RTKH.swapaxes(1, 2), mask_1TS)], rule)
+  Args:
+    implementation: a `kernels.Implementation`; "auto" is resolved for the default backend.
+    segment_RT: int32; a token attends only within its own segment of a packed row.
+    layout: how rows and heads lie on the mesh; only a kernel that XLA cannot split ("splash") reads it.
+
+  Raises:
+    UserError: the implementation cannot do this; `kernels.resolve` says so before anything is traced.
+  """
+  H, packed = query_RTNH.shape[-1], segment_RT is not None
+  platform, dtype = jax.default_backend(), query_RTNH.dtype
+  chosen = kernels.resolve(implementation, rule, platform, head_size=H, dtype=dtype, packed=packed)
+  if chosen == "splash":
+    return kernels.splash(query_RTNH, key_RTKH, value_RTKH, rule, segment_RT, layout=layout)
+  if chosen == "cudnn":
+    return kernels.cudnn(query_RTNH, key_RTKH, value_RTKH, rule)
+  return blockwise.causal(query_RTNH, key_RTKH, value_RTKH, rule, segment_RT)
 
 
 class Segment(NamedTuple):
@@ -41,22 +57,16 @@ class Segment(NamedTuple):
   mask_QTS: jax.Array  # bool; Q and T may be 1
 
 
-def causal_mask(length: int) -> jax.Array:
-  """[1, T, S]: a token sees itself and what came before; rows padded on the right need no more."""
-  slots = jnp.arange(length)
-  return (slots[None, :] <= slots[:, None])[None]
-
-
 def attend(query_RTNH: jax.Array, segments: Sequence[Segment], rule: Rule) -> jax.Array:
   """Softmax attention over the segments' union, grouped queries, logits in float32 → [R, T, N, H].
 
+  The rule gives scale and softcap; its window is the caller's, in the masks.
   Each segment costs one matrix product per (group, key head), all its queries as the rows of one matrix; the softmax
   runs over all segments by their common maximum, so that nothing is concatenated.
   """
   R, T, N, H = query_RTNH.shape
   K = segments[0].key_QKSH.shape[1]
-  scaled = query_RTNH * jnp.asarray(rule.scale, query_RTNH.dtype)
-  logits = [_logits(scaled, segment, rule.softcap) for segment in segments]
+  logits = [_logits(query_RTNH, segment, rule) for segment in segments]
   highest_RKTn1 = jnp.max(jnp.stack([jnp.max(part, -1, keepdims=True) for part in logits]), 0)
   total_RKTn1, output_RKTnH = jnp.zeros_like(highest_RKTn1), jnp.zeros((R, K, T, N // K, H), jnp.float32)
   for part_RKTnS, segment in zip(logits, segments):
@@ -67,7 +77,7 @@ def attend(query_RTNH: jax.Array, segments: Sequence[Segment], rule: Rule) -> ja
   return output_RTKnH.reshape(R, T, N, H).astype(query_RTNH.dtype)
 
 
-def _logits(query_RTNH: jax.Array, segment: Segment, cap: float) -> jax.Array:
+def _logits(query_RTNH: jax.Array, segment: Segment, rule: Rule) -> jax.Array:
   R, T, N, H = query_RTNH.shape
   Q, K, S, _ = segment.key_QKSH.shape
   g, n = R // Q, N // K
@@ -78,7 +88,7 @@ def _logits(query_RTNH: jax.Array, segment: Segment, cap: float) -> jax.Array:
     segment.key_QKSH,
     preferred_element_type=jnp.float32,
   )
-  logits_QKXS = softcap(logits_QKXS, cap)
+  logits_QKXS = softcap(logits_QKXS * rule.scale, rule.softcap)
   # The least float, not −inf: a row that sees nothing (padding) stays finite.
   logits_QKgTnS = jnp.where(
     segment.mask_QTS[:, None, None, :, None, :], logits_QKXS.reshape(Q, K, g, T, n, S), jnp.finfo(jnp.float32).min

@@ -18,6 +18,7 @@ from advgame_jax.state import TrainState
 from advgame_jax.types import UserError
 
 CONFIG = "config.json"
+PLACEHOLDER = ocp.PLACEHOLDER
 
 
 def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
@@ -29,7 +30,7 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
   path = workdir / CONFIG
   partial = path.with_suffix(".partial")
   if path.is_file():
-    changed = config_lib.differences(_read_config(path), config)
+    changed = config_lib.differences(read_config(path), config)
     if changed and not allow_changes:
       raise UserError(
         f"{workdir} holds a run with other settings ({'; '.join(changed)}); allowed: the same settings, another "
@@ -46,7 +47,7 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
     partial.replace(path)
 
 
-def _read_config(path: pathlib.Path) -> Config:
+def read_config(path: pathlib.Path) -> Config:
   try:
     return config_lib.from_json(path.read_text(encoding="utf-8"))
   except (ValueError, AttributeError) as error:  # not JSON, no object, no setting of ours
@@ -56,8 +57,10 @@ def _read_config(path: pathlib.Path) -> Config:
 class Checkpoints:
   """The checkpoints of one run: the newest `keep`, and the best by 'objective' where an evaluation gave one."""
 
-  def __init__(self, workdir: pathlib.Path, config: Config):
+  def __init__(self, workdir: pathlib.Path, config: Config, read_only: bool = False):
+    """`read_only` touches nothing, so that a run may be under way there."""
     self._config = config
+    self._read_only = read_only
     best = checkpoint_managers.BestN(
       get_metric_fn=lambda metrics: metrics["objective"], n=1, keep_checkpoints_without_metrics=False
     )
@@ -65,7 +68,8 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
       best_fn=lambda metrics: metrics["objective"],
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=not read_only,
+      read_only=read_only,
     )
     self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
@@ -104,12 +108,31 @@ class Checkpoints:
         reason = " ".join(str(error).split())[:200]
         logging.getLogger(__name__).warning("checkpoint %d cannot be read (%s); trying an older one", step, reason)
         continue
-      for unreadable in steps[: steps.index(step)]:
+      for unreadable in steps[: steps.index(step)] if not self._read_only else ():
         self._manager.delete(unreadable)
       return state, restored["run"]["ledger"]
     if steps:
       raise UserError(f"none of the checkpoints {steps} can be read; allowed: a new --workdir, or a whole checkpoint")
     return None
+
+  def read(self, abstract: TrainState, step: int | None) -> TrainState:
+    """One checkpoint, the newest by default; leaves that are `PLACEHOLDER` are not read.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    steps = sorted(self._manager.all_steps())
+    wanted = step if step is not None else max(steps, default=None)
+    if wanted not in steps:
+      what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+      raise UserError(f"there is {what}; allowed: {', '.join(map(str, steps)) or 'a run that has saved one'}")
+    try:
+      how = ocp.checkpoint_utils.construct_restore_args(abstract)
+      items = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore_args=how))
+      return self._manager.restore(wanted, args=items)["state"]
+    except Exception as error:
+      reason = " ".join(str(error).split())[:200]
+      raise UserError(f"checkpoint {wanted} cannot be read ({reason}); allowed: a whole one of {steps}") from error
 
   def wait(self) -> None:
     """Until what is being saved is on disk."""

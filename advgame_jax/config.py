@@ -232,13 +232,24 @@ class Mesh(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Precision(Settings):
-  """Master weights, moments, EMA and losses are float32."""
+  """What is stored and computed in fewer bits. Softmax, log-sum-exp, losses and every update are float32.
+
+  What is stored in bfloat16 is rounded stochastically, so that small steps arrive on average. That holds for a moving
+  average and for moments; weights themselves then wander by some 4 units in the last place: a measure for want of
+  memory, not a default.
+  """
 
   compute: Literal["auto", "float32", "bfloat16"] = setting(
     "auto", "of the forward pass; auto is float32 on CPU, else bfloat16"
   )
+  master: Literal["float32", "bfloat16"] = setting("float32", "of the weights that learn")
+  moments: Literal["float32", "bfloat16"] = setting("float32", "of AdamW's two moments")
+  ema: Literal["float32", "bfloat16"] = setting("float32", "of the moving average")
   frozen: Literal["compute", "int8"] = setting("compute", "weights that never learn: in the compute dtype, or 8 bits")
   remat: Literal["none", "layer"] = setting("layer", "what the backward pass recomputes")
+  attention: Literal["auto", "xla", "cudnn", "splash"] = setting(
+    "auto", "of whole rows: XLA's, cuDNN's (GPU), splash (TPU), or the best that can do what the model asks"
+  )
   logit_chunk: int = setting(1024, "tokens whose logits exist at one time in the loss", at_least=1)
 
 

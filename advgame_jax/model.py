@@ -151,7 +151,7 @@ def forward(
 
     def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
       kept.extend((key_RTKH.swapaxes(1, 2), value_RTKH.swapaxes(1, 2)))
-      return _attend_rows(config, kernel, kind.which_L, query_RTNH, key_RTKH, value_RTKH)
+      return _attend_rows(config, kernel, layout, kind.which_L, query_RTNH, key_RTKH, value_RTKH)
 
     return _block(config, layout, layer, x_RTM, _turn(position_RT, kind), attend), tuple(kept)
 
@@ -167,21 +167,22 @@ def _turn(position_RT: jax.Array, kind: Kinds) -> Callable[[jax.Array], jax.Arra
 
 
 def _attend_rows(
-  config: ModelConfig, kernel: str, which: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array
+  config: ModelConfig, kernel: str, layout: Layout, which: jax.Array, *query_key_value: jax.Array
 ) -> jax.Array:
   """Causal attention in this layer's window; kernels know windows only before they are compiled."""
-  rules = [attention_rule(config, window) for window in _windows(config)]
-  branches = [functools.partial(attention.causal, rule=rule, implementation=kernel) for rule in rules]
-  return jax.lax.switch(which, branches, query, key, value) if len(branches) > 1 else branches[0](query, key, value)
+  attend = functools.partial(attention.causal, implementation=kernel, layout=layout)
+  branches = [functools.partial(attend, rule=rule) for rule in attention_rules(config)]
+  return jax.lax.switch(which, branches, *query_key_value) if len(branches) > 1 else branches[0](*query_key_value)
 
 
 def _windows(config: ModelConfig) -> list[int]:
   return sorted({kind.window for kind in config.layer_kinds})
 
 
-def attention_rule(config: ModelConfig, window: int = 0) -> attention.Rule:
-  """What attention computes in a layer of this window."""
-  return attention.Rule(config.query_scale or config.head_size**-0.5, config.attention_softcap, window)
+def attention_rules(config: ModelConfig) -> list[attention.Rule]:
+  """What attention computes in the layers, a rule for each of their windows."""
+  scale = config.query_scale or config.head_size**-0.5
+  return [attention.Rule(scale, config.attention_softcap, window) for window in _windows(config)]
 
 
 def decode(
@@ -204,7 +205,7 @@ def decode(
   position_RT = jnp.repeat(length_Q + slot, len(token_R) // len(length_Q))[:, None]
   prompt_slots, own_slots = (jnp.arange(cache.key_LRKSH.shape[3]) for cache in (prompt, own))
   age_QS, own_age_S = length_Q[:, None] + slot - prompt_slots, slot - own_slots
-  rule = attention_rule(config)
+  rule = attention_rules(config)[0]  # its window is in the masks
 
   def layer_step(carry: tuple[jax.Array, Cache], inputs: Any) -> tuple[Any, None]:
     x_RTM, own = carry
@@ -213,11 +214,11 @@ def decode(
     def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
       nonlocal own
       own = Cache(*(_write(cache, new, index, slot) for cache, new in zip(own, (key_RTKH, value_RTKH))))
-      own_layer = Cache(*(jax.lax.dynamic_index_in_dim(cache, index, keepdims=False) for cache in own))
+      key_RKSH, value_RKSH = (jax.lax.dynamic_index_in_dim(cache, index, keepdims=False) for cache in own)
       prompt_mask_QTS = ((prompt_slots < length_Q[:, None]) & (age_QS < kind.window_L))[:, None]
       own_mask_1TS = ((own_age_S >= 0) & (own_age_S < kind.window_L))[None, None]
-      shared = attention.Segment(*prompt_layer, prompt_mask_QTS)
-      return attention.attend(query_RTNH, [shared, attention.Segment(*own_layer, own_mask_1TS)], rule)
+      shared = attention.Segment(prompt_layer.key_LRKSH, prompt_layer.value_LRKSH, prompt_mask_QTS)
+      return attention.attend(query_RTNH, [shared, attention.Segment(key_RKSH, value_RKSH, own_mask_1TS)], rule)
 
     x_RTM = _block(config, layout, layer, x_RTM, _turn(position_RT, kind), attend)
     return (x_RTM, own), None

@@ -30,6 +30,7 @@ class LanguageModel:
   dtype: Any
   stop_strings: tuple[str, ...] = ()
   lora: config_lib.Lora = config_lib.Lora()
+  attention: str = "auto"
 
   def policy(self, params: Params) -> Policy:
     """These weights, laid out by `decode_weights`, as a player."""
@@ -56,6 +57,7 @@ class LanguageModel:
       max_new_tokens=self.sampling.max_new_tokens,
       chunk=self.sampling.decode_chunk,
       layout=self.layout,
+      kernel=self.attention,
     )
     return jax.jit(sample, static_argnames="group", out_shardings=rows)
 

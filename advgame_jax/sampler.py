@@ -132,6 +132,7 @@ def sample(
   max_new_tokens: int,
   chunk: int = 8,
   layout: Layout = LOCAL,
+  kernel: str = "auto",
 ) -> Drawn:
   """G samples for each of Q prompts, at most `max_new_tokens` each. Consumes `key`.
 
@@ -144,7 +145,17 @@ def sample(
     chunk: tokens between two checks whether all rows are done.
   """
   rows, last_QM = _prefill(
-    config, params, tokens_QT, length_Q, key, group, layout, temperature=temperature, top_p=top_p, stops_EV=stops_EV
+    config,
+    params,
+    tokens_QT,
+    length_Q,
+    key,
+    group,
+    layout,
+    kernel,
+    temperature=temperature,
+    top_p=top_p,
+    stops_EV=stops_EV,
   )
   slots = max_new_tokens + -max_new_tokens % chunk
   state = _start(config, jnp.repeat(last_QM, group, 0), jnp.repeat(present_Q, group), slots, layout)
@@ -173,11 +184,13 @@ def _prefill(
   key: jax.Array,
   group: int,
   layout: Layout,
+  kernel: str,
   **settings: jax.Array,
 ) -> tuple[Rows, jax.Array]:
   """Every prompt once: its cache, and its last hidden state [Q, M]."""
   with jax.named_scope("prefill"):
-    hidden_QTM, prompt = model.forward(config, params, tokens_QT, dtype=params["embed"].dtype, layout=layout)
+    dtype = params["embed"].dtype
+    hidden_QTM, prompt = model.forward(config, params, tokens_QT, dtype=dtype, layout=layout, kernel=kernel)
     last_QM = jnp.take_along_axis(hidden_QTM, length_Q[:, None, None] - 1, 1)[:, 0]
   rows = Rows(
     key_R=row_keys(key, len(length_Q), group),

@@ -78,6 +78,7 @@ def score(
   dtype: Any = jnp.float32,
   layout: Layout = LOCAL,
   remat: bool = False,
+  kernel: str = "auto",
 ) -> Any:
   """A measure of each masked token given those before it → pytree of [R, T], 0 outside the mask.
 
@@ -88,7 +89,7 @@ def score(
     tokens_RT: whole rows, padded on the right.
     mask_RT: bool, the tokens to measure; the first of a row cannot be.
   """
-  hidden_RTM, _ = model.forward(config, params, tokens_RT, dtype=dtype, layout=layout, remat=remat)
+  hidden_RTM, _ = model.forward(config, params, tokens_RT, dtype=dtype, layout=layout, remat=remat, kernel=kernel)
   R, T = tokens_RT.shape
   stretch = min(max(1, chunk // R), T)
   # What position t − 1 says of token t: shift by one, and pad to whole stretches.

@@ -19,8 +19,10 @@ from advgame_jax import (
   heuristic,
   hf,
   hf_config,
+  kernels,
   lora,
   microworld,
+  model,
   peft,
   policies,
   prompts,
@@ -111,7 +113,10 @@ class Session:
 
     def init(weights: Players[Params]) -> TrainState:
       players = Players(
-        *(state_lib.init_player(recipe.player, recipe.optimizer, w) for recipe, w in zip(self.recipes, weights))
+        *(
+          state_lib.init_player(recipe.player, recipe.precision, recipe.optimizer, w)
+          for recipe, w in zip(self.recipes, weights)
+        )
       )
       return TrainState(players=players, step=jax.numpy.int32(0))
 
@@ -121,20 +126,12 @@ class Session:
   @functools.cached_property
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of the state, without any array."""
-
-    def init() -> TrainState:
-      return TrainState(players=Players(*map(_blank_player, self.recipes)), step=jax.numpy.int32(0))
-
-    describe = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    return jax.tree.map(describe, jax.eval_shape(init), self.state_shardings)
+    return abstract_state(self.recipes, self.mesh)
 
   @functools.cached_property
   def state_shardings(self) -> Any:
     """A `TrainState` of shardings."""
-    return TrainState(
-      players=Players(*(_player_shardings(recipe, self.mesh) for recipe in self.recipes)),
-      step=sharding.replicated(self.mesh),  # type: ignore[arg-type]
-    )
+    return state_shardings(self.recipes, self.mesh)
 
   @functools.cached_property
   def _jitted_update(self) -> Any:
@@ -168,13 +165,7 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
   data.check_disjoint(train_seeds, validation_seeds)
   mesh = sharding.make_mesh(config.mesh, devices)
   players = Players(_language_model(config, mesh, "attacker"), _language_model(config, mesh, "defender"))
-  dtype = policies.compute_dtype(config.precision)
-  recipes = Players(
-    *(
-      Recipe(player.model, settings, config.loss, config.precision, config.steps, dtype, sharding.TRAIN)
-      for player, settings in zip(players, (config.attacker, config.defender))
-    )
-  )
+  recipes = make_recipes(config)
   session = Session(
     config=config,
     mesh=mesh,
@@ -190,6 +181,24 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
   return session
 
 
+def make_recipes(config: Config) -> Players[Recipe]:
+  """How both players are updated; their folders are read for the architectures alone."""
+
+  def make(player: config_lib.Player, seed: int) -> Recipe:
+    return Recipe(
+      model=hf_config.load_config(player.model),
+      player=player,
+      loss=config.loss,
+      precision=config.precision,
+      steps=config.steps,
+      dtype=policies.compute_dtype(config.precision),
+      layout=sharding.TRAIN,
+      seed=seed,
+    )
+
+  return Players(make(config.attacker, 4 * config.seed), make(config.defender, 4 * config.seed + 2))
+
+
 def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
   settings: config_lib.Player = getattr(config, name)
   if not settings.model:
@@ -203,6 +212,11 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
       f"{settings.model}: the tokenizer has {words.vocab_size} tokens but the embedding {model_config.vocab}; "
       "allowed: a tokenizer of the same model"
     )
+  dtype = policies.compute_dtype(config.precision)
+  for rule in model.attention_rules(model_config):
+    kernels.resolve(
+      config.precision.attention, rule, jax.default_backend(), head_size=model_config.head_size, dtype=dtype
+    )
   longest = settings.sampling.prompt_buckets[-1] + settings.sampling.max_new_tokens
   if longest > model_config.max_positions:
     raise UserError(
@@ -215,9 +229,10 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
     sampling=settings.sampling,
     mesh=mesh,
     layout=sharding.decode_layout(config.mesh),
-    dtype=policies.compute_dtype(config.precision),
+    dtype=dtype,
     stop_strings=(prompts.PROMPT_END,) if name == "attacker" else (),
     lora=settings.lora,
+    attention=config.precision.attention,
   )
 
 
@@ -250,10 +265,28 @@ def _check_prompts(session: Session, seeds: list[Seed]) -> None:
     )
 
 
+def abstract_state(recipes: Players[Recipe], mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of a state, without any array."""
+
+  def init() -> TrainState:
+    return TrainState(players=Players(*map(_blank_player, recipes)), step=jax.numpy.int32(0))
+
+  describe = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  return jax.tree.map(describe, jax.eval_shape(init), state_shardings(recipes, mesh))
+
+
+def state_shardings(recipes: Players[Recipe], mesh: Mesh) -> Any:
+  """A `TrainState` of shardings."""
+  return TrainState(
+    players=Players(*(_player_shardings(recipe, mesh) for recipe in recipes)),
+    step=sharding.replicated(mesh),  # type: ignore[arg-type]
+  )
+
+
 def _blank_player(recipe: Recipe) -> state_lib.PlayerState:
   """A player's state with zeros for weights: for its shapes."""
   zeros = jax.tree.map(lambda spec: jax.numpy.zeros(spec.shape), recipe.specs)
-  return state_lib.init_player(recipe.player, recipe.optimizer, zeros)
+  return state_lib.init_player(recipe.player, recipe.precision, recipe.optimizer, zeros)
 
 
 def _player_shardings(recipe: Recipe, mesh: Mesh) -> Any:

@@ -8,6 +8,7 @@ import optax
 from flax import struct
 
 from advgame_jax import config as config_lib
+from advgame_jax import optimizers
 from advgame_jax.types import Params, Players
 
 
@@ -15,8 +16,8 @@ from advgame_jax.types import Params, Players
 class PlayerState:
   """One player. Weights that its settings do not call for are an empty dict."""
 
-  params: Params  # float32 master weights; with LoRA, its adapters alone
-  ema: Params  # float32 moving average, where it generates or is the reference
+  params: Params  # master weights; with LoRA, its adapters alone
+  ema: Params  # moving average, where it generates or is the reference
   initial: Params  # where it is the reference; with fresh adapters, {}: the base itself
   optimizer: optax.OptState
   bad_steps: jax.Array  # int32: steps in a row skipped for gradients that were not finite
@@ -41,24 +42,37 @@ def schedule(settings: config_lib.Optimizer, steps: int) -> optax.Schedule:
   )
 
 
-def make_optimizer(settings: config_lib.Optimizer, steps: int, specs: Params) -> optax.GradientTransformation:
+def make_optimizer(
+  settings: config_lib.Optimizer, steps: int, specs: Params, moments: str = "float32", seed: int = 0
+) -> optax.GradientTransformation:
   """AdamW with decoupled weight decay on all but norms and biases, after a clip of the global norm."""
   decayed = jax.tree.map(lambda spec: spec.constant is None, specs)
-  adamw = optax.adamw(
-    schedule(settings, steps), settings.b1, settings.b2, weight_decay=settings.weight_decay, mask=decayed
+  adamw = optimizers.adamw(
+    schedule(settings, steps),
+    settings.b1,
+    settings.b2,
+    weight_decay=settings.weight_decay,
+    mask=decayed,
+    moments=moments,
+    seed=seed,
   )
   return optax.chain(optax.clip_by_global_norm(settings.clip), adamw)
 
 
-def init_player(settings: config_lib.Player, optimizer: optax.GradientTransformation, params: Params) -> PlayerState:
+def init_player(
+  settings: config_lib.Player,
+  precision: config_lib.Precision,
+  optimizer: optax.GradientTransformation,
+  params: Params,
+) -> PlayerState:
   """A player before its first step. The state owns copies: no two of its leaves share a buffer."""
-  copy = lambda: jax.tree.map(jnp.copy, params)
+  copy = lambda dtype: jax.tree.map(lambda x: jnp.array(x, dtype), params)
   uses = (settings.generator, settings.reference)
   learns, fresh = not settings.frozen, settings.lora.rank > 0 and not settings.lora.start
   return PlayerState(
-    params=copy(),
-    ema=copy() if learns and "ema" in uses else {},
-    initial=copy() if learns and "initial" in uses and not fresh else {},
+    params=copy(precision.master),
+    ema=copy(precision.ema) if learns and "ema" in uses else {},
+    initial=copy(precision.master) if learns and "initial" in uses and not fresh else {},
     optimizer=optimizer.init(params) if learns else (),
     bad_steps=jnp.int32(0),
   )

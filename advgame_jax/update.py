@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from advgame_jax import architecture, lora, losses, scoring
+from advgame_jax import architecture, lora, losses, optimizers, rounding, scoring
 from advgame_jax import config as config_lib
 from advgame_jax import state as state_lib
 from advgame_jax.architecture import ModelConfig
@@ -32,6 +32,7 @@ class Recipe:
   steps: int
   dtype: Any = jnp.float32
   layout: Layout = LOCAL
+  seed: int = 0  # of stochastic rounding
 
   @property
   def adapted(self) -> bool:
@@ -47,7 +48,8 @@ class Recipe:
 
   @property
   def optimizer(self) -> optax.GradientTransformation:
-    return state_lib.make_optimizer(self.player.optimizer, self.steps, self.specs)
+    moments = self.precision.moments
+    return state_lib.make_optimizer(self.player.optimizer, self.steps, self.specs, moments, self.seed)
 
   def weights(self, params: Params, bases: Bases) -> Params:
     """What computes: the parameters themselves, or the base they are adapters of."""
@@ -67,7 +69,8 @@ def joint_update(
   Returns:
     The new state, and scalars by '{player}/{name}'.
   """
-  updated = Players(*(_update_player(*player, bases) for player in zip(recipes, state.players, batch)))
+  keys = [jax.random.fold_in(jax.random.key(recipe.seed + 1), state.step) for recipe in recipes]
+  updated = Players(*(_update_player(*player, bases) for player in zip(recipes, keys, state.players, batch)))
   metrics = {
     f"{name}/{key}": value for name, (_, scalars) in zip(Players._fields, updated) for key, value in scalars.items()
   }
@@ -76,7 +79,7 @@ def joint_update(
 
 
 def _update_player(
-  recipe: Recipe, state: PlayerState, batch: PreferenceBatch, bases: Bases
+  recipe: Recipe, key: jax.Array, state: PlayerState, batch: PreferenceBatch, bases: Bases
 ) -> tuple[PlayerState, Metrics]:
   if recipe.player.frozen:
     return state, {}
@@ -89,8 +92,9 @@ def _update_player(
   rate = state_lib.learning_rate(optimizer, steps, state)
 
   changes, optimizer_state = recipe.optimizer.update(gradient, state.optimizer, state.params)
-  params = optax.apply_updates(state.params, changes)
-  ema = optax.incremental_update(params, state.ema, 1 - recipe.player.ema_decay) if state.ema else {}
+  weights_key, average_key = jax.random.split(key)
+  params = optimizers.apply_updates(state.params, changes, weights_key)
+  ema = optimizers.average(params, state.ema, recipe.player.ema_decay, average_key) if state.ema else {}
   new = dataclasses.replace(state, params=params, ema=ema, optimizer=optimizer_state)
   new = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, state)
   bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
@@ -113,7 +117,7 @@ def _gradient(recipe: Recipe, state: PlayerState, batch: PreferenceBatch, bases:
       reference_PCT, _ = _score(recipe, weights, part, entropy=False)
     return losses.preference_loss(recipe.loss, part, logprob_PCT, reference_PCT, entropy_PCT, total)
 
-  differentiate = lambda part: jax.grad(loss, has_aux=True)(state.params, part)
+  differentiate = lambda part: rounding.widen(jax.grad(loss, has_aux=True)(state.params, part))
 
   def add(carry: Any, part: PreferenceBatch) -> tuple[Any, None]:
     # A micro-batch without a comparison adds nothing, and costs nothing.
@@ -146,6 +150,7 @@ def _score(recipe: Recipe, weights: Params, batch: PreferenceBatch, entropy: boo
     dtype=recipe.dtype,
     layout=recipe.layout,
     remat=recipe.precision.remat == "layer",
+    kernel=recipe.precision.attention,
   )
   logprob_RT, entropy_RT = scored if entropy else (scored, jnp.zeros_like(scored))
   return logprob_RT.reshape(shape), entropy_RT.reshape(shape)

@@ -45,6 +45,20 @@ def test_equals_one_softmax_over_all_segments_in_float64(groups):
   np.testing.assert_allclose(attend(query_RTNH, segments), reference(query_RTNH, segments), atol=2e-6)
 
 
+def test_scale_and_softcap_are_the_rules():
+  normal = draw(7)
+  query_RTNH, part = normal(R, T, N, H), segment(normal, R, 5)
+  scaled = attention.attend(query_RTNH, [part], attention.Rule(0.1))
+  np.testing.assert_allclose(scaled, attend(query_RTNH * 0.1 * H**0.5, [part]), atol=1e-6)
+  key_QKSH = np.zeros_like(part.key_QKSH)  # one slot's logit is 30 and is capped to 2·tanh(15) = 2, the others' are 0
+  key_QKSH[:, :, 0, 0] = 30
+  part = part._replace(key_QKSH=key_QKSH, mask_QTS=np.ones_like(part.mask_QTS))
+  output = attention.attend(np.ones((R, T, N, H), np.float32), [part], attention.Rule(1.0, softcap=2.0))
+  weight_S = np.array([np.e**2, 1, 1, 1, 1]) / (np.e**2 + 4)
+  expected_QKH = np.einsum("s,qksh->qkh", weight_S, part.value_QKSH)
+  np.testing.assert_allclose(output[:, 0, ::3], expected_QKH, atol=1e-6)
+
+
 def test_several_segments_equal_their_concatenation():
   normal = draw(2)
   query_RTNH = normal(R, T, N, H)
@@ -93,7 +107,3 @@ def test_gradients_are_finite_and_zero_where_masked():
   for g in gradients[1:]:
     np.testing.assert_array_equal(g[:, :, 3], 0)
     assert np.abs(g[0, :, 0]).max() > 0
-
-
-def test_causal_mask_shows_a_token_itself_and_the_past():
-  np.testing.assert_array_equal(attention.causal_mask(3)[0], [[1, 0, 0], [1, 1, 0], [1, 1, 1]])

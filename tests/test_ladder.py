@@ -12,23 +12,25 @@ import advgame_jax
 PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types config",
-  "sharding tokenizer refusals prompts rewards preferences losses",
-  "architecture matrices lora attention experts model scoring sampler hf_config hf hf_gguf peft frozen",
+  "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers",
+  "architecture matrices lora blockwise kernels attention experts model scoring sampler "
+  "hf_config hf hf_gguf peft frozen",
   "policies game judges heuristic microworld worldfiles state update",
   "data checkpoint ledger report plots charts page",
-  "command session evaluate metrics train warmstart",
+  "command session evaluate metrics train warmstart export",
 )
 # Within a level, only a module to the right may import one to its left.
 CHAINS = (
   "types → config",
   "refusals → prompts",
+  "rounding → optimizers",
   "architecture → experts → model → scoring → sampler",
   "matrices → experts",
   "matrices → model",
   "matrices → lora → peft",
   "architecture → lora",
   "architecture → peft",
-  "attention → model",
+  "blockwise → kernels → attention → model",
   "architecture → hf_config → hf → hf_gguf",
   "hf → peft",
   "hf → frozen",
@@ -41,6 +43,7 @@ CHAINS = (
   "report → page",
   "session → evaluate → train",
   "session → metrics → train",
+  "session → export",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 ARROWS = [pair for chain in CHAINS for pair in itertools.combinations(chain.split(" → "), 2)]

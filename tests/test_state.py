@@ -18,7 +18,7 @@ SOURCES = list(itertools.product(["train", "ema"], ["initial", "ema"]))
 
 def player(**changes):
   settings = config_lib.Player(**changes)
-  return settings, state_lib.init_player(settings, OPTIMIZER, tiny.params())
+  return settings, state_lib.init_player(settings, config_lib.Precision(), OPTIMIZER, tiny.params())
 
 
 def test_schedule_is_a_cosine_from_the_peak_to_a_fraction_of_it():

@@ -53,7 +53,7 @@ def start(recipes=RECIPES):
   """A state in mid-run: the average and the initial weights differ from the weights."""
 
   def player(recipe, seed):
-    state = state_lib.init_player(recipe.player, recipe.optimizer, tiny.params(seed=seed))
+    state = state_lib.init_player(recipe.player, recipe.precision, recipe.optimizer, tiny.params(seed=seed))
     return dataclasses.replace(state, ema=moved(state.ema, 1), initial=moved(state.initial, 2), bad_steps=jnp.int32(0))
 
   return TrainState(players=Players(*(player(recipe, i) for i, recipe in enumerate(recipes))), step=jnp.int32(5))

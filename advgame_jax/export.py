@@ -1,0 +1,76 @@
+"""A player of a run → a folder of the ecosystem: all its weights, or its adapters as PEFT keeps them."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from advgame_jax import checkpoint, hf, hf_config, lora, peft, session, sharding, tokenizer
+from advgame_jax import config as config_lib
+from advgame_jax.types import Params, Players, UserError
+from advgame_jax.update import Recipe
+
+FORMS = ("merged", "adapter")
+WEIGHTS = ("ema", "train")
+
+
+def export(
+  workdir: str,
+  player: str,
+  out: str,
+  *,
+  weights: str = "",
+  form: str = "merged",
+  dtype: str = "",
+  step: int | None = None,
+) -> None:
+  """Writes a player of the run in `workdir`, which may be under way, to the new folder `out`.
+
+  Args:
+    player: 'attacker' or 'defender'.
+    weights: 'ema' or 'train'; empty is what the player generates with.
+    form: 'merged' is a whole model folder; 'adapter' a PEFT folder, of a player with LoRA.
+    dtype: of the weights in the files; empty is that of the folder the player came from.
+    step: of the checkpoint; None is the newest.
+
+  Raises:
+    UserError: no run or no checkpoint there, weights or a form that the run has not, or a folder that is there already.
+  """
+  folder = pathlib.Path(workdir)
+  hf.check_target(out)
+  if not (folder / checkpoint.CONFIG).is_file():
+    raise UserError(f"{workdir} holds no {checkpoint.CONFIG}; allowed: the --workdir of a run")
+  config = checkpoint.read_config(folder / checkpoint.CONFIG)
+  recipes = session.make_recipes(config)
+  recipe: Recipe = getattr(recipes, player)
+  settings = recipe.player
+  weights = weights or ("train" if settings.frozen else settings.generator)
+  if form == "adapter" and not recipe.adapted:
+    raise UserError(f"the {player} of {workdir} has no adapters; allowed: --form=merged, or a run with lora.rank > 0")
+  learnt = _read(folder, config, recipes, player, "params" if weights == "train" else weights, step)
+  if form == "adapter":
+    peft.save(out, recipe.model, settings.lora, learnt, settings.model, dtype=dtype or "float32")
+    return
+  base = hf_config.read(settings.model)
+  if recipe.adapted:
+    frozen = hf.load(settings.model, dtype=jnp.float32)
+    learnt = lora.merge(recipe.model, lora.attach(frozen, lora.scale(learnt, settings.lora)))
+  written = dtype or str(base.get("torch_dtype") or base.get("dtype") or "float32")
+  hf.save(out, recipe.model, learnt, tokenizer.load(settings.model), base, dtype=written)
+
+
+def _read(
+  folder: pathlib.Path, config: config_lib.Config, recipes: Players[Recipe], player: str, part: str, step: int | None
+) -> Params:
+  """One player's weights of a checkpoint, on the host's first device; nothing else is read."""
+  mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+  abstract = session.abstract_state(recipes, mesh)
+  wanted = getattr(getattr(abstract.players, player), part)
+  if not wanted:
+    raise UserError(f"the {player} of {folder} keeps no moving average; allowed: --weights=train")
+  nothing = jax.tree.map(lambda _: checkpoint.PLACEHOLDER, abstract)
+  one = dataclasses.replace(getattr(nothing.players, player), **{part: wanted})
+  asked = dataclasses.replace(nothing, players=nothing.players._replace(**{player: one}))
+  state = checkpoint.Checkpoints(folder, config, read_only=True).read(asked, step)
+  return getattr(getattr(state.players, player), part)

@@ -1,0 +1,87 @@
+"""A finished run's players, exported, are the weights of its checkpoint."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import world
+
+from advgame_jax import export, hf, lora, peft, session, tokenizer, train
+from advgame_jax.checkpoint import Checkpoints
+from advgame_jax.types import UserError
+
+ONE = slice(0, 1)
+
+
+@pytest.fixture(scope="module")
+def run(world_folder, tmp_path_factory):
+  """The Attacker learns by adapters, the Defender with all its weights."""
+  workdir = tmp_path_factory.mktemp("run")
+  config = world.config(
+    world_folder, steps=2, checkpoint__every=1, attacker__lora__rank=2, defender__reference="initial"
+  )
+  train.train(config, str(workdir), devices=jax.devices()[ONE])
+  opened = session.open_session(config, jax.devices()[ONE])
+  state, _ = Checkpoints(workdir, config, read_only=True).restore(opened.abstract_state)
+  return workdir, opened, jax.device_get(state)
+
+
+@pytest.mark.parametrize("weights, part", [("", "ema"), ("ema", "ema"), ("train", "params")])
+def test_all_weights(run, tmp_path, weights, part):
+  workdir, opened, state = run
+  export.export(str(workdir), "defender", str(tmp_path / "out"), weights=weights, dtype="float32")
+  assert world.same(hf.load(tmp_path / "out"), getattr(state.players.defender, part))
+  assert hf.load_config(tmp_path / "out") == opened.players.defender.model
+  written, own = tokenizer.load(tmp_path / "out"), opened.players.defender.tokenizer
+  assert written.encode_chat("how do i") == own.encode_chat("how do i")
+
+
+def test_adapters_merged_and_as_they_are(run, tmp_path):
+  workdir, opened, state = run
+  settings, model = opened.config.attacker, opened.players.attacker.model
+  export.export(str(workdir), "attacker", str(tmp_path / "adapter"), form="adapter")
+  loaded = peft.load(tmp_path / "adapter", model, settings.lora)
+  assert world.same(loaded, state.players.attacker.ema)
+  assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
+  export.export(str(workdir), "attacker", str(tmp_path / "merged"), dtype="float32")
+  merged = lora.merge(model, lora.attach(hf.load(settings.model), lora.scale(loaded, settings.lora)))
+  jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "merged"), merged)
+  assert not world.same(merged, hf.load(settings.model))
+
+
+def test_an_earlier_checkpoint_and_the_base_s_dtype(run, tmp_path):
+  workdir, _, state = run
+  export.export(str(workdir), "defender", str(tmp_path / "out"), step=1)
+  early = hf.load(tmp_path / "out")
+  assert not world.same(early, state.players.defender.ema)
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+  "arguments, sentence",
+  [
+    ({"step": 7}, "there is no checkpoint of step 7; allowed: 1, 2"),
+    ({"form": "adapter"}, "the defender of .* has no adapters; allowed: --form=merged"),
+  ],
+)
+def test_what_a_run_has_not_is_refused(run, tmp_path, arguments, sentence):
+  with pytest.raises(UserError, match=sentence):
+    export.export(str(run[0]), "defender", str(tmp_path / "out"), **arguments)
+  assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_none_are_refused(run, tmp_path):
+  with pytest.raises(UserError, match=r"holds no config\.json; allowed: the --workdir of a run"):
+    export.export(str(tmp_path), "defender", str(tmp_path / "out"))
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "kept").write_text("")
+  with pytest.raises(UserError, match="is there already"):
+    export.export(str(run[0]), "defender", str(tmp_path / "out"))
+
+
+def test_exporting_leaves_the_run_as_it_is(run, tmp_path):
+  workdir = run[0]
+  before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+  export.export(str(workdir), "defender", str(tmp_path / "out"))
+  assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
