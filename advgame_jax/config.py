@@ -245,6 +245,7 @@ class Precision(Settings):
   master: Literal["float32", "bfloat16"] = setting("float32", "of the weights that learn")
   moments: Literal["float32", "bfloat16"] = setting("float32", "of AdamW's two moments")
   ema: Literal["float32", "bfloat16"] = setting("float32", "of the moving average")
+  offload: bool = setting(False, "keep moments and moving averages in the host's memory between updates")
   frozen: Literal["compute", "int8"] = setting("compute", "weights that never learn: in the compute dtype, or 8 bits")
   remat: Literal["none", "products", "layer"] = setting(
     "layer", "what the backward pass computes again: nothing, what lies between matrix products, or whole layers"

@@ -40,13 +40,14 @@ class LanguageModel:
   def decode_weights(self) -> Callable[[Params], Params]:
     """Training weights → the copy that generates: compute dtype, decode layout."""
     where = architecture.shardings(architecture.param_specs(self.model), self.mesh, self.layout)
-    return jax.jit(lambda params: matrices.cast(params, self.dtype), out_shardings=where)
+    return jax.jit(lambda params: matrices.cast(_on_device(params), self.dtype), out_shardings=where)
 
   @functools.cached_property
   def decode_adapters(self) -> Callable[[Params], Params]:
     """Adapters as they are trained → the copy that generates, its scale within."""
     where = architecture.shardings(lora.adapter_specs(self.model, self.lora), self.mesh, self.layout)
-    return jax.jit(lambda params: matrices.cast(lora.scale(params, self.lora), self.dtype), out_shardings=where)
+    scaled = lambda params: lora.scale(_on_device(params), self.lora)
+    return jax.jit(lambda params: matrices.cast(scaled(params), self.dtype), out_shardings=where)
 
   @functools.cached_property
   def _sample(self) -> Callable[..., sampler.Drawn]:
@@ -83,6 +84,11 @@ class LanguageModel:
   def row_tokens(self, prompt_bucket: int) -> int:
     """T of a training row: a prompt of this bucket and the longest completion."""
     return prompt_bucket + self.sampling.max_new_tokens
+
+
+def _on_device(params: Params) -> Params:
+  """Inside `jit`: a moving average may be kept in the host's memory."""
+  return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), params)
 
 
 def _play(

@@ -204,14 +204,9 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
   if not settings.model:
     raise UserError(f"config.{name}.model is empty; allowed: a Hugging Face folder with weights and tokenizer")
   model_config, words = hf_config.load_config(settings.model), tokenizer.load(settings.model)
-  hf.check(settings.model)
+  hf.check(settings.model, words)
   if settings.lora.start:
     peft.check(settings.lora.start, model_config, settings.lora)
-  if words.vocab_size > model_config.vocab:
-    raise UserError(
-      f"{settings.model}: the tokenizer has {words.vocab_size} tokens but the embedding {model_config.vocab}; "
-      "allowed: a tokenizer of the same model"
-    )
   dtype = policies.compute_dtype(config.precision)
   for rule in model.attention_rules(model_config):
     kernels.resolve(
@@ -292,16 +287,16 @@ def _blank_player(recipe: Recipe) -> state_lib.PlayerState:
 def _player_shardings(recipe: Recipe, mesh: Mesh) -> Any:
   """Weights, averages and moments are laid out alike; everything else is replicated."""
   whole = sharding.replicated(mesh)
-
   params = architecture.shardings(recipe.specs, mesh, sharding.TRAIN)
+  kept = lambda where: where.with_memory_kind("pinned_host") if recipe.precision.offload else where
   abstract = jax.eval_shape(lambda: _blank_player(recipe))
   moments = lambda: optax.tree.map_params(
     recipe.optimizer, lambda _, where: where, abstract.optimizer, params, transform_non_params=lambda _: whole
   )
   return state_lib.PlayerState(
     params=params,
-    ema=params if abstract.ema else {},
+    ema=jax.tree.map(kept, params) if abstract.ema else {},
     initial=params if abstract.initial else {},
-    optimizer=() if recipe.player.frozen else moments(),
+    optimizer=() if recipe.player.frozen else jax.tree.map(kept, moments()),
     bad_steps=whole,  # type: ignore[arg-type]
   )

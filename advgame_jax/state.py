@@ -1,5 +1,6 @@
 """What a run holds between steps: one `PlayerState` per player, and the optimiser that moves it."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -76,6 +77,12 @@ def init_player(
     optimizer=optimizer.init(params) if learns else (),
     bad_steps=jnp.int32(0),
   )
+
+
+def move(state: PlayerState, space: Any) -> PlayerState:
+  """Inside `jit`: moments and moving average in a `jax.memory.Space`, the device's or its host's."""
+  there = lambda tree: jax.tree.map(lambda x: jax.device_put(x, space), tree)
+  return dataclasses.replace(state, ema=there(state.ema), optimizer=there(state.optimizer))
 
 
 def generator(settings: config_lib.Player, state: PlayerState) -> Params:

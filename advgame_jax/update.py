@@ -83,6 +83,8 @@ def _update_player(
 ) -> tuple[PlayerState, Metrics]:
   if recipe.player.frozen:
     return state, {}
+  if recipe.precision.offload:
+    state = state_lib.move(state, jax.memory.Space.Device)
   gradient, metrics = _gradient(recipe, state, batch, bases)
   norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(norm)
@@ -99,6 +101,8 @@ def _update_player(
   new = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, state)
   bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
   new = dataclasses.replace(new, bad_steps=jnp.where(comparisons > 0, bad_steps, state.bad_steps))
+  if recipe.precision.offload:
+    new = state_lib.move(new, jax.memory.Space.Host)
   extra = {"comparisons": comparisons, "grad_norm": norm, "learning_rate": rate, "bad_steps": new.bad_steps}
   return new, metrics | extra | {"skipped": 1.0 - moves.astype(jnp.float32)}
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from absl import logging as absl_logging
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -91,13 +92,12 @@ def devices(count: int) -> list[Any]:
 
 
 def main(_: Any) -> None:
+  absl_logging.set_verbosity(absl_logging.ERROR)
   wanted = {name: case for name, case in cases().items() if _ONLY.value in ("", name)}
   if _TARGET.value == "cpu":
     jax.config.update("jax_num_cpu_devices", max(case.devices for case in wanted.values()))
   for name, case in wanted.items():
-    print(
-      f"\n{name}: {case.player} twice, judge {case.judge}, {case.devices} × 80 GB; GiB per device, jax {jax.__version__}"
-    )
+    print(f"\n{name}: {case.player} twice, judge {case.judge}, {case.devices} × 80 GB, GiB each; jax {jax.__version__}")
     report(case)
 
 

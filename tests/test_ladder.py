@@ -12,7 +12,7 @@ import advgame_jax
 PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types config",
-  "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers",
+  "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers paper",
   "architecture matrices lora blockwise kernels attention experts model scoring sampler "
   "hf_config hf hf_gguf peft frozen",
   "policies game judges heuristic microworld worldfiles state update",

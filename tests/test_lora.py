@@ -258,7 +258,7 @@ def test_a_mesh_plays_as_one_device_does(world_folder):
 
 
 def test_a_run_of_adapters_resumes_to_the_same_bits(world_folder, tmp_path):
-  config = lora_config(world_folder, steps=2, checkpoint__every=1, precision__frozen="int8")
+  config = lora_config(world_folder, steps=2, checkpoint__every=1, precision__frozen="int8", precision__offload=True)
   run = world.open_session(config)
 
   def finish():

@@ -210,3 +210,13 @@ def test_nothing_is_compiled_after_the_first_step(world_folder, tmp_path):
   longest = {line["step"]: len(line["seed"].split()) for line in read("transcript.jsonl")}
   assert list(longest.values()) == [7, 11] * 4  # words; the first bucket holds the seeds of 7
   assert [line["step"] for line in read("evaluations.jsonl")] == [0, 4, 8]
+
+
+def test_what_is_offloaded_learns_the_same_and_lies_in_the_host_s_memory(first):
+  run, _, states = first
+  away = world.open_session(world.changed(run.config, precision__offload=True))
+  _, moved = world.play(away, len(states) - 1)
+  assert world.same(moved[-1].players, states[-1].players)
+  player = away.init_state().players.defender
+  kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+  assert kinds((player.ema, player.optimizer)) == {"pinned_host"} and kinds(player.params) == {"device"}
