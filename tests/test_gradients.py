@@ -21,9 +21,10 @@ from advgame_jax.update import Recipe
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 # Biases and a tied head; softcaps, windows and norms on both sides, its layers made again on the mesh; experts.
 CASES = [("qwen2", "none"), ("qwen2", "layer"), ("gemma2", "none"), ("mixtral", "layer")]
-QUICK = {"xla_backend_optimization_level": 0}  # compiled in half the time
+QUICK = {"xla_backend_optimization_level": 0}  # compiled in half the time; the sums differ by rounding alone
 # The stored log-probabilities are the reference's, as where the generator is the reference.
-PLAYER = {"generator": "ema", "reference": "ema"}
+PLAYER = config_lib.Player(generator="ema", reference="ema")
+LOSS = config_lib.Loss(kind="dpo", beta=0.1)
 
 
 @functools.cache
@@ -50,11 +51,10 @@ def stored(name):
   return batch, tensors["loss"], gradient
 
 
-def differentiate(name, params, batch, layout=LOCAL, remat="none", **player):
-  """Loss and gradient by Hugging Face's names, of the code that a step runs; logits in several chunks."""
+def differentiate(name, params, batch, layout=LOCAL, remat="none"):
+  """Loss, and gradient by Hugging Face's names, of the code that a step runs; the logits in several chunks."""
   precision = config_lib.Precision(logit_chunk=64, remat=remat)
-  settings = config_lib.Player(**PLAYER, **player)
-  recipe = Recipe(hf.load_config(GOLDEN / name), settings, config_lib.Loss(kind="dpo"), precision, 1, layout=layout)
+  recipe = Recipe(hf.load_config(GOLDEN / name), PLAYER, LOSS, precision, steps=1, layout=layout)
   state = PlayerState(params=params, ema={}, initial={}, optimizer=(), bad_steps=np.int32(0))
   gradient_ = jax.jit(functools.partial(update._gradient, recipe, bases={}), compiler_options=QUICK)
   gradient, metrics = gradient_(state, batch)
