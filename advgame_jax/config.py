@@ -246,7 +246,9 @@ class Precision(Settings):
   moments: Literal["float32", "bfloat16"] = setting("float32", "of AdamW's two moments")
   ema: Literal["float32", "bfloat16"] = setting("float32", "of the moving average")
   frozen: Literal["compute", "int8"] = setting("compute", "weights that never learn: in the compute dtype, or 8 bits")
-  remat: Literal["none", "layer"] = setting("layer", "what the backward pass recomputes")
+  remat: Literal["none", "products", "layer"] = setting(
+    "layer", "what the backward pass computes again: nothing, what lies between matrix products, or whole layers"
+  )
   attention: Literal["auto", "xla", "cudnn", "splash"] = setting(
     "auto", "of whole rows: XLA's, cuDNN's (GPU), splash (TPU), or the best that can do what the model asks"
   )

@@ -31,6 +31,7 @@ from advgame_jax.types import Array, Params, UserError
 
 _HEAD = "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 _PYTORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -56,14 +57,20 @@ def load(
     return place(specs, shards, mesh, layout, dtype)
 
 
-def check(folder: str | pathlib.Path) -> None:
-  """Whether `load` will find its weights, by the files' headers.
+def check(folder: str | pathlib.Path, tokenizer: Tokenizer | None = None) -> None:
+  """Whether `load` will find its weights, by the files' headers, and the tokenizer's ids in them.
 
   Raises:
-    UserError: weights missing, cut short, unexpected, or of another shape than config.json says.
+    UserError: weights missing, cut short, unexpected, or of another shape than config.json says; a tokenizer larger
+      than the embedding.
   """
   folder = pathlib.Path(folder)
   config = load_config(folder)
+  if tokenizer and tokenizer.vocab_size > config.vocab:
+    raise UserError(
+      f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the embedding {config.vocab}; "
+      "allowed: a tokenizer of the same model"
+    )
   with contextlib.ExitStack() as stack:
     _check(config, architecture.param_specs(config), _open(folder, stack), folder)
 
@@ -128,53 +135,87 @@ def check_target(folder: str | pathlib.Path, overwrite: bool = False) -> None:
 def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
   """Tensor name → the open shard that holds it."""
   shards: dict[str, Any] = {}
-  for path in _shard_paths(folder):
+  places: dict[str, str] = {}
+  index = _read_index(folder)
+  for path in _shard_paths(folder, index):
     try:
       shard = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
     except (safetensors.SafetensorError, OSError) as error:
       raise UserError(f"{path} is cut short or no safetensors file ({error}); allowed: a whole one") from error
+    if twice := sorted(shards.keys() & set(shard.keys())):
+      raise UserError(
+        f"{folder} has {_some(twice)} in {places[twice[0]]} and in {path.name}; allowed: shards of one model, each "
+        "tensor in one of them"
+      )
     shards |= dict.fromkeys(shard.keys(), shard)
+    places |= dict.fromkeys(shard.keys(), path.name)
+  if strayed := sorted(name for name, file in index.items() if places.get(name, file) != file):
+    raise UserError(
+      f"{folder}: {strayed[0]} should be in {index[strayed[0]]}, as {_INDEX} says, and is in {places[strayed[0]]}; "
+      "allowed: the shards and the index of one model"
+    )
   return shards
 
 
-def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
-  if (folder / _INDEX).is_file():
-    try:
-      names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-      raise UserError(f"{folder / _INDEX} is no index of shards ({error!r})") from error
+def _read_index(folder: pathlib.Path) -> dict[str, str]:
+  """Tensor name → file name; empty where one file holds all."""
+  path = folder / _INDEX
+  if not path.is_file():
+    return {}
+  try:
+    index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    if not index or not all(isinstance(name, str) for name in index.values()):
+      raise ValueError("its weight_map does not map tensors to files")
+  except (ValueError, KeyError, AttributeError, TypeError) as error:
+    raise UserError(f"{path} is no index of shards ({error!r})") from error
+  return dict(index)
+
+
+def _shard_paths(folder: pathlib.Path, index: Mapping[str, str]) -> list[pathlib.Path]:
+  names = sorted(set(index.values()))
+  if names:
     if missing := [name for name in names if not (folder / name).is_file()]:
       raise UserError(f"{folder} lacks {_some(missing)}, which {_INDEX} names; allowed: all of its {len(names)} shards")
+    if _SINGLE not in names and (folder / _SINGLE).is_file():
+      raise UserError(f"{folder} has both {_SINGLE} and {_INDEX} of other shards; allowed: the weights once")
     return [folder / name for name in names]
-  if (folder / "model.safetensors").is_file():
-    return [folder / "model.safetensors"]
+  if (folder / _SINGLE).is_file():
+    return [folder / _SINGLE]
   if pickled := [name for name in _PYTORCH if (folder / name).is_file()]:
     raise UserError(
       f"{folder} has its weights in {pickled[0]} only, which can run code when read; allowed: safetensors, "
       "as save_pretrained(safe_serialization=True) writes"
     )
-  raise UserError(f"{folder} has no weights; allowed: model.safetensors, or shards with {_INDEX}")
+  raise UserError(f"{folder} has no weights; allowed: {_SINGLE}, or shards with {_INDEX}")
 
 
 def _check(config: ModelConfig, specs: Params, shards: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Every parameter is there, in its shape, and nothing else is."""
   shapes = {name: _file_shape(spec) for spec in jax.tree.leaves(specs) for name in spec.hf_names}
+  extra = {name for name in shards.keys() - shapes.keys() if not name.endswith("rotary_emb.inv_freq")}
   if missing := sorted(shapes.keys() - shards.keys()):
-    raise UserError(f"{folder} lacks the weights {_some(missing)}; allowed: all that config.json describes")
+    others = f" and has others, as {_some(sorted(extra))}" if extra else ""
+    raise UserError(f"{folder} lacks the weights {_some(missing)}{others}; allowed: all that config.json describes")
   for name, shape in shapes.items():
     stored = shards[name].get_slice(name)
-    if tuple(stored.get_shape()) != shape:
-      raise UserError(f"{folder}: {name} has shape {stored.get_shape()}; allowed: {list(shape)}, as config.json says")
     if stored.get_dtype() not in _FLOATS:
       raise UserError(f"{folder}: {name} is stored as {stored.get_dtype()}; allowed: {', '.join(sorted(_FLOATS))}")
-  extra = {name for name in shards.keys() - shapes.keys() if not name.endswith("rotary_emb.inv_freq")}
+    if tuple(stored.get_shape()) != shape:
+      raise UserError(f"{folder}: {name} has shape {stored.get_shape()}; allowed: {list(shape)}, as config.json says")
   if config.tied and _HEAD in extra:
     embed = specs["embed"].hf_name
-    if not np.array_equal(shards[_HEAD].get_tensor(_HEAD), shards[embed].get_tensor(embed)):
+    if not _equal(*(shards[name].get_slice(name) for name in (_HEAD, embed))):
       raise UserError(f"{folder}: {_HEAD} differs from {embed}, yet config.json ties them; allowed: equal, or untied")
     extra.remove(_HEAD)
   if extra:
     raise UserError(f"{folder} has weights that config.json does not describe: {_some(sorted(extra))}; allowed: none")
+
+
+def _equal(left: Any, right: Any, rows: int = 4096) -> bool:
+  """Whether two tensors hold the same, a few rows at a time."""
+  total, *_ = left.get_shape()
+  parts = (slice(i, min(i + rows, total)) for i in range(0, total, rows))  # a slice may not end beyond
+  return left.get_shape() == right.get_shape() and all(np.array_equal(left[part], right[part]) for part in parts)
 
 
 def _file_shape(spec: ParamSpec) -> tuple[int, ...]:
@@ -211,26 +252,42 @@ def place(specs: Params, shards: Mapping[str, Any], mesh: Mesh | None, layout: s
 def _place(
   spec: ParamSpec, shards: Mapping[str, Any], mesh: Mesh | None, layout: sharding.Layout, dtype: np.dtype
 ) -> jax.Array:
-  """One parameter, read tensor by tensor."""
+  """One parameter, read tensor by tensor.
+
+  A player with a weight that is not finite says nothing valid, and would be played to the end of a run without a word.
+  """
   where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  stored_where = where
+  stored_where = replicated = where
   if mesh is not None:
     where = sharding.named(mesh, layout, spec.axes, spec.shape, spec.hf_name)
     stored_where = sharding.named(mesh, layout, _stored_axes(spec), stored_shape(spec), spec.hf_name)
+    replicated = sharding.replicated(mesh)
   whole = jnp.zeros(spec.shape, dtype, device=where)
-  put = jax.jit(functools.partial(_put, spec), donate_argnums=0, out_shardings=where)
+  put = _jitted_put(spec, where, replicated)
   for place, name in zip(np.ndindex(spec.shape[: spec.stacked]), spec.hf_names, strict=True):
     stored = jax.make_array_from_callback(stored_shape(spec), stored_where, _slices(spec, name, shards))
-    whole = put(whole, stored, np.array(place, np.int32))
+    whole, is_finite = put(whole, stored, np.array(place, np.int32))
+    if not is_finite:  # and waited for: reading must not run ahead of placing, or slices pile up
+      raise UserError(f"the weights {name} hold numbers that are not finite in {dtype}; allowed: finite ones")
   return whole
 
 
-def _put(spec: ParamSpec, whole: jax.Array, stored: jax.Array, place: jax.Array) -> jax.Array:
-  """The parameter with one of the files' tensors at its place in the stacked dimensions."""
+@functools.cache
+def _jitted_put(spec: ParamSpec, where: Any, replicated: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """Kept, for both players are often of one architecture."""
+  return jax.jit(functools.partial(_put, spec), donate_argnums=0, out_shardings=(where, replicated))
+
+
+def _put(spec: ParamSpec, whole: jax.Array, stored: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The parameter with one of the files' tensors at its place in the stacked dimensions; whether that is finite."""
+  stored = stored.astype(whole.dtype)
   part = stored.T if spec.inputs else stored
-  part = part.reshape((1,) * spec.stacked + spec.shape[spec.stacked :]).astype(whole.dtype)
-  starts = jnp.pad(place, (0, whole.ndim - spec.stacked))
-  return jax.lax.dynamic_update_slice(whole, part, list(starts))
+  part = part.reshape((1,) * spec.stacked + spec.shape[spec.stacked :])
+  starts = list(jnp.pad(place, (0, whole.ndim - spec.stacked)))
+  # As integers: a CPU computes bfloat16 in float32, and would convert all of the parameter there and back.
+  bits = jnp.dtype(f"uint{8 * whole.dtype.itemsize}")
+  whole = jax.lax.dynamic_update_slice(whole.view(bits), part.view(bits), starts).view(whole.dtype)
+  return whole, jnp.isfinite(stored).all()
 
 
 def _slices(spec: ParamSpec, name: str, shards: Mapping[str, Any]) -> Callable[[Any], np.ndarray]:
@@ -240,17 +297,10 @@ def _slices(spec: ParamSpec, name: str, shards: Mapping[str, Any]) -> Callable[[
 
 
 def _read(spec: ParamSpec, name: str, shards: Mapping[str, Any], *bounds: tuple[int, int]) -> np.ndarray:
-  """A slice of one tensor, in its own dtype.
-
-  A player with a weight that is not finite says nothing valid, and would be played to the end of a run without a word.
-  """
+  """A slice of one tensor, in its own dtype."""
   (start, stop), *others = bounds
   first, _ = spec.hf_rows
-  index = (slice(first + start, first + stop), *(slice(*bound) for bound in others))
-  part = shards[name].get_slice(name)[index]
-  if not np.isfinite(part).all():
-    raise UserError(f"the weights {name} hold numbers that are not finite; allowed: finite ones, in the dtype loaded")
-  return part
+  return shards[name].get_slice(name)[(slice(first + start, first + stop), *(slice(*bound) for bound in others))]
 
 
 def tensors(specs: Params, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -299,7 +349,7 @@ def _write_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dt
 
 def _name_shards(folder: pathlib.Path, groups: Sequence[Sequence[str]], total: int) -> None:
   if len(groups) == 1:
-    (folder / "0.part").rename(folder / "model.safetensors")
+    (folder / "0.part").rename(folder / _SINGLE)
     return
   files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
   for i, file in enumerate(files):

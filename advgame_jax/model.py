@@ -18,6 +18,10 @@ from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+_KEPT = {
+  "layer": jax.checkpoint_policies.nothing_saveable,
+  "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 _EVERYTHING = jnp.iinfo(jnp.int32).max  # the window of a layer that has none
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -121,9 +125,25 @@ def _feed_forward(config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax
   return _linear(layer, "down", activate(_linear(layer, "gate", x_RTM)) * _linear(layer, "up", x_RTM))
 
 
-def embed(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
-  """[...] → [..., M]."""
-  return params["embed"][tokens] * jnp.asarray(config.embed_scale, params["embed"].dtype)
+def embed(config: ModelConfig, params: Params, tokens: jax.Array, layout: Layout = LOCAL) -> jax.Array:
+  """[...] → [..., M].
+
+  Of a vocabulary that is split over devices each looks up its own words, and they are added up: XLA would make the
+  table whole on every device, and its gradient too.
+  """
+  table_VM = params["embed"]
+  scale = jnp.asarray(config.embed_scale, table_VM.dtype)
+  if not layout.vocab:
+    return table_VM[tokens] * scale
+
+  def look_up(part_VM: jax.Array, tokens: jax.Array) -> jax.Array:
+    first = jax.lax.axis_index(layout.vocab) * len(part_VM)
+    here = (tokens >= first) & (tokens < first + len(part_VM))
+    found = jnp.where(here[..., None], part_VM[jnp.where(here, tokens - first, 0)], 0)
+    return jax.lax.psum(found, layout.vocab)
+
+  rows = layout.spec(("rows",))
+  return jax.shard_map(look_up, in_specs=(layout.spec(("vocab",)), rows), out_specs=rows)(table_VM, tokens) * scale
 
 
 def forward(
@@ -133,16 +153,19 @@ def forward(
   *,
   dtype: Any = jnp.float32,
   layout: Layout = LOCAL,
-  remat: bool = False,
+  remat: str = "none",
   kernel: str = "auto",
 ) -> tuple[jax.Array, Cache]:
   """Whole rows, padded on the right → normalised hidden states [R, T, M] and the cache of all T tokens.
 
-  A caller that drops the cache does not pay for it. `remat` recomputes each layer in the backward pass; `kernel` is an
-  implementation of `attention.causal`.
+  A caller that drops the cache does not pay for it.
+
+  Args:
+    remat: what the backward pass computes again: "none", the whole of each "layer", or all but the matrix "products".
+    kernel: an implementation of `attention.causal`.
   """
   params = cast(params, dtype)
-  x_RTM = layout.constrain(embed(config, params, tokens_RT), "rows", None, None)
+  x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", None, None)
   position_RT = jnp.arange(tokens_RT.shape[1])[None]
 
   def layer_step(x_RTM: jax.Array, inputs: tuple[Params, Kinds]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -155,7 +178,7 @@ def forward(
 
     return _block(config, layout, layer, x_RTM, _turn(position_RT, kind), attend), tuple(kept)
 
-  step = jax.checkpoint(layer_step) if remat else layer_step
+  step = layer_step if remat == "none" else jax.checkpoint(layer_step, policy=_KEPT[remat])
   x_RTM, (key, value) = jax.lax.scan(step, x_RTM, (params["layers"], layer_kinds(config)))
   return rms_norm(x_RTM, params["final_norm"], config.norm_epsilon, config.norm_offset), Cache(key, value)
 
@@ -201,7 +224,7 @@ def decode(
   `prompt` holds Q ≤ R prompts of `length_Q` tokens, each shared by R/Q consecutive rows; `own` holds what each row drew
   since. The own cache is carried through the layers and written in place. Parameters are already in the compute dtype.
   """
-  x_RTM = embed(config, params, token_R)[:, None]
+  x_RTM = embed(config, params, token_R, layout)[:, None]
   position_RT = jnp.repeat(length_Q + slot, len(token_R) // len(length_Q))[:, None]
   prompt_slots, own_slots = (jnp.arange(cache.key_LRKSH.shape[3]) for cache in (prompt, own))
   age_QS, own_age_S = length_Q[:, None] + slot - prompt_slots, slot - own_slots

@@ -16,9 +16,12 @@ Measure = Callable[[jax.Array, jax.Array], Any]
 
 
 def plain_logprob(logits_XV: jax.Array, token_X: jax.Array) -> jax.Array:
-  """log softmax at the token, nats."""
-  chosen_X = jnp.take_along_axis(logits_XV, token_X[:, None], 1)[:, 0]
-  return chosen_X - jax.nn.logsumexp(logits_XV, axis=-1)
+  """log softmax at the token, nats.
+
+  The token's logit is summed out, not looked up: of a vocabulary that is split over devices each sums its own part.
+  """
+  chosen_XV = jnp.arange(logits_XV.shape[-1]) == token_X[:, None]
+  return jnp.sum(jnp.where(chosen_XV, logits_XV, 0), -1) - jax.nn.logsumexp(logits_XV, axis=-1)
 
 
 def logprob_and_entropy(logits_XV: jax.Array, token_X: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -77,7 +80,7 @@ def score(
   chunk: int = 1024,
   dtype: Any = jnp.float32,
   layout: Layout = LOCAL,
-  remat: bool = False,
+  remat: str = "none",
   kernel: str = "auto",
 ) -> Any:
   """A measure of each masked token given those before it → pytree of [R, T], 0 outside the mask.
@@ -106,6 +109,7 @@ def score(
 
     def compute() -> Any:
       logits_XV = model.logits(config, params, hidden_RtM.reshape(R * stretch, -1))
+      logits_XV = layout.constrain(logits_XV, "rows", "vocab")
       measured = measure(logits_XV, token_Rt.reshape(-1))
       return jax.tree.map(lambda x_X: jnp.where(mask_Rt, x_X.reshape(R, stretch), 0), measured)
 

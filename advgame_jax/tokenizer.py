@@ -7,12 +7,13 @@ no control tokens. For text without control strings the ids are those of encodin
 """
 
 import dataclasses
+import datetime
 import functools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -21,6 +22,10 @@ from advgame_jax.types import UserError
 
 # A template may ask for today's date: prompts must not depend on the day a run is resumed.
 TEMPLATE_DATE = "26 Jul 2024"
+_DIRECTIVES = [(f"%{c}", datetime.datetime(2024, 7, 26).strftime(f"%{c}")) for c in "aAbBdjmwyYHIMSp"]
+# In front of a template it hides the function that tells the real one.
+_CLOCK = "{% macro strftime_now(form) %}{{ form" + "".join(f"|replace{pair}" for pair in _DIRECTIVES)
+_CLOCK += " }}{% endmacro %}\n"
 FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -29,8 +34,11 @@ FILES = (
   "chat_template.jinja",
 )
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _MARKUP = re.compile(r"<.*>|\[.*\]|.*<\|.*", re.DOTALL)
+_DELIMITER = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 _PLACEHOLDER = "placeholder7f3c9e51d2"
+_SPACE = " \t "  # as no template has it of its own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # one is itself, and may be a static argument
@@ -57,12 +65,15 @@ class Tokenizer:
     """One user turn and the start of the answer to it.
 
     Where the template trims its content, so is the text. Control strings in it are broken apart by a space where the
-    vocabulary holds them as words.
+    vocabulary holds them as words, or the template writes them as ordinary text.
 
     Raises:
       UserError: the text holds a control token that is a single character, so that nothing can break it apart.
     """
-    text = user_text.strip() if self.turn.trims else user_text
+    text = user_text.lstrip() if self.turn.trims_start else user_text
+    text = text.rstrip() if self.turn.trims_end else text
+    for mark in self.turn.delimiters:
+      text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     between = _encode_without(self._no_control, f"{self.turn.before}{text}{self.turn.after}", self.control_ids)
     return [*self.turn.head, *between, *self.turn.tail]
 
@@ -76,7 +87,11 @@ class Tokenizer:
 
   def token_texts(self) -> list[str]:
     """For every id the text it adds when decoded behind another token; "" for special tokens."""
-    anchor = next(i for i in range(self.vocab_size) if i not in self.control_ids and self.decode([i]).strip().isalnum())
+    # Not a single byte: its text is lost where the bytes behind it make no character with it.
+    words = (
+      i for i in range(self.vocab_size) if i not in self.control_ids and not _BYTE.match(self._all.id_to_token(i) or "")
+    )
+    anchor = next(i for i in words if self.decode([i]).strip().isalnum())
     start = self.decode([anchor])
     pairs = [[anchor] if i in self.special_ids else [anchor, i] for i in range(self.vocab_size)]
     return [text.removeprefix(start) for text in self._all.decode_batch(pairs, skip_special_tokens=False)]
@@ -95,8 +110,11 @@ class Turn:
   before: str
   after: str
   tail: tuple[int, ...]  # from the first control token behind the text to the start of the answer
-  trims: bool  # the template drops white space around the text
+  trims_start: bool  # white space that the text begins with is dropped, by the template or by a control token
+  trims_end: bool
+  delimiters: tuple[str, ...]  # markup of the template that is no control token: Llama 2's [INST]
   lead: str  # white space that an answer begins with
+  continues: bool  # an answer starts inside a piece of text, not right behind a control token
   end: tuple[int, ...]  # control tokens behind an answer
 
 
@@ -112,7 +130,7 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
   source |= {"truncation": None, "padding": None, "post_processor": None}
   everything = tokenizers.Tokenizer.from_str(json.dumps(source))
   added = {token["id"]: token for token in source["added_tokens"]}
-  turn = _take_apart(functools.partial(_render, fast, folder), everything, frozenset(added), folder)
+  turn = _take_apart(functools.partial(_render, fast, folder), everything, added, folder)
 
   declared = {fast.bos_token_id, fast.eos_token_id, fast.pad_token_id, *turn.end[:1], *_declared_stops(folder)}
   unknown = {_unknown_id(source["model"], everything)} - declared
@@ -124,7 +142,7 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
     raise UserError(f"{folder}: nothing ends an answer; allowed: a chat template or an eos_token that does")
 
   tokenizer = Tokenizer(
-    vocab_size=max(everything.get_vocab().values()) + 1,
+    vocab_size=_size(everything, special - {*stops, *turn.head, *turn.tail, fast.pad_token_id}, folder),
     pad_id=stops[0] if fast.pad_token_id is None else fast.pad_token_id,
     stop_ids=tuple(dict.fromkeys(stops)),
     control_ids=frozenset(control),
@@ -132,7 +150,7 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
     turn=turn,
     _all=everything,
     _no_control=_without(source, control),
-    _no_special=_without(source, special),
+    _no_special=_without(source, special, turn.continues),
     _files={name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()},
   )
   _check_unknown(tokenizer, folder)
@@ -167,38 +185,50 @@ def _render(fast: Any, folder: pathlib.Path, *turns: str) -> str:
   messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
   due = len(turns) % 2 == 1
   try:
-    return fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=due, date_string=TEMPLATE_DATE)
+    return fast.apply_chat_template(
+      messages,
+      chat_template=_CLOCK + fast.get_chat_template(),
+      tokenize=False,
+      add_generation_prompt=due,
+      date_string=TEMPLATE_DATE,
+    )
   except Exception as error:  # whatever the template's own code raises
     raise UserError(f"{folder}: the chat template fails on one user turn ({error})") from error
 
 
 def _take_apart(
-  render: Callable[..., str], everything: tokenizers.Tokenizer, added: frozenset[int], folder: pathlib.Path
+  render: Callable[..., str], everything: tokenizers.Tokenizer, added: Mapping[int, Any], folder: pathlib.Path
 ) -> Turn:
-  padded = f" {_PLACEHOLDER} "
+  padded = f"{_SPACE}{_PLACEHOLDER}{_SPACE}"
   prompt = render(padded)
-  seam = _PLACEHOLDER if padded not in prompt else padded
   if prompt.count(_PLACEHOLDER) != 1:
     raise UserError(
       f"{folder}: the chat template shows the user's text {prompt.count(_PLACEHOLDER)} times; allowed: exactly once"
     )
-  front, behind = (everything.encode(part, add_special_tokens=False) for part in prompt.split(seam))
-  front_text, behind_text = prompt.split(seam)
+  front_text, behind_text = prompt.split(_PLACEHOLDER)
+  trims_start, trims_end = not front_text.endswith(_SPACE), not behind_text.startswith(_SPACE)
+  front_text, behind_text = front_text.removesuffix(_SPACE), behind_text.removeprefix(_SPACE)
+  front, behind = (everything.encode(part, add_special_tokens=False) for part in (front_text, behind_text))
   last = max((i + 1 for i, token in enumerate(front.ids) if token in added), default=0)
   first = min((i for i, token in enumerate(behind.ids) if token in added), default=len(behind.ids))
   before = front_text[front.offsets[last - 1][1] :] if last else front_text
   after = behind_text[: behind.offsets[first][0]] if first < len(behind.ids) else behind_text
+  tail = tuple(behind.ids[first:])
 
   lead, _, end = render(padded, _PLACEHOLDER).rpartition(_PLACEHOLDER)
   lead = lead.removeprefix(prompt) if lead.startswith(prompt) else ""
   end_ids = [token for token in everything.encode(end, add_special_tokens=False).ids if token in added]
+  known = {token["content"] for token in added.values()}
   return Turn(
     head=tuple(front.ids[:last]),
     before=before,
     after=after,
-    tail=tuple(behind.ids[first:]),
-    trims=seam == _PLACEHOLDER,
+    tail=tail,
+    trims_start=trims_start or (last > 0 and not before and added[front.ids[last - 1]]["rstrip"]),
+    trims_end=trims_end or (len(tail) > 0 and not after and added[tail[0]]["lstrip"]),
+    delimiters=tuple(dict.fromkeys(mark for mark in _DELIMITER.findall(before + behind_text) if mark not in known)),
     lead="" if lead.strip() else lead,
+    continues=not tail or tail[-1] not in added,
     end=tuple(end_ids),
   )
 
@@ -207,13 +237,24 @@ def _declared_stops(folder: pathlib.Path) -> list[int]:
   """The end-of-sequence ids that the model's own configurations name."""
   stops: list[int] = []
   for name in ("generation_config.json", "config.json"):
-    if (folder / name).is_file():
-      try:
-        declared = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-      except ValueError as error:
-        raise UserError(f"{folder / name} is no JSON ({error})") from error
-      stops += declared if isinstance(declared, list) else [] if declared is None else [declared]
+    declared = _read_values(folder / name).get("eos_token_id")
+    stops += declared if isinstance(declared, list) else [] if declared is None else [declared]
   return stops
+
+
+def _size(everything: tokenizers.Tokenizer, unused: set[int], folder: pathlib.Path) -> int:
+  """Ids that a model needs. Gemma 3's tokenizer ends in a place for images, which its text models have no row for."""
+  size = max(everything.get_vocab().values()) + 1
+  rows = _read_values(folder / "config.json").get("vocab_size")
+  return rows if isinstance(rows, int) and rows < size and unused.issuperset(range(rows, size)) else size
+
+
+def _read_values(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object, empty where there is no file."""
+  try:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+  except (ValueError, TypeError) as error:
+    raise UserError(f"{path} is no JSON ({error})") from error
 
 
 def _unknown_id(model: dict[str, Any], everything: tokenizers.Tokenizer) -> int | None:
@@ -221,12 +262,20 @@ def _unknown_id(model: dict[str, Any], everything: tokenizers.Tokenizer) -> int 
   return model["unk_id"] if "unk_id" in model else everything.token_to_id(model.get("unk_token") or "")
 
 
-def _without(source: dict[str, Any], hidden: Iterable[int]) -> tokenizers.Tokenizer:
-  """The tokenizer for text inside a turn, to which these added tokens are ordinary text."""
+def _without(source: dict[str, Any], hidden: Iterable[int], continues: bool = False) -> tokenizers.Tokenizer:
+  """The tokenizer for text inside a turn, to which these added tokens are ordinary text.
+
+  SentencePiece's schemes put a mark before the first piece of a text, which is none inside a turn, or before every
+  piece between control tokens, which is none where a text continues one.
+  """
   hidden = set(hidden)
   added = [token | {"special": token["id"] in hidden} for token in source["added_tokens"]]
-  # Inside a turn no piece is the first of its text, which is where such a scheme puts its mark.
-  inside = lambda node: node | {"prepend_scheme": "never"} if node.get("prepend_scheme") == "first" else node
+
+  def inside(node: dict[str, Any]) -> dict[str, Any]:
+    if node.get("prepend_scheme") == "first" or (continues and "prepend_scheme" in node):
+      return node | {"prepend_scheme": "never"}
+    return node | {"prepend": ""} if continues and node.get("type") == "Prepend" else node
+
   tokenizer = tokenizers.Tokenizer.from_str(
     json.dumps(json.loads(json.dumps(source), object_hook=inside) | {"added_tokens": added})
   )

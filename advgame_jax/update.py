@@ -119,15 +119,17 @@ def _gradient(recipe: Recipe, state: PlayerState, batch: PreferenceBatch, bases:
 
   differentiate = lambda part: rounding.widen(jax.grad(loss, has_aux=True)(state.params, part))
 
-  def add(carry: Any, part: PreferenceBatch) -> tuple[Any, None]:
+  def add(total: Any, part: PreferenceBatch) -> tuple[Any, None]:
     # A micro-batch without a comparison adds nothing, and costs nothing.
-    share = jax.lax.cond(jnp.any(part.weight_P > 0), differentiate, lambda _: zeros, part)
-    return jax.tree.map(jnp.add, carry, share), None
+    plus = lambda total: jax.tree.map(jnp.add, total, differentiate(part))
+    return jax.lax.cond(jnp.any(part.weight_P > 0), plus, lambda total: total, total), None
 
   parts = micro_batches(batch, recipe.player.accumulate)
   first = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], parts))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-  (gradient, metrics), _ = jax.lax.scan(add, zeros, parts)
+  gradient, metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+  # Zeros have no layout of their own, and would be whole on every device.
+  gradient = jax.tree.map(lambda spec, x: recipe.layout.constrain(x, *spec.axes), recipe.specs, gradient)
+  (gradient, metrics), _ = jax.lax.scan(add, (gradient, metrics), parts)
   return gradient, metrics
 
 
@@ -149,7 +151,7 @@ def _score(recipe: Recipe, weights: Params, batch: PreferenceBatch, entropy: boo
     chunk=recipe.precision.logit_chunk,
     dtype=recipe.dtype,
     layout=recipe.layout,
-    remat=recipe.precision.remat == "layer",
+    remat=recipe.precision.remat,
     kernel=recipe.precision.attention,
   )
   logprob_RT, entropy_RT = scored if entropy else (scored, jnp.zeros_like(scored))

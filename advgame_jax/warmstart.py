@@ -51,6 +51,7 @@ def warm_start(settings: WarmStart) -> float:
   """
   hf.check_target(settings.out)
   words, config = tokenizer.load(settings.model), hf_config.load_config(settings.model)
+  hf.check(settings.model, words)
   tokens_XT, mask_XT = _load_examples(settings, words)
   mesh = sharding.make_mesh(settings.mesh)
   params = hf.load(settings.model, mesh, sharding.TRAIN)
@@ -94,7 +95,8 @@ def _step(
       chunk=precision.logit_chunk,
       dtype=policies.compute_dtype(precision),
       layout=sharding.TRAIN,
-      remat=precision.remat == "layer",
+      remat=precision.remat,
+      kernel=precision.attention,
     )
     return -jnp.sum(logprob_RT) / jnp.maximum(jnp.sum(mask_RT), 1)
 

@@ -1,8 +1,10 @@
 """Hugging Face folders: transformers' own logits, exact round trips, sharded reading, a sentence for what is wrong."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import jax
@@ -21,7 +23,7 @@ from advgame_jax.types import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FOLDERS = ("llama_tied", "llama_scaled")
-Q = "model.layers.1.self_attn.q_proj.weight"
+Q, K = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "qk")
 
 
 def tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -139,6 +141,54 @@ def _lose_shard(folder):
   next(folder.glob("model-00002-*")).unlink()
 
 
+def _shard(folder, **shards):
+  """The weights in the files `shards` names, all else in the first; the index says the same."""
+  stored = tensors(folder)
+  (folder / "model.safetensors").unlink()
+  named = {name for names in shards.values() for name in names}
+  shards = {"a": [name for name in stored if name not in named], **shards}
+  for file, names in shards.items():
+    safetensors.numpy.save_file({name: stored[name] for name in names}, folder / f"{file}.safetensors")
+  _write_index(folder, {name: f"{file}.safetensors" for file, names in shards.items() for name in names})
+
+
+def _write_index(folder, weight_map):
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _mix_up(folder):
+  _shard(folder, b=[Q], c=[K])
+  (folder / "b.safetensors").rename(folder / "d.safetensors")
+  (folder / "c.safetensors").rename(folder / "b.safetensors")
+  (folder / "d.safetensors").rename(folder / "c.safetensors")
+
+
+def _repeat(folder):
+  stored = tensors(folder)
+  _shard(folder, b=[Q])
+  safetensors.numpy.save_file({Q: stored[Q], K: stored[K]}, folder / "b.safetensors")
+
+
+def _weights_twice(folder):
+  weights = (folder / "model.safetensors").read_bytes()
+  _shard(folder, b=[Q])
+  (folder / "model.safetensors").write_bytes(weights)
+
+
+def _header(folder, length, dtype=None):
+  """Gives the header another length, or Q another dtype of the same size."""
+  content = bytearray((folder / "model.safetensors").read_bytes())
+  size = int.from_bytes(content[:8], "little")
+  if length:
+    content[:8] = length.to_bytes(8, "little")
+  else:
+    header = json.loads(content[8 : 8 + size])
+    header[Q]["dtype"], header[Q]["shape"] = dtype
+    header = json.dumps(header).encode()
+    content = len(header).to_bytes(8, "little") + header + content[8 + size :]
+  (folder / "model.safetensors").write_bytes(content)
+
+
 def _spoil(folder):
   spoilt = tensors(folder)[Q].copy()
   spoilt[3, 5] = np.nan
@@ -158,6 +208,13 @@ BROKEN = {
   r"pytorch_model.bin only.*allowed: safetensors": _pickle,
   r"lacks model-00002-of-.*, which model.safetensors.index.json names": _lose_shard,
   r"no index of shards": lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+  r"weight_map does not map tensors to files": lambda folder: _write_index(folder, {Q: 1}),
+  r"k_proj.weight should be in c.safetensors, as .*index.json says, and is in b.safetensors": _mix_up,
+  r"has model.layers.1.self_attn.k_proj.weight in a.safetensors and in b.safetensors; allowed: shards of": _repeat,
+  r"has both model.safetensors and model.safetensors.index.json of other shards": _weights_twice,
+  r"model.safetensors is cut short or no safetensors file \(": lambda folder: _header(folder, 10**6),
+  r"q_proj.weight is stored as I64; allowed: BF16, F16, F32, F64": lambda folder: _header(folder, 0, ("I64", [64, 16])),
+  r"q_proj.weight is stored as F8_E4M3": lambda folder: _header(folder, 0, ("F8_E4M3", [64, 128])),
   r"model.safetensors is cut short": _cut,
   r"lacks the weights model.layers.1.self_attn.q_proj.weight": _drop,
   r"does not describe: model.layers.0.self_attn.q_proj.bias": lambda folder: write_tensors(
@@ -169,7 +226,7 @@ BROKEN = {
   r"q_proj.weight is stored as I8": lambda folder: write_tensors(
     folder, tensors(folder) | {Q: tensors(folder)[Q].astype(np.int8)}
   ),
-  r"the weights model.layers.1.self_attn.q_proj.weight hold numbers that are not finite": _spoil,
+  r"the weights model.layers.1.self_attn.q_proj.weight hold numbers that are not finite in float32": _spoil,
   r"lm_head.weight differs from model.embed_tokens.weight": lambda folder: write_tensors(
     folder, tensors(folder) | {"lm_head.weight": tensors(folder)["model.embed_tokens.weight"] + 1}
   ),
@@ -181,6 +238,91 @@ def test_a_broken_folder_is_refused(sentence, folder):
   BROKEN[sentence](folder)
   with pytest.raises(UserError, match=sentence):
     hf.load(folder)
+
+
+@pytest.mark.parametrize("sentence", [sentence for sentence in BROKEN if "not finite" not in sentence])
+def test_headers_tell_before_any_weight_is_read(sentence, folder, monkeypatch):
+  BROKEN[sentence](folder)
+  monkeypatch.setattr(hf, "_read", lambda *_: pytest.fail("a weight was read"))
+  with pytest.raises(UserError, match=sentence):
+    hf.load(folder)
+  with pytest.raises(UserError, match=sentence):
+    hf.check(folder)
+
+
+def _change(folder, drop=(), config=None, **shapes):
+  stored = {name: value for name, value in tensors(folder).items() if not name.startswith(tuple(drop) or "\0")}
+  write_tensors(folder, stored | {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+  values = hf_config.read(folder) | (config or {})
+  (folder / "config.json").write_text(json.dumps(values))
+
+
+FUSED = "model.layers.0.self_attn.qkv_proj.weight"
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+OTHERS = {
+  r"layers.0.self_attn.qkv_proj.weight has shape \[31, 32\]; allowed: \[\d+, 32\]": ("phi3", {FUSED: (31, 32)}),
+  r"lacks the weights model.layers.1.block_sparse_moe.experts.2.w3.weight; allowed": ("mixtral", {"drop": (EXPERT,)}),
+  r"lacks the weights .*k_norm.weight and 1 more and has others, as .*k_proj.bias": (
+    "qwen2",
+    {"config": {"model_type": "qwen3", "head_dim": 16}},
+  ),
+  r"has weights that config.json does not describe: model.layers.0.self_attn.k_proj.bias": (
+    "qwen2",
+    {"config": {"model_type": "llama"}},
+  ),
+  r"lacks the weights model.layers.0.block_sparse_moe.*has others, as model.layers.0.mlp": (
+    "mistral",
+    {"config": {"model_type": "mixtral", "num_local_experts": 2}},
+  ),
+  r"model.embed_tokens.weight has shape .*; allowed: \[7, ": ("mistral", {"config": {"vocab_size": 7}}),
+}
+
+
+@pytest.mark.parametrize("sentence", OTHERS)
+def test_the_weights_of_another_architecture_are_refused(sentence, tmp_path):
+  name, change = OTHERS[sentence]
+  folder = shutil.copytree(GOLDEN / name, tmp_path / "model")
+  _change(folder, **change)
+  with pytest.raises(UserError, match=sentence):
+    hf.check(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused():
+  words = worldfiles.load_tokenizer()
+  hf.check(GOLDEN / "llama_tied", dataclasses.replace(words, vocab_size=hf.load_config(GOLDEN / "llama_tied").vocab))
+  with pytest.raises(UserError, match=r"the tokenizer has 1000 tokens but the embedding .*; allowed: a tokenizer of"):
+    hf.check(GOLDEN / "llama_tied", dataclasses.replace(words, vocab_size=1000))
+
+
+def test_shards_in_any_order_are_one_model(folder):
+  _shard(folder, z=[Q], b=[K])
+  assert_same(hf.load(folder), hf.load(GOLDEN / "llama_tied"))
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "phi3", "mixtral", "qwen2"])
+def test_bfloat16_of_a_file_arrives_bit_by_bit(name, tmp_path):
+  """Every pattern of 16 bits that is a finite number, signed zeros and subnormal ones among them."""
+  folder = shutil.copytree(GOLDEN / name, tmp_path / "model")
+  finite = np.array([bits for bits in range(2**16) if bits & 0x7F80 != 0x7F80], np.uint16)
+  draw = np.random.default_rng(0)
+  bits = {name: draw.choice(finite, value.shape) for name, value in tensors(folder).items()}
+  write_tensors(folder, {name: value.view(ml_dtypes.bfloat16) for name, value in bits.items()})
+  params = hf.load(folder, dtype=jnp.bfloat16)
+  hf.save(tmp_path / "out", hf.load_config(folder), params, None, hf_config.read(folder), dtype="bfloat16")
+  assert_same({name: value.view(np.uint16) for name, value in tensors(tmp_path / "out").items()}, bits)
+
+
+def test_bfloat16_makes_no_detour_through_float32():
+  spec = architecture.ParamSpec((4, 16, 32), (None, "width", "feed_forward"), "{layer}", inputs=1)
+  whole, stored = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4, 16, 32), (32, 16)))
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  compiled = hf._jitted_put(spec, here, here).lower(whole, stored, np.zeros(1, np.int32)).compile()
+  program = compiled.as_text()
+  assert "bf16[4,16,32]" in program
+  assert not re.search(r"\bf32\[4,16,32\]", program)  # not even number by number: the whole would be walked each time
+  assert not re.search(r"\bf32\[", program.partition("\nENTRY")[2])  # what is held between two loops
+  assert compiled.memory_analysis().alias_size_in_bytes == 2 * 4 * 16 * 32  # put in its place, not copied there
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * 16 * 32
 
 
 def test_a_mesh_that_does_not_divide_is_refused():

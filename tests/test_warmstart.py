@@ -1,14 +1,16 @@
 """Supervised warm start: what it learns, whose tokens it learns, and what it refuses before it trains."""
 
+import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from advgame_jax import architecture, hf, policies, prompts, sharding, tokenizer, warmstart, worldfiles
 from advgame_jax import config as config_lib
-from advgame_jax import hf, model, policies, prompts, sharding, tokenizer, warmstart, worldfiles
 from advgame_jax.prompts import STANDARD, STANDARD_THINK
 from advgame_jax.types import Category, Status, UserError
 
@@ -20,7 +22,7 @@ def base(tmp_path_factory):
   """A player of the microworld with random weights."""
   folder = tmp_path_factory.mktemp("base") / "model"
   player = worldfiles.player_config(width=32, layers=1, heads=4, kv_heads=2, head_size=8, feed_forward=32)
-  hf.save(folder, player, model.init(player, jax.random.key(0)), worldfiles.load_tokenizer())
+  hf.save(folder, player, architecture.init(player, jax.random.key(0)), worldfiles.load_tokenizer())
   return folder
 
 
@@ -134,3 +136,14 @@ def test_a_folder_that_is_there_is_refused_before_training(settings, monkeypatch
   with pytest.raises(UserError, match="out is there already; allowed: a new folder"):
     warmstart.warm_start(settings(line()))
   assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_before_training(base, settings, tmp_path):
+  folder = shutil.copytree(base, tmp_path / "small")
+  player = worldfiles.player_config(width=32, layers=1, heads=4, kv_heads=2, head_size=8, feed_forward=32)
+  small = dataclasses.replace(player, vocab=7)
+  hf.save(folder, small, architecture.init(small, jax.random.key(0)), overwrite=True)
+  worldfiles.load_tokenizer().save(folder)
+  with pytest.raises(UserError, match="tokens but the embedding 7; allowed: a tokenizer of the same model"):
+    warmstart.warm_start(settings(line(), model=str(folder)))
+  assert not (tmp_path / "out").exists()
