@@ -5,10 +5,11 @@ r"""Llama-3.1-8B-Instruct on both sides: the paper's runs (AdvGame, 2512.20806) 
     python launch/run.py --config=configs/llama3_1_8b.py:ipo,lora --workdir=runs/llama3_1_8b_ipo_lora
 
 After the colon: dpo, ipo or grpo; then an ablation (`advgame_jax/paper.py` lists them; without one, AdvGame-…-MD); then
-`lora` for adapters of rank 64 on one base that both players share.
+`lora` for adapters of rank 64, each player on its own base.
 
-Reproduces the settings of the paper with one difference: its judge is a 32B or 70B language model, and until such judges
-are in this project the rules of `advgame_jax/heuristic.py` stand in. They show that a run works, not what it is worth.
+Reproduces the settings of the paper with one difference: its judge is a language model of 32B or 70B, and until such
+judges are in this project the rules of `advgame_jax/heuristic.py` stand in. They show that a run works, not what it is
+worth.
 
 The paper starts the Llama Attacker from an abliterated checkpoint, since the instruct model refuses; without one,
 warm-start it (launch/warmstart.py --attacker).

@@ -7,8 +7,9 @@ r"""Qwen2.5-7B-Instruct on both sides: the paper's runs (AdvGame, 2512.20806) an
 After the colon: dpo, ipo or grpo; then an ablation (`advgame_jax/paper.py` lists them; without one, AdvGame-…-MD); then
 `lora` for adapters of rank 64 on one base that both players share.
 
-Reproduces the settings of the paper with one difference: its judge is a 32B or 70B language model, and until such judges
-are in this project the rules of `advgame_jax/heuristic.py` stand in. They show that a run works, not what it is worth.
+Reproduces the settings of the paper with one difference: its judge is a language model of 32B or 70B, and until such
+judges are in this project the rules of `advgame_jax/heuristic.py` stand in. They show that a run works, not what it is
+worth.
 
 Hardware and memory, planned and not yet measured (`python benchmarks/memory.py`): all weights on 8 × 80 GB, adapters on
 1 × 80 GB. Time and results on such machines: not yet measured. Seeds: the project's own mild ones; bring others by
