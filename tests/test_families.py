@@ -70,6 +70,18 @@ def test_export_and_import_again_is_exact(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_loads_what_is_exported(name, tmp_path):
+  """Where torch is installed."""
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  config, params, expected = loaded(name)
+  hf.save(tmp_path / "out", config, params, base_config=hf_config.read(GOLDEN / name))
+  network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+  with torch.no_grad():
+    found_RTV = network(torch.from_numpy(expected["tokens"]).long()).logits.numpy()
+  assert_logits(found_RTV, expected)  # padding on the right is every token's future
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_config_as_transformers_4_wrote_it_means_the_same(name):
   old = json.loads((GOLDEN / name / "config_v4.json").read_text())
   assert hf_config.from_values(old, "here") == loaded(name)[0]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 import threading
 
 import jax
@@ -220,3 +221,16 @@ def test_what_is_offloaded_learns_the_same_and_lies_in_the_host_s_memory(first):
   player = away.init_state().players.defender
   kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
   assert kinds((player.ema, player.optimizer)) == {"pinned_host"} and kinds(player.params) == {"device"}
+
+
+def test_players_of_two_families_play_and_learn_together(world_folder, tmp_path):
+  shutil.copytree(world_folder / "defender_base", tmp_path / "mistral")
+  values = json.loads((tmp_path / "mistral" / "config.json").read_text())
+  values |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6}
+  (tmp_path / "mistral" / "config.json").write_text(json.dumps(values))
+  run = world.open_session(world.config(world_folder, defender__model=str(tmp_path / "mistral")))
+  assert [player.model.family for player in run.players] == ["llama", "mistral"]
+  recorder, (before, after) = world.play(run, 1)
+  tree, weights = recorder.trees[0], before.players.defender.ema
+  assert drawn_from(run.players.defender, weights, tree.responses) < 1e-4  # scored in the window it was drawn in
+  assert not world.same(before.players.defender.params, after.players.defender.params)
