@@ -48,6 +48,7 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
 
 
 def read_config(path: pathlib.Path) -> Config:
+  """The settings of a run from its `config.json`; UserError where it is not of a run."""
   try:
     return config_lib.from_json(path.read_text(encoding="utf-8"))
   except (ValueError, AttributeError) as error:  # not JSON, no object, no setting of ours

@@ -23,13 +23,15 @@ _ROPE_FACTORS = {
 _PROJECTIONS = ("query", "key", "value", "output")
 
 
+_UNBIASED: Values = {"attention_bias": False, "mlp_bias": False}
+
+
 class Family(NamedTuple):
   """How one `model_type` fills the architecture in."""
 
-  architecture: str  # transformers' class
   defaults: Values  # what transformers takes a field to be that config.json leaves out
   settings: Callable[[Values], Mapping[str, Any]] = lambda values: {}
-  fixed: Values = {}
+  fixed: Values = _UNBIASED  # must be absent or have this value
   rope_types: tuple[str, ...] = ("default", "llama3", "linear")
 
 
@@ -79,24 +81,20 @@ _GEMMA: Values = {
   "hidden_activation": "gelu_pytorch_tanh",
 }
 FAMILIES = {
-  "llama": Family("LlamaForCausalLM", {}, _biases),
-  "mistral": Family("MistralForCausalLM", {"sliding_window": 4096, "num_key_value_heads": 8}),
-  "qwen2": Family("Qwen2ForCausalLM", _QWEN, lambda _: {"biases": _PROJECTIONS[:3]}),
+  "llama": Family({}, _biases, {}),
+  "mistral": Family({"sliding_window": 4096, "num_key_value_heads": 8}),
+  "qwen2": Family(_QWEN, lambda _: {"biases": _PROJECTIONS[:3]}),
   "qwen3": Family(
-    "Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, lambda values: {**_biases(values), "query_key_norm": "head"}
+    {**_QWEN, "head_dim": 128}, lambda values: {**_biases(values), "query_key_norm": "head"}, {"mlp_bias": False}
   ),
-  "gemma2": Family(
-    "Gemma2ForCausalLM", {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, _gemma
-  ),
+  "gemma2": Family({**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, _gemma),
   "gemma3_text": Family(
-    "Gemma3ForCausalLM",
     {**_GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
     lambda values: {**_gemma(values), "query_key_norm": "head"},
   ),
-  "phi3": Family("Phi3ForCausalLM", {"rms_norm_eps": 1e-5}, rope_types=("default", "longrope", "su")),
-  "olmo2": Family("Olmo2ForCausalLM", {"rms_norm_eps": 1e-5}, lambda _: {"norms": "after", "query_key_norm": "all"}),
+  "phi3": Family({"rms_norm_eps": 1e-5}, rope_types=("default", "longrope", "su")),
+  "olmo2": Family({"rms_norm_eps": 1e-5}, lambda _: {"norms": "after", "query_key_norm": "all"}),
   "smollm3": Family(
-    "SmolLM3ForCausalLM",
     {
       "rope_theta": 2e6,
       "tie_word_embeddings": True,
@@ -105,9 +103,9 @@ FAMILIES = {
       "num_key_value_heads": 4,
     },
     _biases,
+    {},
   ),
   "qwen3_moe": Family(
-    "Qwen3MoeForCausalLM",
     {
       **_QWEN,
       "norm_topk_prob": False,
@@ -117,10 +115,9 @@ FAMILIES = {
       "num_key_value_heads": 4,
     },
     _qwen_experts,
-    {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    {"mlp_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
   ),
   "mixtral": Family(
-    "MixtralForCausalLM",
     {
       "rope_theta": 1e6,
       "rms_norm_eps": 1e-5,
@@ -131,7 +128,6 @@ FAMILIES = {
     _mixtral,
   ),
 }
-_READ_BY_SETTINGS = ("llama", "qwen3", "smollm3", "qwen3_moe")  # families that may have biases
 
 
 def read(folder: str | pathlib.Path) -> dict[str, Any]:
@@ -203,10 +199,7 @@ def from_values(given: Values, where: str) -> ModelConfig:
 
 
 def _check_fixed(family: str, values: Values, where: str) -> None:
-  known = FAMILIES[family]
-  biases = {} if family in _READ_BY_SETTINGS else {"attention_bias": False}
-  mlp_bias = {} if family in ("llama", "smollm3") else {"mlp_bias": False}
-  for name, only in {**_FIXED, **biases, **mlp_bias, **known.fixed}.items():
+  for name, only in {**_FIXED, **FAMILIES[family].fixed}.items():
     if values.get(name) not in (only, None):
       raise UserError(f"{where}: {name} is {values[name]!r}; allowed: {only!r}")
   name = _activation(values)
@@ -363,7 +356,7 @@ def _llama_values(config: ModelConfig) -> dict[str, Any]:
   scaling = {theirs: getattr(rope, ours) for theirs, ours in _ROPE_FACTORS.items()}
   linear = {"rope_type": "linear", "factor": rope.factor} if rope.factor != 1 else None
   return {
-    "architectures": [FAMILIES["llama"].architecture],
+    "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": config.vocab,
     "hidden_size": config.width,
