@@ -1,0 +1,137 @@
+"""What adapters save: python benchmarks/lora.py [--config=configs/smollm2_135m.py] [--steps=3] [--rank=16]
+
+The joint update of both players on the same batch, twice: with LoRA on one base that they share, and with all weights.
+Both play from the Defender's folder. The batch has the shapes that the config's game makes, random tokens, and a weight
+for every comparison, all of which a game seldom has. Seconds are the median after one update for warmth; bytes are of
+all devices. The peak of the CPU is the process's so far, compiling and the mapped files included: so adapters go first.
+"""
+
+import dataclasses
+import gc
+import logging
+import resource
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from advgame_jax import command, metrics, session
+from advgame_jax.config import Config, Lora
+from advgame_jax.session import Session
+from advgame_jax.types import Players, PreferenceBatch
+
+CONFIG = command.define_config("configs/smollm2_135m.py")
+STEPS = flags.DEFINE_integer("steps", 3, "Updates measured.", lower_bound=1)
+RANK = flags.DEFINE_integer("rank", 16, "Of the adapters, on all matrices of a layer.", lower_bound=1)
+
+MEMORY = ("base", "learnt", "average", "reference", "moments", "state", "peak")
+
+
+class Measured(NamedTuple):
+  """One way to learn."""
+
+  seconds: list[float]
+  tokens: int
+  flops: float
+  loss: float  # of the Defender's first update: the same both ways
+  gib: dict[str, float]
+
+
+def both(config: Config, lora: Lora) -> Config:
+  """The config with both players learning in this way from the Defender's folder."""
+  change = lambda player: dataclasses.replace(player, model=config.defender.model, frozen=False, lora=lora)
+  return dataclasses.replace(config, attacker=change(config.attacker), defender=change(config.defender))
+
+
+def make_batch(run: Session) -> Players[PreferenceBatch]:
+  """As `preferences.select_comparisons` lays out a tree of which every sample has all its tokens."""
+  game, B, random = run.config.game, run.config.data.batch, np.random.default_rng(0)
+  pairs = run.config.loss.kind != "grpo"
+
+  def fill(player: Any, nodes: int, group: int) -> PreferenceBatch:
+    T = player.row_tokens(player.longest_prompt)
+    shape_PCT = (nodes, 2, T) if pairs else (nodes * group, 1, T)
+    is_new_PCT = np.broadcast_to(np.arange(T) >= player.longest_prompt, shape_PCT)
+    logprob_PCT = np.where(is_new_PCT, -random.exponential(1.0, shape_PCT), 0).astype(np.float32)
+    return PreferenceBatch(
+      tokens_PCT=random.integers(player.tokenizer.vocab_size, size=shape_PCT, dtype=np.int32),
+      length_PC=np.full(shape_PCT[:2], T, np.int32),
+      completion_mask_PCT=is_new_PCT,
+      behaviour_logprob_PCT=logprob_PCT,
+      plain_logprob_PCT=logprob_PCT,
+      advantage_PC=np.tile(np.array([0.5, -0.5], np.float32), (nodes, 1))
+      if pairs
+      else np.ones(shape_PCT[:2], np.float32),
+      weight_P=np.ones(shape_PCT[0], np.float32),
+    )
+
+  attacks = game.attacks_per_seed
+  return Players(fill(run.players.attacker, B, attacks), fill(run.players.defender, B * attacks, game.responses))
+
+
+def measure(config: Config) -> Measured:
+  """Opens a run, updates it and lets it go."""
+  run = session.open_session(config)
+  state, batch = run.init_state(), make_batch(run)
+  seconds: list[float] = []
+  losses: list[float] = []
+  held = {
+    "base": gib(run.bases),
+    "learnt": gib([player.params for player in state.players]),
+    "average": gib([player.ema for player in state.players]),
+    "reference": gib([player.initial for player in state.players]),
+    "moments": gib([player.optimizer for player in state.players]),
+  }
+  for _ in range(STEPS.value + 1):
+    start = time.perf_counter()
+    state, scalars = jax.block_until_ready(run.update(state, batch))
+    seconds.append(time.perf_counter() - start)
+    losses.append(float(scalars["defender/loss"]))
+  tokens, flops = metrics.trained(run, batch)
+  return Measured(seconds[1:], tokens, flops, losses[0], held | {"state": sum(held.values()), "peak": peak()})
+
+
+def gib(tree: Any) -> float:
+  """Of the whole tree, all devices together."""
+  return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards) / 2**30
+
+
+def peak() -> float:
+  """The most memory in use so far: of the first accelerator, or of this process."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get("peak_bytes_in_use", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
+
+
+def lines(name: str, found: Measured) -> str:
+  median = np.median(found.seconds)
+  spread = f"{min(found.seconds):.2f}–{max(found.seconds):.2f}"
+  rates = f"{median:9.2f}{spread:>14}{found.tokens / median:10.0f}{found.flops / median / 1e9:9.1f}{found.loss:8.4f}"
+  return f"{name:14}{rates}{''.join(f'{found.gib[part]:10.3f}' for part in MEMORY)}"
+
+
+def main() -> None:
+  config, found = CONFIG(), {}
+  ways = {f"LoRA, rank {RANK.value}": Lora(rank=RANK.value, alpha=2.0 * RANK.value), "all weights": Lora()}
+  for name, lora in ways.items():
+    found[name] = measure(both(config, lora))
+    gc.collect()
+  logging.getLogger().setLevel(logging.WARNING)
+  device, (adapters, whole) = jax.devices()[0].device_kind, found.values()
+  print(f"{config.defender.model} twice, {config.loss.kind}, {whole.tokens} tokens an update, {STEPS.value} updates")
+  print(f"{jax.device_count()} × {device}, jax {jax.__version__}; memory in GiB")
+  print(f"{'':14}{'seconds':>9}{'least–most':>14}{'tokens/s':>10}{'GFLOP/s':>9}{'loss':>8}", end="")
+  print("".join(f"{part:>10}" for part in MEMORY))
+  for name in found:
+    print(lines(name, found[name]))
+  faster = np.median(whole.seconds) / np.median(adapters.seconds)
+  smaller = "".join(
+    f"{whole.gib[part] / adapters.gib[part]:10.1f}" if adapters.gib[part] and whole.gib[part] else " " * 10
+    for part in MEMORY
+  )
+  print(f"{'ratio':14}{faster:9.2f}{'':41}{smaller}")
+
+
+if __name__ == "__main__":
+  command.run(main)
