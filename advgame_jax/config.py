@@ -145,7 +145,7 @@ class Player(Settings):
   ema_decay: float = setting(0.95, "of the moving average, per optimiser step", at_least=0, at_most=1)
   frozen: bool = setting(False, "plays but does not learn")
   lora: Lora = part(Lora)
-  accumulate: int = setting(1, "micro-batches a step's comparisons are split into", at_least=1)
+  accumulate: int = setting(1, "micro-batches of a step's comparisons, on each part of the rows", at_least=1)
   sampling: Sampling = part(Sampling)
   optimizer: Optimizer = part(Optimizer)
 
@@ -245,10 +245,14 @@ class Precision(Settings):
   master: Literal["float32", "bfloat16"] = setting("float32", "of the weights that learn")
   moments: Literal["float32", "bfloat16"] = setting("float32", "of AdamW's two moments")
   ema: Literal["float32", "bfloat16"] = setting("float32", "of the moving average")
-  offload: bool = setting(False, "keep moments and moving averages in the host's memory between updates")
-  frozen: Literal["compute", "int8"] = setting("compute", "weights that never learn: in the compute dtype, or 8 bits")
+  offload: bool = setting(
+    False, "keep moments and moving averages in the host's memory between updates", identity=False
+  )
+  frozen: Literal["compute", "int8"] = setting("compute", "bases of adapters: in the compute dtype, or in 8 bits")
   remat: Literal["none", "products", "layer"] = setting(
-    "layer", "what the backward pass computes again: nothing, what lies between matrix products, or whole layers"
+    "layer",
+    "what the backward pass computes again: nothing, what lies between matrix products, or whole layers",
+    identity=False,
   )
   attention: Literal["auto", "xla", "cudnn", "splash"] = setting(
     "auto", "of whole rows: XLA's, cuDNN's (GPU), splash (TPU), or the best that can do what the model asks"
@@ -320,6 +324,8 @@ class Config(Settings):
       raise UserError(
         "judges.kind and game.instructions must both be 'microworld' or neither: its rules read its language only"
       )
+    if self.precision.frozen == "int8" and not (self.attacker.lora.rank or self.defender.lora.rank):
+      raise UserError("precision.frozen is 'int8', but no player has a frozen base; allowed: with lora.rank > 0")
     if self.data.order == "mixed" and self.data.batch % 2:
       raise UserError(f"data.batch is {self.data.batch} with data.order='mixed'; allowed: an even number")
 

@@ -176,7 +176,15 @@ def _answer_score(player: LanguageModel) -> Callable[..., jax.Array]:
 
   def score(weights: Params, tokens_XT: jax.Array, mask_XT: jax.Array) -> jax.Array:
     scored = scoring.score(
-      player.model, weights, tokens_XT, mask_XT, measure, chunk=_ROWS, dtype=player.dtype, layout=player.layout
+      player.model,
+      weights,
+      tokens_XT,
+      mask_XT,
+      measure,
+      chunk=_ROWS,
+      dtype=player.dtype,
+      layout=player.layout,
+      kernel=player.attention,
     )
     return scored.sum(-1)
 

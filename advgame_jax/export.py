@@ -27,21 +27,25 @@ def export(
 ) -> None:
   """Writes a player of the run in `workdir`, which may be under way, to the new folder `out`.
 
+  Adapters are merged into the base as its folder has it, also where the run kept it in eight bits.
+
   Args:
     player: 'attacker' or 'defender'.
     weights: 'ema' or 'train'; empty is what the player generates with.
     form: 'merged' is a whole model folder; 'adapter' a PEFT folder, of a player with LoRA.
-    dtype: of the weights in the files; empty is that of the folder the player came from.
+    dtype: of the weights in the files; empty is that of the folder the player came from, and float32 for adapters.
     step: of the checkpoint; None is the newest.
 
   Raises:
     UserError: no run or no checkpoint there, weights or a form that the run has not, or a folder that is there already.
   """
+  if form not in FORMS or weights not in ("", *WEIGHTS):
+    raise UserError(f"form is {form!r} and weights {weights!r}; allowed: {', '.join(FORMS)}; {', '.join(WEIGHTS)}")
   folder = pathlib.Path(workdir)
   hf.check_target(out)
   if not (folder / checkpoint.CONFIG).is_file():
     raise UserError(f"{workdir} holds no {checkpoint.CONFIG}; allowed: the --workdir of a run")
-  config = checkpoint.read_config(folder / checkpoint.CONFIG)
+  config = session.played(checkpoint.read_config(folder / checkpoint.CONFIG))
   recipes = session.make_recipes(config)
   recipe: Recipe = getattr(recipes, player)
   settings = recipe.player

@@ -86,7 +86,7 @@ def save(
   max_shard_bytes: float = 5e9,
   overwrite: bool = False,
 ) -> None:
-  """Writes a folder that transformers and vLLM load; it appears whole or not at all.
+  """Writes a folder that transformers loads; it appears whole or not at all.
 
   Every process of a run must call this; the first one writes.
 

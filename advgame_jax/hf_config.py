@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from advgame_jax.architecture import LayerKind, ModelConfig, Rope
@@ -33,6 +33,28 @@ class Family(NamedTuple):
   settings: Callable[[Values], Mapping[str, Any]] = lambda values: {}
   fixed: Values = _UNBIASED  # must be absent or have this value
   rope_types: tuple[str, ...] = ("default", "llama3", "linear")
+  slides: Callable[[Values], Iterable[bool]] = lambda values: [False] * values["num_hidden_layers"]  # have a window
+  typed: bool = False  # `layer_types`, where there are any, say it instead
+
+
+def _every(values: Values) -> list[bool]:
+  return [True] * values["num_hidden_layers"]
+
+
+def _late(values: Values) -> list[bool]:
+  return [i >= values["max_window_layers"] for i in range(values["num_hidden_layers"])]
+
+
+def _even(values: Values) -> list[bool]:
+  return [i % 2 == 0 for i in range(values["num_hidden_layers"])]
+
+
+def _pattern(values: Values) -> list[bool]:
+  return [(i + 1) % values["sliding_window_pattern"] != 0 for i in range(values["num_hidden_layers"])]
+
+
+def _unturned(values: Values) -> list[bool]:
+  return [not turned for turned in _turned("smollm3", values)]
 
 
 def _biases(values: Values) -> dict[str, Any]:
@@ -82,17 +104,29 @@ _GEMMA: Values = {
 }
 FAMILIES = {
   "llama": Family({}, _biases, {}),
-  "mistral": Family({"sliding_window": 4096, "num_key_value_heads": 8}),
-  "qwen2": Family(_QWEN, lambda _: {"biases": _PROJECTIONS[:3]}),
+  "mistral": Family({"sliding_window": 4096, "num_key_value_heads": 8}, slides=_every),
+  "qwen2": Family(_QWEN, lambda _: {"biases": _PROJECTIONS[:3]}, slides=_late, typed=True),
   "qwen3": Family(
-    {**_QWEN, "head_dim": 128}, lambda values: {**_biases(values), "query_key_norm": "head"}, {"mlp_bias": False}
+    {**_QWEN, "head_dim": 128},
+    lambda values: {**_biases(values), "query_key_norm": "head"},
+    {"mlp_bias": False},
+    slides=_late,
+    typed=True,
   ),
-  "gemma2": Family({**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, _gemma),
+  "gemma2": Family(
+    {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, _gemma, slides=_even, typed=True
+  ),
   "gemma3_text": Family(
     {**_GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
     lambda values: {**_gemma(values), "query_key_norm": "head"},
+    slides=_pattern,
+    typed=True,
   ),
-  "phi3": Family({"rms_norm_eps": 1e-5}, rope_types=("default", "longrope", "su")),
+  "phi3": Family(
+    {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    rope_types=("default", "longrope", "su"),
+    slides=_every,
+  ),
   "olmo2": Family({"rms_norm_eps": 1e-5}, lambda _: {"norms": "after", "query_key_norm": "all"}),
   "smollm3": Family(
     {
@@ -104,6 +138,8 @@ FAMILIES = {
     },
     _biases,
     {},
+    slides=_unturned,
+    typed=True,
   ),
   "qwen3_moe": Family(
     {
@@ -116,6 +152,7 @@ FAMILIES = {
     },
     _qwen_experts,
     {"mlp_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    slides=_every,
   ),
   "mixtral": Family(
     {
@@ -126,6 +163,7 @@ FAMILIES = {
       "num_key_value_heads": 8,
     },
     _mixtral,
+    slides=_every,
   ),
 }
 
@@ -222,30 +260,27 @@ def _max_positions(values: Values) -> int:
 
 
 def _layer_kinds(family: str, values: Values, where: str) -> tuple[LayerKind, ...]:
-  """Windows and rotations of all layers."""
-  layers, window = values["num_hidden_layers"], values.get("sliding_window") or 0
-  given = values.get("layer_types")
-  if given:
-    if unknown := sorted(set(given) - {"full_attention", "sliding_attention"}):
-      raise UserError(f"{where}: layer_types has {unknown[0]!r}; allowed: 'full_attention', 'sliding_attention'")
-    if len(given) != layers:
-      raise UserError(f"{where}: layer_types names {len(given)} layers; allowed: {layers}, the num_hidden_layers")
-    slides = [kind == "sliding_attention" for kind in given]
-  elif "use_sliding_window" in values:
-    first = 0 if family == "qwen3_moe" else values.get("max_window_layers", 0)
-    slides = [bool(values["use_sliding_window"]) and i >= first for i in range(layers)]
-  elif family == "gemma2":
-    slides = [i % 2 == 0 for i in range(layers)]
-  elif family == "gemma3_text":
-    slides = [(i + 1) % values["sliding_window_pattern"] != 0 for i in range(layers)]
-  else:
-    slides = [True] * layers
+  """Windows and rotations of all layers, from the fields that transformers reads of this family and no others."""
+  known, layers, window = FAMILIES[family], values["num_hidden_layers"], values.get("sliding_window") or 0
+  if "use_sliding_window" in known.defaults and not values["use_sliding_window"]:
+    window = 0
+  slides = list(known.slides(values))
+  if known.typed and values.get("layer_types"):
+    slides = [kind == "sliding_attention" for kind in _layer_types(values["layer_types"], layers, where)]
   full, local = _ropes(family, values, where)
   turned = _turned(family, values)
   return tuple(
     LayerKind((local if slide else full) if turn else Rope(fraction=0.0), window if slide else 0)
     for slide, turn in zip(slides, turned)
   )
+
+
+def _layer_types(given: Sequence[str], layers: int, where: str) -> Sequence[str]:
+  if unknown := sorted(set(given) - {"full_attention", "sliding_attention"}):
+    raise UserError(f"{where}: layer_types has {unknown[0]!r}; allowed: 'full_attention', 'sliding_attention'")
+  if len(given) != layers:
+    raise UserError(f"{where}: layer_types names {len(given)} layers; allowed: {layers}, the num_hidden_layers")
+  return given
 
 
 def _turned(family: str, values: Values) -> list[bool]:
@@ -295,13 +330,25 @@ def _rope(family: str, values: Values, given: Values, where: str) -> Rope:
   elif kind == "llama3":
     settings |= {ours: rope[theirs] for theirs, ours in _ROPE_FACTORS.items()}
   elif kind in ("longrope", "su"):
+    _check_longrope(values, rope, where)
     settings |= {"divisors": tuple(map(float, rope["short_factor"])), "amplitude": _amplitude(values, rope)}
   return Rope(**settings)
 
 
+def _check_longrope(values: Values, rope: Values, where: str) -> None:
+  head_size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+  fraction = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) or 1.0
+  pairs, given = int(head_size * fraction) // 2, rope["short_factor"]
+  if not isinstance(given, list) or len(given) != pairs:
+    raise UserError(f"{where}: short_factor is {given!r}; allowed: {pairs} numbers, one for each pair of dimensions")
+  stretch = values.get("max_position_embeddings", 2048) / _original_length(values, rope)
+  if rope.get("factor", stretch) != stretch:
+    raise UserError(f"{where}: the {rope.get('rope_type')} rope has factor {rope['factor']!r}; allowed: {stretch:g}")
+
+
 def _original_length(values: Values, rope: Values) -> int:
-  longest = values.get("max_position_embeddings", 2048)
-  return values.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest
+  """Phi-3's; what stands beside the rope is stronger than what stands in it."""
+  return values["original_max_position_embeddings"] or rope["original_max_position_embeddings"]
 
 
 def _amplitude(values: Values, rope: Values) -> float:
@@ -370,7 +417,7 @@ def _llama_values(config: ModelConfig) -> dict[str, Any]:
     "max_position_embeddings": config.max_positions,
     "rope_theta": rope.theta,
     "rope_scaling": {"rope_type": "llama3", **scaling} if rope.original_length else linear,
-    "hidden_act": "silu",
+    "hidden_act": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation),
     "attention_bias": "query" in config.biases,
     "mlp_bias": "gate" in config.biases,
   }

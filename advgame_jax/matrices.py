@@ -13,7 +13,7 @@ class Int8(NamedTuple):
   """A frozen matrix in eight bits: `values` × `scale`, a scale for each output (2208.07339 without its outliers)."""
 
   values: jax.Array  # int8, the matrix's shape
-  scale: jax.Array  # the same, its input dimensions of size 1
+  scale: jax.Array  # float32, the same shape with input dimensions of size 1
 
 
 class Adapted(NamedTuple):
@@ -35,9 +35,8 @@ def project(x: jax.Array, matrix: Matrix, inputs: int = 1) -> jax.Array:
   if isinstance(matrix, Adapted):
     return project(x, matrix.weight, inputs) + project(project(x, matrix.down, inputs), matrix.up)
   if isinstance(matrix, Int8):
-    return project(x, matrix.values.astype(x.dtype), inputs) * matrix.scale.astype(x.dtype).reshape(
-      matrix.values.shape[inputs:]
-    )
+    product = project(x, matrix.values.astype(x.dtype), inputs).astype(jnp.float32)
+    return (product * matrix.scale.reshape(matrix.values.shape[inputs:])).astype(x.dtype)
   before, outputs = x.shape[: x.ndim - inputs], matrix.shape[inputs:]
   size = math.prod(matrix.shape[:inputs])
   return (x.reshape(-1, size) @ matrix.reshape(size, -1)).reshape(*before, *outputs)
@@ -55,9 +54,10 @@ def dense(matrix: "jax.Array | Int8", dtype: Any) -> jax.Array:
   """All of its numbers."""
   if not isinstance(matrix, Int8):
     return matrix.astype(dtype)
-  return matrix.values.astype(dtype) * matrix.scale.astype(dtype)
+  return (matrix.values * matrix.scale).astype(dtype)
 
 
 def cast(params: Params, dtype: Any) -> Params:
-  """Weights in the compute dtype; whole numbers stay what they are."""
-  return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+  """Weights in the compute dtype; what is in eight bits stays, its scales in float32."""
+  is_int8 = lambda x: isinstance(x, Int8)
+  return jax.tree.map(lambda x: x if is_int8(x) else x.astype(dtype), params, is_leaf=is_int8)

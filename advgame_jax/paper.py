@@ -56,11 +56,12 @@ def config(argument: str, attacker: str, defender: str, seeds: tuple[str, str]) 
       f"{', '.join(ABLATIONS)}, then perhaps lora, with commas between"
     )
   samples = 4 if loss == "grpo" else 2
+  shards = 1 if lora else 2  # of the rows, on the 8 cards of a run of all weights
   each = samples if loss == "grpo" else 1  # comparisons of a node: every sample, or the best against the worst
   made = Config(
     game=Game(attacks=samples, responses=samples),
-    attacker=_player(attacker, 1024, SEEDS * each, think=True, lora=lora),
-    defender=_player(defender, 512, SEEDS * samples * each, think=False, lora=lora),
+    attacker=_player(attacker, 1024, SEEDS * each // shards, think=True, lora=lora),
+    defender=_player(defender, 512, SEEDS * samples * each // shards, think=False, lora=lora),
     judges=Judges(kind="heuristic"),
     loss=Loss(kind=loss),  # type: ignore[arg-type]
     data=Data(train=seeds[:1], validation=seeds[1:], batch=SEEDS),

@@ -1,6 +1,7 @@
 """PEFT adapter folder ↔ adapters: adapter_config.json and adapter_model.safetensors."""
 
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -12,21 +13,33 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh
 
-from advgame_jax import hf, lora, sharding
+from advgame_jax import architecture, hf, lora, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.config import Lora
 from advgame_jax.types import Params, UserError
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What these adapters are not: each must be absent or have one of these values.
-_FIXED = {
+_FIXED: Mapping[str, tuple[Any, ...]] = {
   "peft_type": ("LORA",),
   "bias": ("none",),
-  "use_dora": (False,),
-  "use_rslora": (False,),
-  "fan_in_fan_out": (False,),
+  "init_lora_weights": (True, False, "gaussian", "eva"),  # others change the base
 }
-_EMPTY = ("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias", "exclude_modules")
+# Fields that change no number, or that are checked elsewhere; any other must be empty.
+_HARMLESS = {
+  "auto_mapping",
+  "base_model_name_or_path",
+  "inference_mode",
+  "lora_alpha",
+  "lora_dropout",
+  "megatron_core",
+  "peft_version",
+  "qalora_group_size",
+  "r",
+  "revision",
+  "target_modules",
+  "task_type",
+}
 
 
 def check(folder: str | pathlib.Path, config: ModelConfig, settings: Lora) -> None:
@@ -37,10 +50,11 @@ def check(folder: str | pathlib.Path, config: ModelConfig, settings: Lora) -> No
   """
   folder = pathlib.Path(folder)
   values = _read_config(folder)
+  _refuse_fused(config, settings, folder)
   for name, allowed in _FIXED.items():
     if values.get(name) not in (*allowed, None):
       raise UserError(f"{folder / _CONFIG}: {name} is {values[name]!r}; allowed: {allowed[0]!r}")
-  if given := [name for name in _EMPTY if values.get(name)]:
+  if given := sorted(name for name in values.keys() - _FIXED.keys() - _HARMLESS if values[name]):
     raise UserError(f"{folder / _CONFIG}: {given[0]} is {values[given[0]]!r}; allowed: none")
   found = {"rank": values.get("r"), "alpha": values.get("lora_alpha")}
   if (found["rank"], found["alpha"]) != (settings.rank, settings.alpha):
@@ -98,25 +112,30 @@ def save(
   folder = pathlib.Path(folder).absolute()
   hf.check_target(folder)
   specs = lora.adapter_specs(config, settings)
-  modules = {name: pair["down"].hf_name.split(".")[-3] for name, pair in specs["layers"].items()}
-  if len(set(modules.values())) < len(modules):
-    raise UserError(
-      f"{config.family} fuses {', '.join(modules)} into {', '.join(sorted(set(modules.values())))}, which have one "
-      "adapter each in PEFT; allowed: a merged export"
-    )
-  partial = folder.parent / f".{folder.name}.partial"
+  _refuse_fused(config, settings, folder)
+  modules = sorted({pair["down"].hf_name.split(".")[-3] for pair in specs["layers"].values()})
+  partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
   try:
     partial.mkdir(parents=True)
-    (partial / _CONFIG).write_text(
-      json.dumps(_config_values(settings, sorted(modules.values()), base), indent=2) + "\n"
-    )
+    (partial / _CONFIG).write_text(json.dumps(_config_values(settings, modules, base), indent=2) + "\n")
     tensors = dict(hf.tensors(specs, adapters, jnp.dtype(dtype)))
     safetensors.numpy.save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
+    (partial / _WEIGHTS).chmod((partial / _CONFIG).stat().st_mode)  # safetensors makes it the owner's alone
     partial.rename(folder)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(f"{folder} could not be written ({error}); nothing was changed there") from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_fused(config: ModelConfig, settings: Lora, folder: pathlib.Path) -> None:
+  """PEFT adapts a fused matrix as one; ours are several."""
+  layers = architecture.param_specs(config)["layers"]
+  if fused := [target for target in settings.targets if layers[target].hf_rows != (0, 0)]:
+    raise UserError(
+      f"{folder}: {config.family} fuses {', '.join(fused)} with others, and PEFT adapts what is fused as one matrix; "
+      "allowed: a merged export, or other lora.targets"
+    )
 
 
 def _config_values(settings: Lora, modules: list[str], base: str) -> dict[str, Any]:
@@ -125,7 +144,7 @@ def _config_values(settings: Lora, modules: list[str], base: str) -> dict[str, A
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": base,
     "r": settings.rank,
-    "lora_alpha": settings.alpha,
+    "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
     "lora_dropout": 0.0,
     "target_modules": modules,
     "bias": "none",

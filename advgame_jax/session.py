@@ -35,7 +35,7 @@ from advgame_jax.config import Config
 from advgame_jax.data import Seed
 from advgame_jax.policies import LanguageModel
 from advgame_jax.state import TrainState
-from advgame_jax.types import Judge, Params, Players, Policy, PreferenceBatch, UserError
+from advgame_jax.types import Judge, Params, Players, Policy, PreferenceBatch, UserError, fold_key
 from advgame_jax.update import Bases, Metrics, Recipe, joint_update
 
 
@@ -60,8 +60,7 @@ class Session:
     if settings.lora.start:
       return peft.load(settings.lora.start, recipe.model, settings.lora, self.mesh, sharding.TRAIN)
     where = architecture.shardings(recipe.specs, self.mesh, sharding.TRAIN)
-    key = jax.random.fold_in(jax.random.key(self.config.seed), self.recipes.index(recipe))
-    return jax.jit(functools.partial(lora.init, recipe.specs), out_shardings=where)(key)
+    return jax.jit(functools.partial(lora.init, recipe.specs), out_shardings=where)(jax.random.key(recipe.seed))
 
   @functools.cached_property
   def bases(self) -> Bases:
@@ -97,9 +96,9 @@ class Session:
     """Both players as they play now."""
     return Players(*(player.policy(w) for player, w in zip(self.players, self.generators(state))))
 
-  @functools.cached_property
+  @property
   def initial_generators(self) -> Players[Params]:
-    """The weights before the run, in the decode layout."""
+    """The weights before the run, in the decode layout; read anew, so that none stay between evaluations."""
     fresh = [recipe.adapted and not recipe.player.lora.start for recipe in self.recipes]
     return self._to_play(Players(*({} if new else self.load_weights(r) for new, r in zip(fresh, self.recipes))))
 
@@ -158,8 +157,7 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
   """
   if jax.process_count() > 1:
     raise UserError(f"{jax.process_count()} processes run this; allowed: one, with all its devices, as of this version")
-  if config.game.skip_attacker:  # it has nothing to learn from
-    config = dataclasses.replace(config, attacker=dataclasses.replace(config.attacker, frozen=True))
+  config = played(config)
   train_seeds = data.load(config.data.train, "train", config.data.duplicates)
   validation_seeds = data.load(config.data.validation, "validation", config.data.duplicates)
   data.check_disjoint(train_seeds, validation_seeds)
@@ -181,10 +179,17 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
   return session
 
 
+def played(config: Config) -> Config:
+  """The settings as they are played: an Attacker that is skipped has nothing to learn from."""
+  if not config.game.skip_attacker:
+    return config
+  return dataclasses.replace(config, attacker=dataclasses.replace(config.attacker, frozen=True))
+
+
 def make_recipes(config: Config) -> Players[Recipe]:
   """How both players are updated; their folders are read for the architectures alone."""
 
-  def make(player: config_lib.Player, seed: int) -> Recipe:
+  def make(player: config_lib.Player, place: int) -> Recipe:
     return Recipe(
       model=hf_config.load_config(player.model),
       player=player,
@@ -193,10 +198,10 @@ def make_recipes(config: Config) -> Players[Recipe]:
       steps=config.steps,
       dtype=policies.compute_dtype(config.precision),
       layout=sharding.TRAIN,
-      seed=seed,
+      seed=fold_key(config.seed, place) % 2**31,
     )
 
-  return Players(make(config.attacker, 4 * config.seed), make(config.defender, 4 * config.seed + 2))
+  return Players(make(config.attacker, 0), make(config.defender, 1))
 
 
 def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:

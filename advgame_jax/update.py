@@ -32,7 +32,7 @@ class Recipe:
   steps: int
   dtype: Any = jnp.float32
   layout: Layout = LOCAL
-  seed: int = 0  # of stochastic rounding
+  seed: int = 0  # of fresh adapters and of stochastic rounding
 
   @property
   def adapted(self) -> bool:
@@ -49,7 +49,7 @@ class Recipe:
   @property
   def optimizer(self) -> optax.GradientTransformation:
     moments = self.precision.moments
-    return state_lib.make_optimizer(self.player.optimizer, self.steps, self.specs, moments, self.seed)
+    return state_lib.make_optimizer(self.player.optimizer, self.steps, self.specs, moments, self.seed ^ 1)
 
   def weights(self, params: Params, bases: Bases) -> Params:
     """What computes: the parameters themselves, or the base they are adapters of."""
@@ -69,7 +69,7 @@ def joint_update(
   Returns:
     The new state, and scalars by '{player}/{name}'.
   """
-  keys = [jax.random.fold_in(jax.random.key(recipe.seed + 1), state.step) for recipe in recipes]
+  keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(recipe.seed), 1), state.step) for recipe in recipes]
   updated = Players(*(_update_player(*player, bases) for player in zip(recipes, keys, state.players, batch)))
   metrics = {
     f"{name}/{key}": value for name, (_, scalars) in zip(Players._fields, updated) for key, value in scalars.items()

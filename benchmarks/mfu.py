@@ -52,7 +52,9 @@ LAYERS = flags.DEFINE_integer(
 MODES = flags.DEFINE_list("modes", ["lora", "full"], "What learns.")
 LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096"], "Tokens of a row.")
 ATTENTIONS = flags.DEFINE_list("attentions", ["xla", "cudnn"], "Implementations, as precision.attention.")
-REMATS = flags.DEFINE_list("remats", ["layer", "none"], "What is recomputed, as precision.remat.")
+REMATS = flags.DEFINE_multi_enum("remats", ["layer", "none"], ["none", "products", "layer"], "As precision.remat.")
+  "remats", ["layer", "none"], ["none", "products", "layer"], "What is recomputed, as precision.remat."
+)
 CHUNKS = flags.DEFINE_list("chunks", ["1024"], "Tokens whose logits exist at one time.")
 TOKENS = flags.DEFINE_integer("tokens", 8192, "Of one call, as long as they fit.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Calls measured; the median counts.", lower_bound=1)
@@ -77,7 +79,7 @@ def step(config: ModelConfig, case: Case, learnt: Params, base: Params, tokens_R
   def loss(learnt: Params) -> jax.Array:
     params = lora.attach(base, lora.scale(learnt, ADAPTERS)) if base else learnt
     mask_RT = tokens_RT >= 0  # all, which the compiler does not know
-    options: dict[str, Any] = {"chunk": case.chunk, "remat": case.remat == "layer", "kernel": case.attention}
+    options: dict[str, Any] = {"chunk": case.chunk, "remat": case.remat, "kernel": case.attention}
     logprob_RT = scoring.score(config, params, tokens_RT, mask_RT, dtype=jnp.bfloat16, **options)
     return -jnp.mean(logprob_RT[:, 1:])
 

@@ -1,4 +1,4 @@
-"""A player of a run → a folder that transformers, vLLM or peft loads.
+"""A player of a run → a folder that transformers or peft loads.
 
     python launch/export.py --workdir=runs/smollm2 --player=defender --out=models/safer
     python launch/export.py --workdir=runs/lora --player=attacker --form=adapter --out=models/attacker_adapter
@@ -6,6 +6,7 @@
 The run may be under way. `--form=adapter` is a PEFT folder, of a player that learns by LoRA.
 """
 
+import jax
 from absl import flags
 
 from advgame_jax import command, export
@@ -21,6 +22,7 @@ _STEP = flags.DEFINE_integer("step", None, "of the checkpoint; without, the newe
 
 
 def main() -> None:
+  jax.config.update("jax_platforms", "cpu")  # the run may hold the accelerators; and sums are exact here
   export.export(
     _WORKDIR.value,
     _PLAYER.value,

@@ -62,6 +62,7 @@ def test_an_earlier_checkpoint_and_the_base_s_dtype(run, tmp_path):
   "arguments, sentence",
   [
     ({"step": 7}, "there is no checkpoint of step 7; allowed: 1, 2"),
+    ({"form": "peft"}, "form is 'peft' .*; allowed: merged, adapter; ema, train"),
     ({"form": "adapter"}, "the defender of .* has no adapters; allowed: --form=merged"),
   ],
 )
@@ -78,6 +79,15 @@ def test_folders_that_are_none_are_refused(run, tmp_path):
   (tmp_path / "out" / "kept").write_text("")
   with pytest.raises(UserError, match="is there already"):
     export.export(str(run[0]), "defender", str(tmp_path / "out"))
+
+
+def test_a_run_that_skips_its_attacker_exports_both(world_folder, tmp_path):
+  config = world.config(world_folder, steps=1, game__skip_attacker=True)
+  train.train(config, str(tmp_path / "run"), devices=jax.devices()[ONE])
+  for name in ("attacker", "defender"):
+    export.export(str(tmp_path / "run"), name, str(tmp_path / name), dtype="float32")
+  assert world.same(hf.load(tmp_path / "attacker"), hf.load(config.attacker.model))
+  assert not world.same(hf.load(tmp_path / "defender"), hf.load(config.defender.model))
 
 
 def test_exporting_leaves_the_run_as_it_is(run, tmp_path):

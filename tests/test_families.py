@@ -3,6 +3,7 @@
 The folders hold what transformers wrote and computed (tests/golden/make_goldens.py), so that no torch is needed here.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 
 from advgame_jax import architecture, hf, hf_config, model, sampler, sharding
 from advgame_jax import config as config_lib
+from advgame_jax.types import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"))
@@ -110,3 +112,51 @@ def test_flops_count_the_experts_that_a_token_goes_through():
   context = 4.0
   attended = 2 * config.layers * config.heads * config.head_size * context
   assert architecture.forward_flops(config, 10, context) == 20 * (matrices + attended)
+
+
+def windows(name, **changes):
+  """Of each layer, under a config with changes; None takes a field away."""
+  values = json.loads((GOLDEN / name / "config_v4.json").read_text()) | changes
+  values = {key: value for key, value in values.items() if value is not None}
+  return [kind.window for kind in hf_config.from_values(values, "here").layer_kinds]
+
+
+SLIDES, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+  "name, changes, expected",
+  [
+    ("llama_tied", {"sliding_window": 8}, [0, 0]),  # transformers' Llama has no window, whatever is written
+    ("olmo2", {"sliding_window": 8}, [0, 0]),
+    ("mistral", {"layer_types": [FULL, FULL], "use_sliding_window": False}, [8, 8]),  # fields that Mistral has not
+    ("mixtral", {"sliding_window": 8}, [8, 8]),
+    ("qwen2_window", {"use_sliding_window": False}, [0] * 4),
+    ("qwen2_window", {"layer_types": [SLIDES, FULL, FULL, SLIDES]}, [8, 0, 0, 8]),
+    ("qwen2_window", {"layer_types": [SLIDES] * 4, "use_sliding_window": False}, [0] * 4),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, [8, 8]),
+    ("gemma2", {"layer_types": None}, [8, 0, 8, 0]),
+    ("smollm3", {"layer_types": None, "use_sliding_window": True, "sliding_window": 8}, [0, 8, 0, 0]),
+  ],
+)
+def test_windows_come_from_the_fields_that_transformers_reads(name, changes, expected):
+  assert windows(name, **changes) == expected
+
+
+@pytest.mark.parametrize(
+  "rope, sentence",
+  [
+    ({"short_factor": [1.0]}, r"short_factor is \[1.0\]; allowed: 4 numbers"),
+    ({"factor": 3.0}, "rope has factor 3.0; allowed: 4"),
+  ],
+)
+def test_a_longrope_that_would_be_computed_otherwise_is_refused(rope, sentence):
+  values = json.loads((GOLDEN / "phi3_partial" / "config_v4.json").read_text())
+  values["rope_scaling"] = values["rope_scaling"] | rope
+  with pytest.raises(UserError, match=sentence):
+    hf_config.from_values(values, "here")
+
+
+def test_an_activation_survives_an_export():
+  config = dataclasses.replace(hf.load_config(GOLDEN / "llama_tied"), activation="gelu_tanh")
+  assert hf_config.from_values(hf_config.to_values(config), "here") == config

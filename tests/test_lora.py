@@ -131,6 +131,17 @@ def test_int8_projects_what_its_numbers_say(name):
   assert 0 < error.mean() < 0.05 * np.std(exact)
 
 
+def test_int8_scales_stay_float32_in_bfloat16():
+  narrow = matrices.quantise(tiny.params()["layers"]["down"], 1, 1)
+  kept = matrices.cast({"down": narrow}, jnp.bfloat16)["down"]
+  assert kept.scale.dtype == jnp.float32 and kept.values.dtype == jnp.int8
+  x = np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32)
+  layer = jax.tree.map(lambda part: part[0], narrow)
+  exact = x @ np.asarray(matrices.dense(layer, jnp.float32))
+  error = np.asarray(matrices.project(jnp.asarray(x, jnp.bfloat16), layer), np.float32) - exact
+  assert np.abs((error / np.std(exact)).mean()) < 1e-3 and np.std(error) < 5e-3 * np.std(exact)
+
+
 # PEFT.
 
 
@@ -181,9 +192,12 @@ def test_peft_loads_what_is_written(qwen3, tmp_path):
   [
     ({"r": 8}, {}, "holds adapters of rank 8 and alpha 12, the settings say 4 and 12; allowed: lora.rank"),
     ({}, {"alpha": 4.0}, "rank 4 and alpha 12, the settings say 4 and 4"),
-    ({"use_dora": True}, {}, "use_dora is True; allowed: False"),
+    ({"use_dora": True}, {}, "use_dora is True; allowed: none"),
     ({"peft_type": "IA3"}, {}, "peft_type is 'IA3'; allowed: 'LORA'"),
     ({"bias": "all"}, {}, "bias is 'all'; allowed: 'none'"),
+    ({"init_lora_weights": "pissa"}, {}, "init_lora_weights is 'pissa'; allowed: True"),
+    ({"use_rslora": True}, {}, "use_rslora is True; allowed: none"),
+    ({"layer_replication": [[0, 2]]}, {}, "layer_replication is"),
     ({"modules_to_save": ["lm_head"]}, {}, r"modules_to_save is \['lm_head'\]; allowed: none"),
     ({}, {"targets": ("query",)}, "has base_model.*; allowed: adapters of this base, on the matrices of lora.targets"),
   ],
@@ -208,10 +222,12 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     peft.check(tmp_path, hf.load_config(GOLDEN / "qwen3"), ALL)
 
 
-def test_what_a_family_fuses_has_no_adapter_folder(tmp_path):
+@pytest.mark.parametrize("targets", [("query",), ("gate", "down"), config_lib.LORA_TARGETS])
+def test_what_a_family_fuses_has_no_adapter_folder(tmp_path, targets):
   config = hf.load_config(GOLDEN / "phi3")
-  with pytest.raises(UserError, match=r"phi3 fuses query, .* allowed: a merged export"):
-    peft.save(tmp_path / "out", config, ALL, adapters(ALL, config=config), "phi3")
+  with pytest.raises(UserError, match=r"phi3 fuses (query|gate).* allowed: a merged export"):
+    settings = dataclasses.replace(ALL, targets=targets)
+    peft.save(tmp_path / "out", config, settings, adapters(settings, config=config), "phi3")
   assert not (tmp_path / "out").exists()
 
 
