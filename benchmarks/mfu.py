@@ -53,8 +53,6 @@ MODES = flags.DEFINE_list("modes", ["lora", "full"], "What learns.")
 LENGTHS = flags.DEFINE_list("lengths", ["1024", "4096"], "Tokens of a row.")
 ATTENTIONS = flags.DEFINE_list("attentions", ["xla", "cudnn"], "Implementations, as precision.attention.")
 REMATS = flags.DEFINE_multi_enum("remats", ["layer", "none"], ["none", "products", "layer"], "As precision.remat.")
-  "remats", ["layer", "none"], ["none", "products", "layer"], "What is recomputed, as precision.remat."
-)
 CHUNKS = flags.DEFINE_list("chunks", ["1024"], "Tokens whose logits exist at one time.")
 TOKENS = flags.DEFINE_integer("tokens", 8192, "Of one call, as long as they fit.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Calls measured; the median counts.", lower_bound=1)

@@ -345,7 +345,10 @@ LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
     ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; allowed: 'silu', 'gelu_pytorch_tanh'"),
     ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types names 1 layers; allowed: 2"),
-    ({"model_type": "qwen2", "layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'; allowed: 'full_"),
+    (
+      {"model_type": "qwen2", "layer_types": ["full_attention", "linear_attention"]},
+      "layer_types has 'linear_attention'; allowed: 'full_",
+    ),
     ({"pretraining_tp": 2}, "pretraining_tp is 2"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is"),
     (
