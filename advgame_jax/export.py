@@ -61,7 +61,10 @@ def export(
     frozen = hf.load(settings.model, dtype=jnp.float32)
     learnt = lora.merge(recipe.model, lora.attach(frozen, lora.scale(learnt, settings.lora)))
   written = dtype or str(base.get("torch_dtype") or base.get("dtype") or "float32")
-  hf.save(out, recipe.model, learnt, tokenizer.load(settings.model), base, dtype=written)
+  generation = pathlib.Path(settings.model) / "generation_config.json"
+  kept = hf_config.read_object(generation) if generation.is_file() else {}
+  words = tokenizer.load(settings.model)
+  hf.save(out, recipe.model, learnt, words, base, base_generation=kept, dtype=written)
 
 
 def _read(

@@ -82,6 +82,7 @@ def save(
   tokenizer: Tokenizer | None = None,
   base_config: Mapping[str, Any] | None = None,
   *,
+  base_generation: Mapping[str, Any] | None = None,
   dtype: str = "float32",
   max_shard_bytes: float = 5e9,
   overwrite: bool = False,
@@ -92,6 +93,7 @@ def save(
 
   Args:
     base_config: config.json of the model this came from; what the architecture does not decide is kept.
+    base_generation: its generation_config.json, which is kept but for the tokenizer's ids.
     dtype: of the weights in the file: float32, bfloat16 or float16.
     overwrite: replace the model folder that may be there.
 
@@ -105,7 +107,8 @@ def save(
     if jax.process_index() == 0:
       partial.mkdir(parents=True)
       _write_json(partial / "config.json", _config_values(config, base_config, tokenizer, dtype))
-      _write_json(partial / "generation_config.json", _generation_values(base_config or {}, tokenizer))
+      generation = _generation_values(base_config or {}, base_generation or {}, tokenizer)
+      _write_json(partial / "generation_config.json", generation)
       if tokenizer:
         tokenizer.save(partial)
     _write_weights(partial, config, params, jnp.dtype(dtype), max_shard_bytes)
@@ -367,9 +370,11 @@ def _config_values(
   return {"bos_token_id": None} | values | (_token_ids(tokenizer) if tokenizer else {})
 
 
-def _generation_values(base: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _generation_values(
+  base: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
   kept = {name: base[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if base.get(name) is not None}
-  return kept | (_token_ids(tokenizer) if tokenizer else {})
+  return kept | dict(generation) | (_token_ids(tokenizer) if tokenizer else {})
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -179,6 +179,11 @@ def read(folder: str | pathlib.Path) -> dict[str, Any]:
     raise UserError(f"there is no folder {folder}; allowed: a Hugging Face folder")
   if not path.is_file():
     raise UserError(f"{folder} has no config.json; allowed: a Hugging Face folder of a language model")
+  return read_object(path)
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object in a file; UserError where it holds none."""
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:

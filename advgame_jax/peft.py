@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh
 
-from advgame_jax import architecture, hf, lora, sharding
+from advgame_jax import architecture, hf, hf_config, lora, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.config import Lora
 from advgame_jax.types import Params, UserError
@@ -157,13 +157,7 @@ def _read_config(folder: pathlib.Path) -> Mapping[str, Any]:
   path = folder / _CONFIG
   if not path.is_file():
     raise UserError(f"{folder} has no {_CONFIG}; allowed: a PEFT adapter folder")
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise UserError(f"{path} is no JSON ({error})") from error
-  if not isinstance(values, dict):
-    raise UserError(f"{path} holds a {type(values).__name__}; allowed: a JSON object")
-  return values
+  return hf_config.read_object(path)
 
 
 def _open(folder: pathlib.Path) -> Any:

@@ -38,7 +38,7 @@ class Rows(NamedTuple):
   prompt: Cache  # of Q prompts, each shared by its group
   temperature: jax.Array
   top_p: jax.Array
-  stops_EV: jax.Array
+  stops_ZV: jax.Array
 
 
 class SamplingState(NamedTuple):
@@ -126,7 +126,7 @@ def sample(
   key: jax.Array,
   temperature: jax.Array,
   top_p: jax.Array,
-  stops_EV: jax.Array,
+  stops_ZV: jax.Array,
   *,
   group: int,
   max_new_tokens: int,
@@ -141,7 +141,7 @@ def sample(
     tokens_QT: prompts, padded on the right; `length_Q` ≥ 1 of each.
     present_Q: bool; an absent prompt draws nothing and is waited for by nobody.
     temperature: scalar, 0 is greedy. `top_p`: scalar, 1 keeps all.
-    stops_EV: of `stop_table`.
+    stops_ZV: of `stop_table`.
     chunk: tokens between two checks whether all rows are done.
   """
   rows, last_QM = _prefill(
@@ -155,7 +155,7 @@ def sample(
     kernel,
     temperature=temperature,
     top_p=top_p,
-    stops_EV=stops_EV,
+    stops_ZV=stops_ZV,
   )
   slots = max_new_tokens + -max_new_tokens % chunk
   state = _start(config, jnp.repeat(last_QM, group, 0), jnp.repeat(present_Q, group), slots, layout)
@@ -226,8 +226,8 @@ def _draw_next(
   token_R = jnp.where(state.done_R, 0, draw(density_RV, uniform_R))
   behaviour_R = jnp.log(jnp.take_along_axis(density_RV, token_R[:, None], 1)[:, 0])
   plain_R = scoring.plain_logprob(logits_RV, token_R)
-  stop_state_R = rows.stops_EV[state.stop_state_R, token_R].astype(jnp.int32)
-  stopped_R = ~state.done_R & (stop_state_R == rows.stops_EV.shape[0] - 1)
+  stop_state_R = rows.stops_ZV[state.stop_state_R, token_R].astype(jnp.int32)
+  stopped_R = ~state.done_R & (stop_state_R == rows.stops_ZV.shape[0] - 1)
 
   def record(x_RT: jax.Array, x_R: jax.Array) -> jax.Array:
     x_R = jnp.where(state.done_R, 0, x_R).astype(x_RT.dtype)

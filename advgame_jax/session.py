@@ -53,10 +53,10 @@ class Session:
   validation_seeds: list[Seed]
 
   def load_weights(self, recipe: Recipe) -> Params:
-    """What a player starts to learn from, float32, in the training layout: its folder's weights, or adapters."""
+    """What a player starts to learn from, in the training layout: its folder's weights, or adapters."""
     settings = recipe.player
     if not recipe.adapted:
-      return hf.load(settings.model, self.mesh, sharding.TRAIN)
+      return hf.load(settings.model, self.mesh, sharding.TRAIN, recipe.precision.master)
     if settings.lora.start:
       return peft.load(settings.lora.start, recipe.model, settings.lora, self.mesh, sharding.TRAIN)
     where = architecture.shardings(recipe.specs, self.mesh, sharding.TRAIN)

@@ -6,8 +6,11 @@ Every array name ends in its axes. The letters, unique in the package:
 
     B seeds   A attacks per seed   D responses per attack   P comparisons   C completions of a comparison   J votes
     R rows of a device batch (prompts × samples)   Q rows before they fork   G samples of one prompt
-    T tokens   t tokens of one chunk   S cache slots   E stop states   X what one function runs over, as it says
+    T tokens   t tokens of one chunk   S cache slots   Z stop states   X what one function runs over, as it says
     V vocabulary   M width   F feed-forward   N query heads   K key/value heads   H head size   L layers
+    E experts   k of them per token   n query heads of a key head   h rotated pairs of a head   g rows of a group
+
+A small letter is otherwise the part of the large one that is in one chunk or block.
 
 Records of the host hold numpy arrays (text as arrays of `object`); what a jitted step reads is a pytree. Fixed shapes
 everywhere: what is absent has length 0, weight 0 or a `Status`, never `None`.

@@ -1,6 +1,7 @@
 """A finished run's players, exported, are the weights of its checkpoint."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -48,6 +49,18 @@ def test_adapters_merged_and_as_they_are(run, tmp_path):
   merged = lora.merge(model, lora.attach(hf.load(settings.model), lora.scale(loaded, settings.lora)))
   jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "merged"), merged)
   assert not world.same(merged, hf.load(settings.model))
+
+
+def test_how_the_base_is_sampled_is_kept(world_folder, tmp_path):
+  shutil.copytree(world_folder / "defender_base", tmp_path / "base")
+  path = tmp_path / "base" / "generation_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"top_p": 0.8, "repetition_penalty": 1.05}))
+  config = world.config(world_folder, steps=1, defender__model=str(tmp_path / "base"), attacker__frozen=True)
+  train.train(config, str(tmp_path / "run"), devices=jax.devices()[ONE])
+  export.export(str(tmp_path / "run"), "defender", str(tmp_path / "out"))
+  written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+  assert (written["top_p"], written["repetition_penalty"]) == (0.8, 1.05)
+  assert written["eos_token_id"] == json.loads(path.read_text())["eos_token_id"]
 
 
 def test_an_earlier_checkpoint_and_the_base_s_dtype(run, tmp_path):

@@ -33,6 +33,7 @@ CHAINS = (
   "blockwise → kernels → attention → model",
   "architecture → hf_config → hf → hf_gguf",
   "hf → peft",
+  "hf_config → peft",
   "hf → frozen",
   "matrices → frozen",
   "architecture → frozen",

@@ -25,8 +25,8 @@ TOKENS_QT = np.where(np.arange(7) < LENGTH_Q[:, None], RNG.integers(1, CONFIG.vo
 
 
 @functools.partial(jax.jit, static_argnames=("group", "max_new_tokens", "chunk", "layout"))
-def compiled(params, tokens_QT, length_Q, present_Q, key, temperature, top_p, stops_EV, **static):
-  return sampler.sample(CONFIG, params, tokens_QT, length_Q, present_Q, key, temperature, top_p, stops_EV, **static)
+def compiled(params, tokens_QT, length_Q, present_Q, key, temperature, top_p, stops_ZV, **static):
+  return sampler.sample(CONFIG, params, tokens_QT, length_Q, present_Q, key, temperature, top_p, stops_ZV, **static)
 
 
 def sample(
@@ -36,14 +36,14 @@ def sample(
   key=KEY,
   temperature=0.8,
   top_p=0.9,
-  stops_EV=STOPS,
+  stops_ZV=STOPS,
   group=2,
   max_new_tokens=11,
   **static,
 ):
   """Rows as [Q, G, …], on the host."""
   present_Q = np.ones(len(length_Q), bool) if present_Q is None else present_Q
-  arrays = (PARAMS, tokens_QT, length_Q, present_Q, key, jnp.float32(temperature), jnp.float32(top_p), stops_EV)
+  arrays = (PARAMS, tokens_QT, length_Q, present_Q, key, jnp.float32(temperature), jnp.float32(top_p), stops_ZV)
   drawn = compiled(*arrays, group=group, max_new_tokens=max_new_tokens, **{"chunk": 4, **static})
   return jax.tree.map(lambda x: np.asarray(x).reshape(len(length_Q), group, *x.shape[1:]), drawn)
 
@@ -239,7 +239,7 @@ def test_log_probabilities_agree_with_scoring(temperature, top_p):
 
 
 def test_greedy_samples_are_arg_max_rollouts():
-  drawn = sample(temperature=0.0, stops_EV=NEVER)
+  drawn = sample(temperature=0.0, stops_ZV=NEVER)
   np.testing.assert_array_equal(drawn.tokens_RT[:, 0], drawn.tokens_RT[:, 1])
   for q in (0, 3):
     row = list(TOKENS_QT[q, : LENGTH_Q[q]])
@@ -280,7 +280,7 @@ def test_new_temperatures_keys_and_stops_compile_nothing():
   baseline()
   before = compiled._cache_size()
   other = sample(temperature=1.3, top_p=0.4, key=jax.random.key(1))
-  again = sample(temperature=0.0, top_p=1.0, stops_EV=np.array(STOPS))
+  again = sample(temperature=0.0, top_p=1.0, stops_ZV=np.array(STOPS))
   assert compiled._cache_size() == before
   assert (other.tokens_RT != again.tokens_RT).any()
 
@@ -337,10 +337,10 @@ def test_the_automaton_equals_a_search_in_the_text(texts, stops, draws):
 def test_stop_strings_end_sampled_rows():
   """Each token's text is a letter: rows end where a search in their text says they do."""
   texts = [chr(97 + i % 26) for i in range(CONFIG.vocab)]
-  free = sample(stops_EV=NEVER, top_p=1.0)
+  free = sample(stops_ZV=NEVER, top_p=1.0)
   letters = lambda tokens_T: "".join(texts[t] for t in tokens_T)
   stops = [letters(free.tokens_RT[q, 0])[3:5] for q in range(4)]
-  drawn = sample(stops_EV=sampler.stop_table(texts, [], stops), top_p=1.0)
+  drawn = sample(stops_ZV=sampler.stop_table(texts, [], stops), top_p=1.0)
   for q, g in np.ndindex(8, 2):
     text = letters(free.tokens_RT[q, g])
     ends = [text.index(stop) + 2 for stop in stops if stop in text]
