@@ -70,11 +70,7 @@ def joint_update(
     The new state, and scalars by '{player}/{name}'.
   """
   keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(recipe.seed), 1), state.step) for recipe in recipes]
-  attacker = _update_player(recipes.attacker, keys[0], state.players.attacker, batch.attacker, bases)
-  # One after the other: what the first needed is free for the second, and their collectives meet in one order.
-  later = jax.lax.optimization_barrier((state.players.defender, batch.defender, attacker[1]))[:2]
-  defender = _update_player(recipes.defender, keys[1], *later, bases)
-  updated = Players(attacker, defender)
+  updated = Players(*(_update_player(*player, bases) for player in zip(recipes, keys, state.players, batch)))
   metrics = {
     f"{name}/{key}": value for name, (_, scalars) in zip(Players._fields, updated) for key, value in scalars.items()
   }
