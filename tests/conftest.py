@@ -14,6 +14,8 @@ _EIGHT = " --xla_force_host_platform_device_count=8"
 _FLAGS = os.environ.get("XLA_FLAGS", "").replace(_EIGHT, "")  # a parallel test worker has them from its parent
 _ONE_DEVICE = os.environ | {"XLA_FLAGS": _FLAGS}
 os.environ["XLA_FLAGS"] = _FLAGS + _EIGHT
+# Fake devices wait for each other in threads of one pool, as many as there are cores: too few, and all of them wait.
+os.environ["PJRT_NPROC"] = "64"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "advgame_jax_test_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -38,7 +38,7 @@ def test_the_changes_are_of_all_ablations():
   assert CHANGES.keys() == paper.ABLATIONS.keys()
 
 
-@pytest.mark.parametrize("loss, ablation", itertools.product(paper.LOSSES, CHANGES))
+@pytest.mark.parametrize("loss, ablation", list(itertools.product(paper.LOSSES, CHANGES)))
 def test_an_ablation_changes_what_it_is_named_after(loss, ablation):
   assert changed(run(loss), run(f"{loss},{ablation}")) == CHANGES[ablation]
 
