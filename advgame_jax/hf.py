@@ -8,7 +8,6 @@ own slice, in the file's dtype, is taken from the mapped file and put in its pla
 import contextlib
 import functools
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -23,17 +22,11 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from advgame_jax import architecture, hf_config, sharding
+from advgame_jax import architecture, hf_config, hf_shards, sharding
 from advgame_jax.architecture import ModelConfig, ParamSpec
 from advgame_jax.hf_config import load_config as load_config  # part of this module's face
 from advgame_jax.tokenizer import Tokenizer
 from advgame_jax.types import Array, Params, UserError
-
-_HEAD = "lm_head.weight"
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_PYTORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def load(
@@ -52,8 +45,8 @@ def load(
   config = load_config(folder)
   specs = architecture.param_specs(config)
   with contextlib.ExitStack() as stack:
-    shards = _open(folder, stack)
-    _check(config, specs, shards, folder)
+    shards = hf_shards.open_all(folder, stack)
+    hf_shards.check(config, shards, folder)
     return place(specs, shards, mesh, layout, dtype)
 
 
@@ -72,7 +65,7 @@ def check(folder: str | pathlib.Path, tokenizer: Tokenizer | None = None) -> Non
       "allowed: a tokenizer of the same model"
     )
   with contextlib.ExitStack() as stack:
-    _check(config, architecture.param_specs(config), _open(folder, stack), folder)
+    hf_shards.check(config, hf_shards.open_all(folder, stack), folder)
 
 
 def save(
@@ -135,118 +128,6 @@ def check_target(folder: str | pathlib.Path, overwrite: bool = False) -> None:
     raise UserError(f"{folder} is there already and is no model's; allowed: a new folder, or a model's to replace")
 
 
-def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-  """Tensor name → the open shard that holds it."""
-  shards: dict[str, Any] = {}
-  places: dict[str, str] = {}
-  index = _read_index(folder)
-  for path in _shard_paths(folder, index):
-    try:
-      shard = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-    except (safetensors.SafetensorError, OSError) as error:
-      raise UserError(f"{path} is cut short or no safetensors file ({error}); allowed: a whole one") from error
-    if twice := sorted(shards.keys() & set(shard.keys())):
-      raise UserError(
-        f"{folder} has {_some(twice)} in {places[twice[0]]} and in {path.name}; allowed: shards of one model, each "
-        "tensor in one of them"
-      )
-    shards |= dict.fromkeys(shard.keys(), shard)
-    places |= dict.fromkeys(shard.keys(), path.name)
-  if strayed := sorted(name for name, file in index.items() if places.get(name, file) != file):
-    raise UserError(
-      f"{folder}: {strayed[0]} should be in {index[strayed[0]]}, as {_INDEX} says, and is in {places[strayed[0]]}; "
-      "allowed: the shards and the index of one model"
-    )
-  return shards
-
-
-def _read_index(folder: pathlib.Path) -> dict[str, str]:
-  """Tensor name → file name; empty where one file holds all."""
-  path = folder / _INDEX
-  if not path.is_file():
-    return {}
-  try:
-    index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    if not index or not all(isinstance(name, str) for name in index.values()):
-      raise ValueError("its weight_map does not map tensors to files")
-  except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise UserError(f"{path} is no index of shards ({error!r})") from error
-  return dict(index)
-
-
-def _shard_paths(folder: pathlib.Path, index: Mapping[str, str]) -> list[pathlib.Path]:
-  names = sorted(set(index.values()))
-  if names:
-    if missing := [name for name in names if not (folder / name).is_file()]:
-      raise UserError(f"{folder} lacks {_some(missing)}, which {_INDEX} names; allowed: all of its {len(names)} shards")
-    if _SINGLE not in names and (folder / _SINGLE).is_file():
-      raise UserError(f"{folder} has both {_SINGLE} and {_INDEX} of other shards; allowed: the weights once")
-    return [folder / name for name in names]
-  if (folder / _SINGLE).is_file():
-    return [folder / _SINGLE]
-  if pickled := [name for name in _PYTORCH if (folder / name).is_file()]:
-    raise UserError(
-      f"{folder} has its weights in {pickled[0]} only, which can run code when read; allowed: safetensors, "
-      "as save_pretrained(safe_serialization=True) writes"
-    )
-  raise UserError(f"{folder} has no weights; allowed: {_SINGLE}, or shards with {_INDEX}")
-
-
-def _check(config: ModelConfig, specs: Params, shards: Mapping[str, Any], folder: pathlib.Path) -> None:
-  """Every parameter is there, in its shape, and nothing else is."""
-  shapes = {name: _file_shape(spec) for spec in jax.tree.leaves(specs) for name in spec.hf_names}
-  extra = {name for name in shards.keys() - shapes.keys() if not name.endswith("rotary_emb.inv_freq")}
-  if missing := sorted(shapes.keys() - shards.keys()):
-    others = f" and has others, as {_some(sorted(extra))}" if extra else ""
-    raise UserError(f"{folder} lacks the weights {_some(missing)}{others}; allowed: all that config.json describes")
-  for name, shape in shapes.items():
-    stored = shards[name].get_slice(name)
-    if stored.get_dtype() not in _FLOATS:
-      raise UserError(f"{folder}: {name} is stored as {stored.get_dtype()}; allowed: {', '.join(sorted(_FLOATS))}")
-    if tuple(stored.get_shape()) != shape:
-      raise UserError(f"{folder}: {name} has shape {stored.get_shape()}; allowed: {list(shape)}, as config.json says")
-  if config.tied and _HEAD in extra:
-    embed = specs["embed"].hf_name
-    if not _equal(*(shards[name].get_slice(name) for name in (_HEAD, embed))):
-      raise UserError(f"{folder}: {_HEAD} differs from {embed}, yet config.json ties them; allowed: equal, or untied")
-    extra.remove(_HEAD)
-  if extra:
-    raise UserError(f"{folder} has weights that config.json does not describe: {_some(sorted(extra))}; allowed: none")
-
-
-def _equal(left: Any, right: Any, rows: int = 4096) -> bool:
-  """Whether two tensors hold the same, a few rows at a time."""
-  total, *_ = left.get_shape()
-  parts = (slice(i, min(i + rows, total)) for i in range(0, total, rows))  # a slice may not end beyond
-  return left.get_shape() == right.get_shape() and all(np.array_equal(left[part], right[part]) for part in parts)
-
-
-def _file_shape(spec: ParamSpec) -> tuple[int, ...]:
-  rows, *columns = stored_shape(spec)
-  return (spec.hf_rows[1] or rows, *columns)
-
-
-def _some(names: Sequence[str]) -> str:
-  return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def stored_shape(spec: ParamSpec) -> tuple[int, ...]:
-  """Its shape in Hugging Face's files, of one tensor and without what else a fused one holds."""
-  shape = spec.shape[spec.stacked :]
-  if spec.inputs is None:
-    return shape
-  inputs, outputs = shape[: spec.inputs], shape[spec.inputs :]
-  return (math.prod(outputs), *((math.prod(inputs),) if inputs else ()))
-
-
-def _stored_axes(spec: ParamSpec) -> tuple[str | None, ...]:
-  """Logical axes of the same; of merged dimensions only the leading one is ever split."""
-  axes = spec.axes[spec.stacked :]
-  if spec.inputs is None:
-    return axes
-  return (axes[spec.inputs], *axes[: spec.inputs][:1])
-
-
 def place(specs: Params, shards: Mapping[str, Any], mesh: Mesh | None, layout: sharding.Layout, dtype: Any) -> Params:
   """The parameters of a table, read from open files by tensor name; the files are known to be right."""
   return jax.tree.map(lambda spec: _place(spec, shards, mesh, layout, jnp.dtype(dtype)), specs)
@@ -263,12 +144,12 @@ def _place(
   stored_where = replicated = where
   if mesh is not None:
     where = sharding.named(mesh, layout, spec.axes, spec.shape, spec.hf_name)
-    stored_where = sharding.named(mesh, layout, _stored_axes(spec), stored_shape(spec), spec.hf_name)
+    stored_where = sharding.named(mesh, layout, spec.hf_axes, spec.hf_shape, spec.hf_name)
     replicated = sharding.replicated(mesh)
   whole = jnp.zeros(spec.shape, dtype, device=where)
   put = _jitted_put(spec, where, replicated)
   for place, name in zip(np.ndindex(spec.shape[: spec.stacked]), spec.hf_names, strict=True):
-    stored = jax.make_array_from_callback(stored_shape(spec), stored_where, _slices(spec, name, shards))
+    stored = jax.make_array_from_callback(spec.hf_shape, stored_where, _slices(spec, name, shards))
     whole, is_finite = put(whole, stored, np.array(place, np.int32))
     if not is_finite:  # and waited for: reading must not run ahead of placing, or slices pile up
       raise UserError(f"the weights {name} hold numbers that are not finite in {dtype}; allowed: finite ones")
@@ -296,7 +177,7 @@ def _put(spec: ParamSpec, whole: jax.Array, stored: jax.Array, place: jax.Array)
 def _slices(spec: ParamSpec, name: str, shards: Mapping[str, Any]) -> Callable[[Any], np.ndarray]:
   """Index → that slice of a tensor; replicas ask for the same one again, and it is read once."""
   read = functools.cache(functools.partial(_read, spec, name, shards))
-  return lambda index: read(*(part.indices(size)[:2] for part, size in zip(index, stored_shape(spec))))
+  return lambda index: read(*(part.indices(size)[:2] for part, size in zip(index, spec.hf_shape)))
 
 
 def _read(spec: ParamSpec, name: str, shards: Mapping[str, Any], *bounds: tuple[int, int]) -> np.ndarray:
@@ -322,7 +203,7 @@ def _stored(spec: ParamSpec, value: Array, dtype: Any) -> np.ndarray:
   if isinstance(value, jax.Array) and not value.is_fully_addressable:
     value = multihost_utils.process_allgather(value, tiled=True)
   whole = np.asarray(value).astype(dtype)
-  return whole.reshape(stored_shape(spec)[::-1]).T if spec.inputs else whole.reshape(stored_shape(spec))
+  return whole.reshape(spec.hf_shape[::-1]).T if spec.inputs else whole.reshape(spec.hf_shape)
 
 
 def _write_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dtype: Any, max_bytes: float) -> None:
@@ -352,13 +233,13 @@ def _write_weights(folder: pathlib.Path, config: ModelConfig, params: Params, dt
 
 def _name_shards(folder: pathlib.Path, groups: Sequence[Sequence[str]], total: int) -> None:
   if len(groups) == 1:
-    (folder / "0.part").rename(folder / _SINGLE)
+    (folder / "0.part").rename(folder / hf_shards.SINGLE)
     return
   files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
   for i, file in enumerate(files):
     (folder / f"{i}.part").rename(folder / file)
   weight_map = {name: file for file, names in zip(files, groups) for name in names}
-  _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+  _write_json(folder / hf_shards.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _config_values(

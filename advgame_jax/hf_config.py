@@ -1,25 +1,18 @@
 """config.json of every family ↔ `ModelConfig`. What would be computed otherwise is refused by its name."""
 
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from advgame_jax import hf_rope
 from advgame_jax.architecture import LayerKind, ModelConfig, Rope
+from advgame_jax.hf_rope import Values
 from advgame_jax.types import UserError
-
-Values = Mapping[str, Any]
 
 # What no family here does: each must be absent or have this value.
 _FIXED: dict[str, Any] = {"pretraining_tp": 1, "quantization_config": None, "use_bidirectional_attention": False}
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_ROPE_FACTORS = {
-  "factor": "factor",
-  "low_freq_factor": "low_frequency",
-  "high_freq_factor": "high_frequency",
-  "original_max_position_embeddings": "original_length",
-}
 _PROJECTIONS = ("query", "key", "value", "output")
 
 
@@ -236,7 +229,7 @@ def from_values(given: Values, where: str) -> ModelConfig:
     norm_epsilon=values["rms_norm_eps"],
     activation=_ACTIVATIONS[values.get(_activation(values), "silu")],  # type: ignore[arg-type]
     kinds=kinds[:1] if len(set(kinds)) == 1 else kinds,
-    max_positions=_max_positions(values),
+    max_positions=hf_rope.max_positions(values),
     **settings,
   )
 
@@ -255,15 +248,6 @@ def _activation(values: Values) -> str:
   return "hidden_activation" if values.get("hidden_activation") else "hidden_act"
 
 
-def _max_positions(values: Values) -> int:
-  """Beyond LongRoPE's original length other divisors would hold; rows end before."""
-  rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-  longest = values.get("max_position_embeddings", 2048)
-  if "short_factor" in rope:
-    return min(longest, _original_length(values, rope))
-  return longest
-
-
 def _layer_kinds(family: str, values: Values, where: str) -> tuple[LayerKind, ...]:
   """Windows and rotations of all layers, from the fields that transformers reads of this family and no others."""
   known, layers, window = FAMILIES[family], values["num_hidden_layers"], values.get("sliding_window") or 0
@@ -272,7 +256,7 @@ def _layer_kinds(family: str, values: Values, where: str) -> tuple[LayerKind, ..
   slides = list(known.slides(values))
   if known.typed and values.get("layer_types"):
     slides = [kind == "sliding_attention" for kind in _layer_types(values["layer_types"], layers, where)]
-  full, local = _ropes(family, values, where)
+  full, local = hf_rope.read(values, known.rope_types, where, two_thetas="rope_local_base_freq" in known.defaults)
   turned = _turned(family, values)
   return tuple(
     LayerKind((local if slide else full) if turn else Rope(fraction=0.0), window if slide else 0)
@@ -297,74 +281,6 @@ def _turned(family: str, values: Values) -> list[bool]:
   return [bool(x) for x in values.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]]
 
 
-def _ropes(family: str, values: Values, where: str) -> tuple[Rope, Rope]:
-  """Of layers that see everything, and of those with a window.
-
-  transformers 5 writes `rope_parameters`, of each kind of layer where they differ; before, `rope_theta` stood beside a
-  `rope_scaling`.
-  """
-  parameters = values.get("rope_parameters") or {}
-  if "full_attention" in parameters:
-    parts = (parameters["full_attention"], parameters["sliding_attention"])
-    full, local = (_rope(family, values, part, where) for part in parts)
-    return full, local
-  full = _rope(family, values, parameters or values.get("rope_scaling") or {}, where)
-  return full, Rope(theta=values["rope_local_base_freq"]) if family == "gemma3_text" else full
-
-
-def _rope(family: str, values: Values, given: Values, where: str) -> Rope:
-  rope = {"rope_theta": values["rope_theta"], **given}
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  allowed = FAMILIES[family].rope_types
-  if kind not in allowed:
-    raise UserError(f"{where}: the rope type is {kind!r}; allowed: {', '.join(map(repr, allowed))}")
-  fraction = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) or 1.0
-  if family != "phi3" and fraction != 1:
-    raise UserError(f"{where}: partial_rotary_factor is {fraction!r}; allowed: 1")
-  names = {
-    "llama3": tuple(_ROPE_FACTORS),
-    "linear": ("factor",),
-    "longrope": ("short_factor",),
-    "su": ("short_factor",),
-  }
-  if missing := [name for name in names.get(kind, ()) if name not in rope]:
-    raise UserError(f"{where}: the {kind} rope lacks {', '.join(missing)}; allowed: all of {', '.join(names[kind])}")
-  settings: dict[str, Any] = {"theta": float(rope["rope_theta"]), "fraction": float(fraction)}
-  if kind == "linear":
-    settings["factor"] = float(rope["factor"])
-  elif kind == "llama3":
-    settings |= {ours: rope[theirs] for theirs, ours in _ROPE_FACTORS.items()}
-  elif kind in ("longrope", "su"):
-    _check_longrope(values, rope, where)
-    settings |= {"divisors": tuple(map(float, rope["short_factor"])), "amplitude": _amplitude(values, rope)}
-  return Rope(**settings)
-
-
-def _check_longrope(values: Values, rope: Values, where: str) -> None:
-  head_size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-  fraction = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) or 1.0
-  pairs, given = int(head_size * fraction) // 2, rope["short_factor"]
-  if not isinstance(given, list) or len(given) != pairs:
-    raise UserError(f"{where}: short_factor is {given!r}; allowed: {pairs} numbers, one for each pair of dimensions")
-  stretch = values.get("max_position_embeddings", 2048) / _original_length(values, rope)
-  if rope.get("factor", stretch) != stretch:
-    raise UserError(f"{where}: the {rope.get('rope_type')} rope has factor {rope['factor']!r}; allowed: {stretch:g}")
-
-
-def _original_length(values: Values, rope: Values) -> int:
-  """Phi-3's; what stands beside the rope is stronger than what stands in it."""
-  return values["original_max_position_embeddings"] or rope["original_max_position_embeddings"]
-
-
-def _amplitude(values: Values, rope: Values) -> float:
-  """LongRoPE's factor of sine and cosine."""
-  if rope.get("attention_factor"):
-    return float(rope["attention_factor"])
-  original = _original_length(values, rope)
-  stretch = values.get("max_position_embeddings", 2048) / original
-  return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-
-
 def to_values(config: ModelConfig, base: Values | None = None) -> dict[str, Any]:
   """config.json of an architecture, as transformers 4 and 5 read it; what else `base` says is kept.
 
@@ -376,7 +292,7 @@ def to_values(config: ModelConfig, base: Values | None = None) -> dict[str, Any]
     raise UserError(
       f"a {config.family} model has no config.json to start from; allowed: that of the folder it came from"
     )
-  values = _for_both(base or {}) | values | {"vocab_size": config.vocab}
+  values = hf_rope.for_both(base or {}) | values | {"vocab_size": config.vocab}
   if config.family == "qwen3_moe":
     values["num_experts"] = config.experts
   if from_values(values, "config.json") != config:
@@ -386,26 +302,9 @@ def to_values(config: ModelConfig, base: Values | None = None) -> dict[str, Any]
   return values
 
 
-def _for_both(base: Values) -> dict[str, Any]:
-  """transformers 5's `rope_parameters` as transformers 4 knows them, which 5 reads too."""
-  parameters = base.get("rope_parameters")
-  values = {name: value for name, value in base.items() if name != "rope_parameters"}
-  if not parameters:
-    return values
-  if "full_attention" in parameters:
-    values["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
-    parameters = parameters["full_attention"]
-  scaling = {name: value for name, value in parameters.items() if name not in ("rope_theta", "partial_rotary_factor")}
-  values["rope_theta"] = parameters.get("rope_theta", base.get("rope_theta", 10_000.0))
-  if "partial_rotary_factor" in parameters:
-    values["partial_rotary_factor"] = parameters["partial_rotary_factor"]
-  values["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
-  return values
-
-
 def _llama_values(config: ModelConfig) -> dict[str, Any]:
   rope = config.kinds[0].rope
-  scaling = {theirs: getattr(rope, ours) for theirs, ours in _ROPE_FACTORS.items()}
+  scaling = {theirs: getattr(rope, ours) for theirs, ours in hf_rope.LLAMA_3.items()}
   linear = {"rope_type": "linear", "factor": rope.factor} if rope.factor != 1 else None
   return {
     "architectures": ["LlamaForCausalLM"],

@@ -145,8 +145,8 @@ def _names(spec: ParamSpec) -> list[str]:
 
 def _layer(spec: ParamSpec, tensor: gguf.ReaderTensor, where: str) -> np.ndarray:
   matrix = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-  if matrix.shape != hf.stored_shape(spec):
-    raise UserError(f"{where}: {tensor.name} has shape {list(matrix.shape)}; allowed: {list(hf.stored_shape(spec))}")
+  if matrix.shape != spec.hf_shape:
+    raise UserError(f"{where}: {tensor.name} has shape {list(matrix.shape)}; allowed: {list(spec.hf_shape)}")
   if not spec.inputs:
     return matrix
   shape = spec.shape[1:] if spec.stacked else spec.shape

@@ -65,7 +65,7 @@ def check(folder: str | pathlib.Path, config: ModelConfig, settings: Lora) -> No
   with _open(folder) as file:
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (no mapping)
   specs = jax.tree.leaves(lora.adapter_specs(config, settings))
-  expected = {name: hf.stored_shape(spec) for spec in specs for name in spec.hf_names}
+  expected = {name: spec.hf_shape for spec in specs for name in spec.hf_names}
   if names := sorted(shapes.keys() ^ expected.keys()):
     what = "lacks" if names[0] in expected else "has"
     raise UserError(f"{folder} {what} {names[0]}; allowed: adapters of this base, on the matrices of lora.targets")

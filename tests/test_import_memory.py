@@ -19,7 +19,7 @@ import time
 import jax
 import pytest
 
-from advgame_jax import architecture, hf, hf_config
+from advgame_jax import architecture, hf_config
 
 LARGE = {
   "model_type": "llama",
@@ -51,7 +51,7 @@ def write_holes(folder: pathlib.Path, values: dict[str, object], shards: int = 4
   """A folder of bfloat16 zeros."""
   (folder / "config.json").write_text(json.dumps(values))
   specs = jax.tree.leaves(architecture.param_specs(hf_config.load_config(folder)))
-  shapes = {name: hf.stored_shape(spec) for spec in specs for name in spec.hf_names}
+  shapes = {name: spec.hf_shape for spec in specs for name in spec.hf_names}
   weight_map = {name: f"model-{i * shards // len(shapes)}.safetensors" for i, name in enumerate(shapes)}
   for file in set(weight_map.values()):
     end, header = 0, {}

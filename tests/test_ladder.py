@@ -14,7 +14,7 @@ LEVELS = (
   "types config",
   "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers paper",
   "architecture matrices lora blockwise kernels attention experts model scoring sampler "
-  "hf_config hf hf_gguf peft frozen",
+  "hf_rope hf_config hf_shards hf hf_gguf peft frozen",
   "policies game judges heuristic microworld worldfiles state update",
   "data checkpoint ledger report plots charts page",
   "command session evaluate metrics train warmstart export",
@@ -31,7 +31,8 @@ CHAINS = (
   "architecture → lora",
   "architecture → peft",
   "blockwise → kernels → attention → model",
-  "architecture → hf_config → hf → hf_gguf",
+  "architecture → hf_rope → hf_config → hf → hf_gguf",
+  "architecture → hf_shards → hf",
   "hf → peft",
   "hf_config → peft",
   "hf → frozen",
