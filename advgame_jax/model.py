@@ -35,21 +35,21 @@ class Cache(NamedTuple):
   value_LRKSH: jax.Array
 
 
-class Kinds(NamedTuple):
-  """What differs from layer to layer, as the scan over layers reads it."""
+class Kind(NamedTuple):
+  """What differs from layer to layer: of one inside the scan over layers, of all with a leading L outside."""
 
-  frequency_Lh: jax.Array  # radians per position of each rotated pair; 0 does not turn
-  amplitude_L: jax.Array
-  window_L: jax.Array  # int32
-  which_L: jax.Array  # int32: of the windows that there are, ascending
+  frequency: jax.Array  # [h] radians per position of each rotated pair; 0 does not turn
+  amplitude: jax.Array  # []
+  window: jax.Array  # [] int32, tokens
+  which: jax.Array  # [] int32: of the windows that there are, ascending
 
 
-def layer_kinds(config: ModelConfig) -> Kinds:
-  """The table of a config's layer kinds."""
+def kinds_of_layers(config: ModelConfig) -> Kind:
+  """The table of a config's layer kinds, [L, …]. Layers that turn at all turn equally many pairs."""
   kinds = config.layer_kinds
   frequencies = [rope_frequencies(kind.rope, config.head_size) for kind in kinds]
   pairs = max(map(len, frequencies))
-  return Kinds(
+  return Kind(
     jnp.stack([jnp.pad(frequency_h, (0, pairs - len(frequency_h))) for frequency_h in frequencies]),
     jnp.array([kind.rope.amplitude for kind in kinds], jnp.float32),
     jnp.array([kind.window or _EVERYTHING for kind in kinds], jnp.int32),
@@ -168,25 +168,25 @@ def forward(
   x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", None, None)
   position_RT = jnp.arange(tokens_RT.shape[1])[None]
 
-  def layer_step(x_RTM: jax.Array, inputs: tuple[Params, Kinds]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  def layer_step(x_RTM: jax.Array, inputs: tuple[Params, Kind]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     layer, kind = inputs
     kept: list[jax.Array] = []
 
     def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
       kept.extend((key_RTKH.swapaxes(1, 2), value_RTKH.swapaxes(1, 2)))
-      return _attend_rows(config, kernel, layout, kind.which_L, query_RTNH, key_RTKH, value_RTKH)
+      return _attend_rows(config, kernel, layout, kind.which, query_RTNH, key_RTKH, value_RTKH)
 
     return _block(config, layout, layer, x_RTM, _turn(position_RT, kind), attend), tuple(kept)
 
   step = layer_step if remat == "none" else jax.checkpoint(layer_step, policy=_KEPT[remat])
-  x_RTM, (key, value) = jax.lax.scan(step, x_RTM, (params["layers"], layer_kinds(config)))
+  x_RTM, (key, value) = jax.lax.scan(step, x_RTM, (params["layers"], kinds_of_layers(config)))
   return rms_norm(x_RTM, params["final_norm"], config.norm_epsilon, config.norm_offset), Cache(key, value)
 
 
-def _turn(position_RT: jax.Array, kind: Kinds) -> Callable[[jax.Array], jax.Array]:
+def _turn(position_RT: jax.Array, kind: Kind) -> Callable[[jax.Array], jax.Array]:
   """The rotation of one layer's queries and keys at these positions."""
-  angle_RTh = position_RT[..., None] * kind.frequency_Lh
-  return lambda x_RTNH: rotate(x_RTNH, angle_RTh, kind.amplitude_L)
+  angle_RTh = position_RT[..., None] * kind.frequency
+  return lambda x_RTNH: rotate(x_RTNH, angle_RTh, kind.amplitude)
 
 
 def _attend_rows(
@@ -238,15 +238,15 @@ def decode(
       nonlocal own
       own = Cache(*(_write(cache, new, index, slot) for cache, new in zip(own, (key_RTKH, value_RTKH))))
       key_RKSH, value_RKSH = (jax.lax.dynamic_index_in_dim(cache, index, keepdims=False) for cache in own)
-      prompt_mask_QTS = ((prompt_slots < length_Q[:, None]) & (age_QS < kind.window_L))[:, None]
-      own_mask_1TS = ((own_age_S >= 0) & (own_age_S < kind.window_L))[None, None]
+      prompt_mask_QTS = ((prompt_slots < length_Q[:, None]) & (age_QS < kind.window))[:, None]
+      own_mask_1TS = ((own_age_S >= 0) & (own_age_S < kind.window))[None, None]
       shared = attention.Segment(prompt_layer.key_LRKSH, prompt_layer.value_LRKSH, prompt_mask_QTS)
       return attention.attend(query_RTNH, [shared, attention.Segment(key_RKSH, value_RKSH, own_mask_1TS)], rule)
 
     x_RTM = _block(config, layout, layer, x_RTM, _turn(position_RT, kind), attend)
     return (x_RTM, own), None
 
-  inputs = (jnp.arange(config.layers), params["layers"], layer_kinds(config), prompt)
+  inputs = (jnp.arange(config.layers), params["layers"], kinds_of_layers(config), prompt)
   (x_RTM, own), _ = jax.lax.scan(layer_step, (x_RTM, own), inputs)
   return rms_norm(x_RTM[:, 0], params["final_norm"], config.norm_epsilon, config.norm_offset), own
 
