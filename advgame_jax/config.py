@@ -17,7 +17,7 @@ from ml_collections import config_dict
 from advgame_jax.types import UserError
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
-LORA_TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 def setting(
@@ -121,15 +121,13 @@ class Lora(Settings):
 
   rank: int = setting(0, "of the adapters; 0 trains every weight", at_least=0)
   alpha: float = setting(32.0, "the adapters' change is scaled by alpha / rank", above=0)
-  targets: tuple[str, ...] = setting(
-    LORA_TARGETS, f"the matrices of a layer that are adapted: {', '.join(LORA_TARGETS)}"
-  )
+  targets: tuple[str, ...] = setting(MATRICES, f"the matrices of a layer that are adapted: {', '.join(MATRICES)}")
   start: str = setting("", "PEFT folder of the adapters to start from; empty starts fresh ones")
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if not self.targets or not set(self.targets) <= set(LORA_TARGETS) or len(set(self.targets)) < len(self.targets):
-      raise UserError(f"targets is {self.targets}; allowed: one or more of {', '.join(LORA_TARGETS)}, each once")
+    if not self.targets or not set(self.targets) <= set(MATRICES) or len(set(self.targets)) < len(self.targets):
+      raise UserError(f"targets is {self.targets}; allowed: one or more of {', '.join(MATRICES)}, each once")
     if self.start and not self.rank:
       raise UserError(f"start is {self.start!r} with rank=0; allowed: the rank of these adapters")
 

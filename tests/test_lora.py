@@ -222,7 +222,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     peft.check(tmp_path, hf.load_config(GOLDEN / "qwen3"), ALL)
 
 
-@pytest.mark.parametrize("targets", [("query",), ("gate", "down"), config_lib.LORA_TARGETS])
+@pytest.mark.parametrize("targets", [("query",), ("gate", "down"), config_lib.MATRICES])
 def test_what_a_family_fuses_has_no_adapter_folder(tmp_path, targets):
   config = hf.load_config(GOLDEN / "phi3")
   with pytest.raises(UserError, match=r"phi3 fuses (query|gate).* allowed: a merged export"):
