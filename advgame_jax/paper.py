@@ -14,9 +14,8 @@ SEEDS = 32  # of a step
 
 
 def _both(config: Config, **changes: object) -> Config:
-  replaced = (dataclasses.replace(player, **changes) for player in (config.attacker, config.defender))  # type: ignore[arg-type]
-  attacker, defender = replaced
-  return dataclasses.replace(config, attacker=attacker, defender=defender)
+  change = lambda player: dataclasses.replace(player, **changes)
+  return dataclasses.replace(config, attacker=change(config.attacker), defender=change(config.defender))
 
 
 ABLATIONS: dict[str, Callable[[Config], Config]] = {

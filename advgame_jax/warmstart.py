@@ -42,6 +42,15 @@ class WarmStart(config_lib.Settings):
   precision: config_lib.Precision = config_lib.part(config_lib.Precision)
   mesh: config_lib.Mesh = config_lib.part(config_lib.Mesh)
 
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    plain = config_lib.Precision()
+    for name in ("master", "moments", "ema", "offload", "frozen"):
+      if getattr(self.precision, name) != getattr(plain, name):
+        raise UserError(
+          f"precision.{name} is {getattr(self.precision, name)!r}; allowed in a warm start: {getattr(plain, name)!r}"
+        )
+
 
 def warm_start(settings: WarmStart) -> float:
   """Trains and writes the folder; returns the mean loss of the last tenth of the steps, nats per completion token.

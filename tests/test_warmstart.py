@@ -115,6 +115,7 @@ def test_a_text_may_hold_the_line_ends_of_other_alphabets(settings):
     ([line(category=["harmful"])], {"attacker": True}, r"line 1: category is \['harmful'\]"),
     ([line()], {"examples": "nowhere.jsonl"}, r"nowhere\.jsonl cannot be read: No such file"),
     ([line()], {"model": "nowhere"}, "nowhere"),
+    ([line()], {"precision": config_lib.Precision(offload=True)}, r"precision\.offload is True; allowed .*: False"),
   ],
 )
 def test_what_cannot_be_learnt_is_refused_in_a_sentence(settings, tmp_path, lines, changes, sentence):
