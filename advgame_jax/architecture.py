@@ -91,6 +91,27 @@ class ParamSpec:
     return self.hf_name.count("{")
 
   @property
+  def hf_shape(self) -> tuple[int, ...]:
+    """Of one of the files' tensors, without what else a fused one holds."""
+    shape = self.shape[self.stacked :]
+    if self.inputs is None:
+      return shape
+    inputs, outputs = shape[: self.inputs], shape[self.inputs :]
+    return (math.prod(outputs), *((math.prod(inputs),) if inputs else ()))
+
+  @property
+  def hf_file_shape(self) -> tuple[int, ...]:
+    """The same, with what a fused one holds."""
+    rows, *columns = self.hf_shape
+    return (self.hf_rows[1] or rows, *columns)
+
+  @property
+  def hf_axes(self) -> tuple[str | None, ...]:
+    """Logical axes of `hf_shape`; of merged dimensions only the leading one is ever split."""
+    axes = self.axes[self.stacked :]
+    return axes if self.inputs is None else (axes[self.inputs], *axes[: self.inputs][:1])
+
+  @property
   def hf_names(self) -> list[str]:
     """The files' tensors, in the order of the stacked dimensions."""
     names = [self.hf_name]
@@ -214,11 +235,20 @@ def count_params(config: ModelConfig) -> int:
 
 def forward_flops(config: ModelConfig, tokens: float, context: float) -> float:
   """FLOPs of `tokens` tokens through the model and its head, each attending to `context` others on average."""
+  return sum(_forward_flops(config, tokens, context))
+
+
+def backward_flops(config: ModelConfig, tokens: float, context: float, *, frozen: bool) -> float:
+  """FLOPs of the way back: twice the way there, but a frozen matrix passes gradients on and has none of its own."""
+  matrices, attention = _forward_flops(config, tokens, context)
+  return matrices * (1 if frozen else 2) + 2 * attention
+
+
+def _forward_flops(config: ModelConfig, tokens: float, context: float) -> tuple[float, float]:
+  """Of the products with weights, and of attention's."""
   head = config.vocab * config.width
   matrices = count_params(config) - (0 if config.tied else head)  # the embedding is a look-up, the head a product
   expert = 3 * config.layers * config.width * config.feed_forward
   matrices -= (config.experts - config.experts_per_token) * expert
-  attended = (
-    2 * config.heads * config.head_size * sum(min(context, kind.window or context) for kind in config.layer_kinds)
-  )
-  return 2 * tokens * (matrices + attended)
+  seen = sum(min(context, kind.window or context) for kind in config.layer_kinds)
+  return 2 * tokens * matrices, 4 * tokens * config.heads * config.head_size * seen

@@ -168,7 +168,6 @@ def update_flops(recipe: Recipe, batch: PreferenceBatch) -> float:
     return 0.0
   parts = micro_batches(pad_leading(batch, recipe.player.accumulate), recipe.player.accumulate)
   tokens = parts.tokens_PCT[(parts.weight_P > 0).any(1)]
-  forward = architecture.forward_flops(recipe.model, tokens.size, tokens.shape[-1] / 2)
-  backward = 1 if recipe.adapted else 2  # a frozen matrix passes gradients on and has none
-  again = (recipe.precision.remat == "layer") + (not recipe.player.reference_is_generator)
-  return forward * (1 + backward + again)
+  shape = (recipe.model, tokens.size, tokens.shape[-1] / 2)
+  forwards = 1 + (recipe.precision.remat == "layer") + (not recipe.player.reference_is_generator)
+  return forwards * architecture.forward_flops(*shape) + architecture.backward_flops(*shape, frozen=recipe.adapted)

@@ -86,11 +86,10 @@ def step(config: ModelConfig, case: Case, learnt: Params, base: Params, tokens_R
 
 
 def flops(config: ModelConfig, case: Case, rows: int) -> float:
-  """Of forward and backward. Products of activations (attention's) have two gradients, frozen matrices one."""
-  tokens = rows * case.length
-  matrix = architecture.forward_flops(config, tokens, 0)
-  attended = architecture.forward_flops(config, tokens, case.length / 2) - matrix
-  return (2 if case.learns == "lora" else 3) * matrix + 3 * attended
+  """Of forward and backward."""
+  shape = (config, rows * case.length, case.length / 2)
+  backward = architecture.backward_flops(*shape, frozen=case.learns == "lora")
+  return architecture.forward_flops(*shape) + backward
 
 
 def measure(config: ModelConfig, case: Case, rows: int, learnt: Params, base: Params) -> dict[str, Any]:
