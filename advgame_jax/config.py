@@ -160,7 +160,9 @@ class Game(Settings):
   attacks: int = setting(2, "A, attacks per seed", at_least=1)
   responses: int = setting(2, "D, responses per attack", at_least=1)
   skip_attacker: bool = setting(False, "play the seed itself as the attack (then A is 1)")
-  instructions: Literal["standard", "microworld"] = setting("standard", "the language the Attacker is instructed in")
+  instructions: str = setting(
+    "standard", "what the Attacker is told: standard, microworld, or a folder with harmful.txt and benign.txt"
+  )
 
   @property
   def attacks_per_seed(self) -> int:
@@ -168,23 +170,101 @@ class Game(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Judges(Settings):
-  """Who judges, and how they are asked."""
+class Mesh(Settings):
+  """Devices by axis; one axis may be −1 and takes what is left."""
 
-  kind: Literal["microworld", "heuristic"] = setting(
-    "heuristic", "exact rules of the microworld, or rules of thumb for English"
+  data: int = setting(-1, "replicas", at_least=-1, identity=False)
+  fsdp: int = setting(1, "shards of parameters along their width", at_least=-1, identity=False)
+  tensor: int = setting(1, "shards of heads, feed-forward and vocabulary", at_least=-1, identity=False)
+  decode: Literal["replicated", "tensor"] = setting(
+    "replicated", "generate with whole weights on each device, or split over `tensor`", identity=False
   )
-  protocol: Literal["pairwise", "pointwise"] = setting("pairwise", "scores by comparison, or one by one")
-  attacker: bool = setting(True, "score attacks; without, a valid one is rewarded 0")
-  defender: bool = setting(True, "score responses; without, a valid one is rewarded 0")
-  retries: int = setting(1, "times a call without a readable verdict is asked again", at_least=0)
-  optimistic: bool = setting(True, "the attacker judge reads the response the defender judge liked best, not the first")
-  defender_reads: Literal["attack", "seed"] = setting("attack", "the query that responses are judged against")
+
+
+@dataclasses.dataclass(frozen=True)
+class Server(Settings):
+  """An OpenAI-compatible server, and how hard it may be asked."""
+
+  url: str = setting("", "base URL, such as http://127.0.0.1:8000/v1")
+  key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the key; it may be unset")
+  concurrency: int = setting(16, "requests under way at one time", at_least=1, identity=False)
+  requests_per_minute: int = setting(0, "started in any minute, retries included; 0 is no limit", at_least=0, identity=False)
+  timeout_seconds: float = setting(120.0, "for a whole answer", above=0, identity=False)
+  retries: int = setting(4, "of a request that failed in transport; Retry-After is honoured", at_least=0, identity=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge(Settings):
+  """Who judges in one role; for language models, how they are asked and read."""
+
+  kind: Literal["training", "independent", "none", "microworld", "heuristic", "phrases", "drift", "model", "server"] = (
+    setting(
+      "training",
+      "whoever is judges.training; a judge independent of it; nobody; the microworld's rules, exact or with noise; rules "
+      "of thumb for English; phrases of refusal; drift of topic by embeddings; a language model here; one on a server",
+    )
+  )
+  model: str = setting("", "model: Hugging Face folder; server: the name it knows the model by")
+  form: Literal["rubric", "strongreject", "wildguard", "llama_guard", "harmbench"] = setting(
+    "rubric", "what a language model is asked: our rubrics, StrongREJECT's, or a guard classifier's own format"
+  )
+  think: bool = setting(False, "it reasons and closes with </think> before its verdict")
+  readout: Literal["score", "probability"] = setting(
+    "score", "read the verdict that it writes, or the probabilities of its next token: one prefill, nothing generated"
+  )
+  votes: int = setting(1, "J, verdicts drawn for each call and averaged", at_least=1)
+  text_characters: int = setting(8000, "of each text that are shown; the judge is told of a cut", at_least=100)
+  sampling: Sampling = part(Sampling, prompt_buckets=(1024, 4096), max_new_tokens=1024)
+  batch: int = setting(32, "calls of one device batch", at_least=1)
+  int8: bool = setting(False, "keep the model's matrices in 8 bits")
+  mesh: Mesh = part(Mesh)
+  server: Server = part(Server)
   shared_noise: float = setting(
     0.0, "microworld: standard deviation of a bias that all texts of one call share", at_least=0
   )
   sample_noise: float = setting(0.0, "microworld: standard deviation of an error of each text of a call", at_least=0)
   failure_rate: float = setting(0.0, "microworld: fraction of calls without a readable verdict", at_least=0, at_most=1)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.kind == "model" and not self.model:
+      raise UserError("model is empty with kind='model'; allowed: a Hugging Face folder")
+    if self.kind == "server" and not (self.model and self.server.url):
+      raise UserError("kind is 'server' without a model or a server.url; allowed: both, the model by the server's name")
+    if self.readout == "probability" and (self.think or self.votes > 1 or self.form != "rubric"):
+      raise UserError(
+        "readout is 'probability', which draws nothing; allowed: with form='rubric', without think, and one vote"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges(Settings):
+  """Who judges in each role, and how calls are arranged."""
+
+  training: Judge = part(Judge, kind="heuristic")
+  faithfulness: Judge = part(Judge)
+  defender: Judge = part(Judge)
+  attacker: Judge = part(Judge)
+  evaluation: Judge = part(Judge, kind="independent")
+  protocol: Literal["pairwise", "pointwise"] = setting("pairwise", "scores by comparison, or one by one")
+  opponents: int = setting(
+    0, "pairwise: others that each text is compared with, drawn in a ring; 0 is all of them", at_least=0
+  )
+  retries: int = setting(1, "times a call without a readable verdict is asked again", at_least=0)
+  optimistic: bool = setting(True, "the attacker judge reads the response the defender judge liked best, not the first")
+  defender_reads: Literal["attack", "seed"] = setting("attack", "the query that responses are judged against")
+  rubrics: str = setting("", "folder of text files that take the place of advgame_jax/rubrics, any of them")
+  canaries: int = setting(4, "texts a step that talk to a language-model judge, tried on it beside neutral ones", at_least=0)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.training.kind in ("training", "independent", "none"):
+      raise UserError(f"training.kind is {self.training.kind!r}; allowed: a judge of its own")
+    for name in ("faithfulness", "defender", "attacker"):
+      if getattr(self, name).kind == "independent":
+        raise UserError(f"{name}.kind is 'independent'; allowed: for evaluation only")
+    if self.faithfulness.kind == "none":
+      raise UserError("faithfulness.kind is 'none'; allowed: a judge, for unfaithful attacks would be rewarded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,18 +293,6 @@ class Data(Settings):
   batch: int = setting(32, "B, seeds per step", at_least=1)
   order: Literal["alternate", "mixed"] = setting(
     "alternate", "one category a step in turn, or half of each in every step"
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class Mesh(Settings):
-  """Devices by axis; one axis may be −1 and takes what is left."""
-
-  data: int = setting(-1, "replicas", at_least=-1, identity=False)
-  fsdp: int = setting(1, "shards of parameters along their width", at_least=-1, identity=False)
-  tensor: int = setting(1, "shards of heads, feed-forward and vocabulary", at_least=-1, identity=False)
-  decode: Literal["replicated", "tensor"] = setting(
-    "replicated", "generate with whole weights on each device, or split over `tensor`", identity=False
   )
 
 
@@ -318,9 +386,9 @@ class Config(Settings):
         raise UserError(
           f"game.{name} is 1, but {self.loss.kind} learns from pairs; allowed: at least 2, or loss.kind='grpo'"
         )
-    if (self.judges.kind == "microworld") != (self.game.instructions == "microworld"):
+    if (self.judges.training.kind == "microworld") != (self.game.instructions == "microworld"):
       raise UserError(
-        "judges.kind and game.instructions must both be 'microworld' or neither: its rules read its language only"
+        "judges.training.kind and game.instructions must both be 'microworld' or neither: its rules read its language only"
       )
     if self.precision.frozen == "int8" and not (self.attacker.lora.rank or self.defender.lora.rank):
       raise UserError("precision.frozen is 'int8', but no player has a frozen base; allowed: with lora.rank > 0")

@@ -70,12 +70,27 @@ class Tokenizer:
     Raises:
       UserError: the text holds a control token that is a single character, so that nothing can break it apart.
     """
-    text = user_text.lstrip() if self.turn.trims_start else user_text
-    text = text.rstrip() if self.turn.trims_end else text
+    return self.encode_turn("", user_text)[1]
+
+  def encode_turn(self, first: str, rest: str) -> tuple[list[int], list[int]]:
+    """`encode_chat` of one text in two pieces, whose seam is a seam between tokens.
+
+    The ids of the first piece, control tokens before it included, are the same whatever follows: a model may keep what
+    it read of them. Without a first piece they are none.
+    """
+    if not first:
+      return [], [*self.turn.head, *self._encode_text(rest, first=True, last=True), *self.turn.tail]
+    head = [*self.turn.head, *self._encode_text(first, first=True, last=False)]
+    return head, [*self._encode_text(rest, first=False, last=True), *self.turn.tail]
+
+  def _encode_text(self, text: str, first: bool, last: bool) -> list[int]:
+    """A piece of a user turn: the beginning of it, the end, both or neither."""
+    text = text.lstrip() if first and self.turn.trims_start else text
+    text = text.rstrip() if last and self.turn.trims_end else text
     for mark in self.turn.delimiters:
       text = text.replace(mark, f"{mark[0]} {mark[1:]}")
-    between = _encode_without(self._no_control, f"{self.turn.before}{text}{self.turn.after}", self.control_ids)
-    return [*self.turn.head, *between, *self.turn.tail]
+    text = f"{self.turn.before if first else ''}{text}{self.turn.after if last else ''}"
+    return _encode_without(self._no_control, text, self.control_ids)
 
   def encode_completion(self, text: str) -> list[int]:
     """The ids a model should answer with after `encode_chat`: the text, then the token that ends its turn."""

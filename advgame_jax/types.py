@@ -188,6 +188,8 @@ class Verdict(NamedTuple):
   """One score per text of the question, or none at all: a judge that cannot be read has `scores == ()`."""
 
   scores: tuple[float, ...]
+  tokens: int = 0  # that a language model read and wrote for it
+  flops: float = 0.0
 
 
 Policy = Callable[[Sequence[str], np.ndarray, int, jax.Array], Samples]
