@@ -16,6 +16,9 @@ from advgame_jax.blockwise import softcap as softcap
 from advgame_jax.sharding import LOCAL, Layout
 
 
+CONTINUED_BLOCK = 32  # queries of a block: its logits are to stay in the caches
+
+
 def causal(
   query_RTNH: jax.Array,
   key_RTKH: jax.Array,
@@ -54,7 +57,43 @@ class Segment(NamedTuple):
 
   key_QKSH: jax.Array
   value_QKSH: jax.Array
-  mask_QTS: jax.Array  # bool; Q and T may be 1
+  mask_QgTS: jax.Array  # bool; Q, g = R / Q and T may be 1
+
+
+def continued(
+  query_RTNH: jax.Array,
+  key_RTKH: jax.Array,
+  value_RTKH: jax.Array,
+  prefix: "Segment",
+  length: jax.Array,
+  rule: Rule,
+  window: jax.Array,
+) -> jax.Array:
+  """`causal` for rows that all continue the same `length` tokens, whose keys are there once → [R, T, N, H].
+
+  Queries go through in blocks, so that no array of tokens × tokens exists.
+
+  Args:
+    prefix: its mask [1, 1, 1, S] says which slots hold a token.
+    window: int32, tokens; it takes the place of the rule's.
+  """
+  R, T, N, H = query_RTNH.shape
+  t = min(T, CONTINUED_BLOCK)
+  key_RKTH, value_RKTH = key_RTKH.swapaxes(1, 2), value_RTKH.swapaxes(1, 2)
+  padded_RTNH = jnp.pad(query_RTNH, ((0, 0), (0, -T % t), (0, 0), (0, 0)))
+  query_XRtNH = padded_RTNH.reshape(R, -1, t, N, H).swapaxes(0, 1)
+  slots, prefix_slots = jnp.arange(T), jnp.arange(prefix.key_QKSH.shape[2])
+
+  def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+    start, query_RtNH = inputs
+    place_t = start + jnp.arange(t)
+    age_tT, prefix_age_tS = place_t[:, None] - slots, length + place_t[:, None] - prefix_slots
+    before = prefix._replace(mask_QgTS=prefix.mask_QgTS & (prefix_age_tS < window))
+    own = Segment(key_RKTH, value_RKTH, ((age_tT >= 0) & (age_tT < window))[None, None])
+    return attend(query_RtNH, [before, own], rule)
+
+  read_XRtNH = jax.lax.map(block, (jnp.arange(0, padded_RTNH.shape[1], t), query_XRtNH))
+  return read_XRtNH.swapaxes(0, 1).reshape(R, -1, N, H)[:, :T]
 
 
 def attend(query_RTNH: jax.Array, segments: Sequence[Segment], rule: Rule) -> jax.Array:
@@ -91,7 +130,7 @@ def _logits(query_RTNH: jax.Array, segment: Segment, rule: Rule) -> jax.Array:
   logits_QKXS = softcap(logits_QKXS * rule.scale, rule.softcap)
   # The least float, not −inf: a row that sees nothing (padding) stays finite.
   logits_QKgTnS = jnp.where(
-    segment.mask_QTS[:, None, None, :, None, :], logits_QKXS.reshape(Q, K, g, T, n, S), jnp.finfo(jnp.float32).min
+    segment.mask_QgTS[:, None, :, :, None, :], logits_QKXS.reshape(Q, K, g, T, n, S), jnp.finfo(jnp.float32).min
   )
   return logits_QKgTnS.swapaxes(1, 2).reshape(R, K, T, n, S)
 

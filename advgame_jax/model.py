@@ -4,8 +4,9 @@ An architecture's difference is a field of `ModelConfig`, or which parameters it
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,13 @@ class Cache(NamedTuple):
 
   key_LRKSH: jax.Array
   value_LRKSH: jax.Array
+
+
+class Prompt(NamedTuple):
+  """Q texts that rows continue, padded on the right, each read once and shared by R/Q consecutive rows."""
+
+  cache: Cache  # [L, Q, K, S, H]
+  length_Q: jax.Array
 
 
 class Kind(NamedTuple):
@@ -155,31 +163,42 @@ def forward(
   layout: Layout = LOCAL,
   remat: str = "none",
   kernel: str = "auto",
+  prefix: Prompt | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Whole rows, padded on the right → normalised hidden states [R, T, M] and the cache of all T tokens.
 
   A caller that drops the cache does not pay for it.
 
   Args:
+    prefix: one text (Q = 1) that every row continues.
     remat: what the backward pass computes again: "none", the whole of each "layer", or all but the matrix "products".
     kernel: an implementation of `attention.causal`.
   """
   params = cast(params, dtype)
   x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", None, None)
-  position_RT = jnp.arange(tokens_RT.shape[1])[None]
+  start = prefix.length_Q[:, None] if prefix else 0
+  position_RT = start + jnp.arange(tokens_RT.shape[1])[None]
 
-  def layer_step(x_RTM: jax.Array, inputs: tuple[Params, Kind]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    layer, kind = inputs
+  def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    layer, kind, before = inputs
     kept: list[jax.Array] = []
 
     def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
       kept.extend((key_RTKH.swapaxes(1, 2), value_RTKH.swapaxes(1, 2)))
-      return _attend_rows(config, kernel, layout, kind.which, query_RTNH, key_RTKH, value_RTKH)
+      if prefix is None:
+        return _attend_rows(config, kernel, layout, kind.which, query_RTNH, key_RTKH, value_RTKH)
+      there_QgTS = (jnp.arange(before.key_LRKSH.shape[2]) < prefix.length_Q[:, None])[:, None, None]
+      shared = attention.Segment(before.key_LRKSH, before.value_LRKSH, there_QgTS)
+      rule = attention_rules(config)[0]
+      return attention.continued(
+        query_RTNH, key_RTKH, value_RTKH, shared, prefix.length_Q[0], rule, kind.window
+      )
 
     return _block(config, layout, layer, x_RTM, _turn(position_RT, kind), attend), tuple(kept)
 
   step = layer_step if remat == "none" else jax.checkpoint(layer_step, policy=_KEPT[remat])
-  x_RTM, (key, value) = jax.lax.scan(step, x_RTM, (params["layers"], kinds_of_layers(config)))
+  inputs = (params["layers"], kinds_of_layers(config), prefix and prefix.cache)
+  x_RTM, (key, value) = jax.lax.scan(step, x_RTM, inputs)
   return rms_norm(x_RTM, params["final_norm"], config.norm_epsilon, config.norm_offset), Cache(key, value)
 
 
@@ -212,8 +231,7 @@ def decode(
   config: ModelConfig,
   params: Params,
   token_R: jax.Array,
-  prompt: Cache,
-  length_Q: jax.Array,
+  prompts: Sequence[Prompt],
   own: Cache,
   slot: jax.Array,
   *,
@@ -221,34 +239,46 @@ def decode(
 ) -> tuple[jax.Array, Cache]:
   """One token a row → hidden states [R, M] and the rows' own cache with this token in `slot`.
 
-  `prompt` holds Q ≤ R prompts of `length_Q` tokens, each shared by R/Q consecutive rows; `own` holds what each row drew
-  since. The own cache is carried through the layers and written in place. Parameters are already in the compute dtype.
+  `prompts` come one after the other, from what most rows share to what fewest do; `own` holds what each row drew since.
+  The own cache is carried through the layers and written in place. Parameters are already in the compute dtype.
   """
+  R = len(token_R)
   x_RTM = embed(config, params, token_R, layout)[:, None]
-  position_RT = jnp.repeat(length_Q + slot, len(token_R) // len(length_Q))[:, None]
-  prompt_slots, own_slots = (jnp.arange(cache.key_LRKSH.shape[3]) for cache in (prompt, own))
-  age_QS, own_age_S = length_Q[:, None] + slot - prompt_slots, slot - own_slots
+  ends = list(itertools.accumulate(jnp.repeat(prompt.length_Q, R // len(prompt.length_Q)) for prompt in prompts))
+  position_R = ends[-1] + slot
+  own_age_S = slot - jnp.arange(own.key_LRKSH.shape[3])
   rule = attention_rules(config)[0]  # its window is in the masks
 
   def layer_step(carry: tuple[jax.Array, Cache], inputs: Any) -> tuple[Any, None]:
     x_RTM, own = carry
-    index, layer, kind, prompt_layer = inputs
+    index, layer, kind, caches = inputs
 
     def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
       nonlocal own
       own = Cache(*(_write(cache, new, index, slot) for cache, new in zip(own, (key_RTKH, value_RTKH))))
       key_RKSH, value_RKSH = (jax.lax.dynamic_index_in_dim(cache, index, keepdims=False) for cache in own)
-      prompt_mask_QTS = ((prompt_slots < length_Q[:, None]) & (age_QS < kind.window))[:, None]
-      own_mask_1TS = ((own_age_S >= 0) & (own_age_S < kind.window))[None, None]
-      shared = attention.Segment(prompt_layer.key_LRKSH, prompt_layer.value_LRKSH, prompt_mask_QTS)
-      return attention.attend(query_RTNH, [shared, attention.Segment(key_RKSH, value_RKSH, own_mask_1TS)], rule)
+      own_mask_QgTS = ((own_age_S >= 0) & (own_age_S < kind.window))[None, None, None]
+      segments = [
+        attention.Segment(*cache, _in_window(prompt, end_R, position_R, kind.window))
+        for prompt, cache, end_R in zip(prompts, caches, ends)
+      ]
+      return attention.attend(query_RTNH, [*segments, attention.Segment(key_RKSH, value_RKSH, own_mask_QgTS)], rule)
 
-    x_RTM = _block(config, layout, layer, x_RTM, _turn(position_RT, kind), attend)
+    x_RTM = _block(config, layout, layer, x_RTM, _turn(position_R[:, None], kind), attend)
     return (x_RTM, own), None
 
-  inputs = (jnp.arange(config.layers), params["layers"], kinds_of_layers(config), prompt)
+  caches = tuple(prompt.cache for prompt in prompts)
+  inputs = (jnp.arange(config.layers), params["layers"], kinds_of_layers(config), caches)
   (x_RTM, own), _ = jax.lax.scan(layer_step, (x_RTM, own), inputs)
   return rms_norm(x_RTM[:, 0], params["final_norm"], config.norm_epsilon, config.norm_offset), own
+
+
+def _in_window(prompt: Prompt, end_R: jax.Array, position_R: jax.Array, window: jax.Array) -> jax.Array:
+  """[Q, g, 1, S]: which slots of a prompt that ends before place `end` are tokens that a row at `position` sees."""
+  Q, S = len(prompt.length_Q), prompt.cache.key_LRKSH.shape[3]
+  left_Qg1 = (position_R - end_R).reshape(Q, -1, 1) + prompt.length_Q[:, None, None]
+  seen_QgS = (jnp.arange(S) < prompt.length_Q[:, None, None]) & (left_Qg1 - jnp.arange(S) < window)
+  return seen_QgS[:, :, None]
 
 
 def _write(cache_LRKSH: jax.Array, new_RTKH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:

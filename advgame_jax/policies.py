@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from advgame_jax import architecture, lora, matrices, sampler, sharding
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
+from advgame_jax.model import Cache, Prompt
 from advgame_jax.sharding import Layout
 from advgame_jax.tokenizer import Tokenizer
 from advgame_jax.types import Params, Policy, Samples, Status
@@ -51,7 +52,6 @@ class LanguageModel:
 
   @functools.cached_property
   def _sample(self) -> Callable[..., sampler.Drawn]:
-    rows = sharding.rows_sharding(self.mesh, self.layout)
     sample = functools.partial(
       sampler.sample,
       self.model,
@@ -60,7 +60,7 @@ class LanguageModel:
       layout=self.layout,
       kernel=self.attention,
     )
-    return jax.jit(sample, static_argnames="group", out_shardings=rows)
+    return jax.jit(sample, static_argnames="group", out_shardings=self._rows)
 
   @functools.cached_property
   def _stops(self) -> np.ndarray:
@@ -75,7 +75,74 @@ class LanguageModel:
   def nobody(self, params: Params, prompts: int, group: int, bucket: int) -> Samples:
     """What is drawn when every prompt is absent: nothing, at once. It compiles a bucket."""
     nothing = np.zeros((prompts, bucket), np.int32), np.zeros(prompts, np.int32), np.zeros(prompts, bool)
-    return _as_samples(self, *nothing, _draw(self, params, *nothing, group, jax.random.key(0)), group)
+    places = np.arange(prompts, dtype=np.uint32)
+    return _as_samples(self, *nothing, self.draw(params, *nothing, places, group, jax.random.key(0)), group)
+
+  def draw(
+    self,
+    params: Params,
+    tokens_RT: np.ndarray,
+    length_R: np.ndarray,
+    present_R: np.ndarray,
+    place_R: np.ndarray,
+    group: int,
+    key: jax.Array,
+    prefix: Prompt | None = None,
+  ) -> sampler.Drawn:
+    """This process's prompts → what was drawn for them, as numpy, by `sampler.sample`."""
+    temperature, top_p = np.float32(self.sampling.temperature), np.float32(self.sampling.top_p)
+    rows = self._to_rows(tokens_RT, length_R, present_R, place_R)
+    with jax.set_mesh(self.mesh):
+      drawn = self._sample(params, *rows, key, temperature, top_p, self._stops, prefix, group=group)
+    count = len(tokens_RT) * group
+    return jax.tree.map(lambda x: x[:count], sharding.to_host(drawn))
+
+  def read_prefix(self, params: Params, ids: Sequence[int], slots: int) -> Prompt:
+    """A text that many prompts will continue, read once: whole on every device, or split over the heads' axis."""
+    tokens_RT, length_R = pad_rows([ids] * sharding.local_parts(self.mesh, self.layout), slots)
+    with jax.set_mesh(self.mesh):
+      return self._read(params, *sharding.to_global((tokens_RT, length_R), self._rows))
+
+  def next_token(
+    self, params: Params, tokens_RT: np.ndarray, length_R: np.ndarray, labels_CV: np.ndarray, prefix: Prompt | None
+  ) -> np.ndarray:
+    """Log-probabilities [R, C], nats, that a prompt is continued by one of each label's tokens. Nothing is drawn."""
+    tokens, length = self._to_rows(tokens_RT, length_R)
+    with jax.set_mesh(self.mesh):
+      return sharding.to_host(self._next(params, tokens, length, labels_CV, prefix))[: len(tokens_RT)]
+
+  @functools.cached_property
+  def _rows(self) -> jax.NamedSharding:
+    return sharding.rows_sharding(self.mesh, self.layout)
+
+  def _to_rows(self, tokens_RT: np.ndarray, length_R: np.ndarray, *others_R: np.ndarray) -> tuple[jax.Array, ...]:
+    """Global rows, padded to fill the mesh. An absent prompt still has one token, so that its last one exists."""
+    parts = sharding.local_parts(self.mesh, self.layout)
+    tokens, length, *others = sharding.pad_leading((tokens_RT, length_R, *others_R), parts)
+    return sharding.to_global((tokens, np.maximum(length, 1), *others), self._rows)
+
+  @functools.cached_property
+  def _read(self) -> Callable[..., Prompt]:
+    def read(params: Params, tokens_RT: jax.Array, length_R: jax.Array) -> Prompt:
+      _, prompt = sampler.prefill(
+        self.model, params, tokens_RT, length_R, layout=self.layout, kernel=self.attention
+      )
+      return Prompt(Cache(*(x[:, :1] for x in prompt.cache)), prompt.length_Q[:1])
+
+    heads = jax.NamedSharding(self.mesh, self.layout.spec((None, None, "heads")))
+    whole = sharding.replicated(self.mesh)
+    return jax.jit(read, out_shardings=Prompt(Cache(heads, heads), whole))  # type: ignore[arg-type]
+
+  @functools.cached_property
+  def _next(self) -> Callable[..., jax.Array]:
+    def next_token(params: Params, tokens_RT: jax.Array, length_R: jax.Array, *labels_and_prefix: Any) -> jax.Array:
+      labels_CV, prefix = labels_and_prefix
+      last_RM, _ = sampler.prefill(
+        self.model, params, tokens_RT, length_R, prefix, layout=self.layout, kernel=self.attention
+      )
+      return sampler.next_token(self.model, params, last_RM, labels_CV)
+
+    return jax.jit(next_token, out_shardings=self._rows)
 
   @property
   def longest_prompt(self) -> int:
@@ -101,7 +168,7 @@ def _play(
   longest = max(map(len, encoded), default=0)
   bucket = next(size for size in player.sampling.prompt_buckets if size >= longest)
   tokens_RT, length_R = pad_rows(encoded, bucket)
-  drawn = _draw(player, params, tokens_RT, length_R, present_R, group, key)
+  drawn = player.draw(params, tokens_RT, length_R, present_R, np.arange(len(prompts), dtype=np.uint32), group, key)
   return _as_samples(player, tokens_RT, length_R, present_R, drawn, group)
 
 
@@ -138,28 +205,6 @@ def pad_rows(encoded: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, 
   for row, ids in zip(tokens_RT, encoded):
     row[: len(ids)] = ids
   return tokens_RT, np.array([len(ids) for ids in encoded], np.int32)
-
-
-def _draw(
-  player: LanguageModel,
-  params: Params,
-  tokens_RT: np.ndarray,
-  length_R: np.ndarray,
-  present_R: np.ndarray,
-  group: int,
-  key: jax.Array,
-) -> sampler.Drawn:
-  """This process's prompts → what was drawn for them, as numpy. Rows are padded to fill the mesh."""
-  rows = sharding.rows_sharding(player.mesh, player.layout)
-  parts = sharding.local_parts(player.mesh, player.layout)
-  tokens, length, present = sharding.pad_leading((tokens_RT, length_R, present_R), parts)
-  local = (tokens, np.maximum(length, 1), present)  # an absent prompt still has one token, so that its last one exists
-  temperature, top_p = np.float32(player.sampling.temperature), np.float32(player.sampling.top_p)
-  with jax.set_mesh(player.mesh):
-    global_rows = sharding.to_global(local, rows)
-    drawn = player._sample(params, *global_rows, key, temperature, top_p, player._stops, group=group)
-  count = len(tokens_RT) * group
-  return jax.tree.map(lambda x: x[:count], sharding.to_host(drawn))
 
 
 def scripted(answer: Callable[[str, int], str]) -> Policy:

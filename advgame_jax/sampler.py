@@ -13,7 +13,7 @@ import numpy as np
 
 from advgame_jax import model, scoring
 from advgame_jax.architecture import ModelConfig
-from advgame_jax.model import Cache
+from advgame_jax.model import Cache, Prompt
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
 
@@ -34,8 +34,7 @@ class Rows(NamedTuple):
   """What the decode loop reads and never writes."""
 
   key_R: jax.Array
-  prompt_length_Q: jax.Array
-  prompt: Cache  # of Q prompts, each shared by its group
+  prompts: tuple[Prompt, ...]  # what all rows continue, if they do, and each group's own
   temperature: jax.Array
   top_p: jax.Array
   stops_ZV: jax.Array
@@ -111,10 +110,10 @@ def _quantile(mass_RX: jax.Array, target_R: jax.Array) -> tuple[jax.Array, jax.A
   return index_R, before_R
 
 
-def row_keys(key: jax.Array, prompts: int, group: int) -> jax.Array:
-  """[R] keys: fold_in(fold_in(key, q), g)."""
+def row_keys(key: jax.Array, place_Q: jax.Array, group: int) -> jax.Array:
+  """[R] keys: fold_in(fold_in(key, place), g)."""
   fold = jax.vmap(jax.random.fold_in, (None, 0))
-  return jax.vmap(fold, (0, None))(fold(key, jnp.arange(prompts)), jnp.arange(group)).reshape(-1)
+  return jax.vmap(fold, (0, None))(fold(key, place_Q), jnp.arange(group)).reshape(-1)
 
 
 def sample(
@@ -123,10 +122,12 @@ def sample(
   tokens_QT: jax.Array,
   length_Q: jax.Array,
   present_Q: jax.Array,
+  place_Q: jax.Array,
   key: jax.Array,
   temperature: jax.Array,
   top_p: jax.Array,
   stops_ZV: jax.Array,
+  prefix: Prompt | None = None,
   *,
   group: int,
   max_new_tokens: int,
@@ -140,19 +141,16 @@ def sample(
     params: in the compute dtype.
     tokens_QT: prompts, padded on the right; `length_Q` ≥ 1 of each.
     present_Q: bool; an absent prompt draws nothing and is waited for by nobody.
+    place_Q: uint32, what a prompt's key is folded from.
     temperature: scalar, 0 is greedy. `top_p`: scalar, 1 keeps all.
     stops_ZV: of `stop_table`.
+    prefix: a text that every prompt continues, of `read_prefix`.
     chunk: tokens between two checks whether all rows are done.
   """
-  rows, last_QM = _prefill(
-    config,
-    params,
-    tokens_QT,
-    length_Q,
-    key,
-    group,
-    layout,
-    kernel,
+  last_QM, prompt = prefill(config, params, tokens_QT, length_Q, prefix, layout=layout, kernel=kernel)
+  rows = Rows(
+    key_R=row_keys(key, place_Q, group),
+    prompts=(prefix, prompt) if prefix else (prompt,),
     temperature=temperature,
     top_p=top_p,
     stops_ZV=stops_ZV,
@@ -163,9 +161,7 @@ def sample(
   def draw_and_decode(_: Any, state: SamplingState) -> SamplingState:
     state, token_R = _draw_next(config, params, rows, state, max_new_tokens)
     with jax.named_scope("decode"):
-      hidden_RM, own = model.decode(
-        config, params, token_R, rows.prompt, rows.prompt_length_Q, state.own, state.step, layout=layout
-      )
+      hidden_RM, own = model.decode(config, params, token_R, rows.prompts, state.own, state.step, layout=layout)
     return state._replace(step=state.step + 1, hidden_RM=hidden_RM, own=own)
 
   drawn = jax.lax.while_loop(
@@ -176,29 +172,32 @@ def sample(
   return Drawn(*(x[:, :max_new_tokens] if x.ndim == 2 else x for x in drawn))
 
 
-def _prefill(
+def prefill(
   config: ModelConfig,
   params: Params,
   tokens_QT: jax.Array,
   length_Q: jax.Array,
-  key: jax.Array,
-  group: int,
-  layout: Layout,
-  kernel: str,
-  **settings: jax.Array,
-) -> tuple[Rows, jax.Array]:
-  """Every prompt once: its cache, and its last hidden state [Q, M]."""
+  prefix: Prompt | None = None,
+  *,
+  layout: Layout = LOCAL,
+  kernel: str = "auto",
+) -> tuple[jax.Array, Prompt]:
+  """Reads every prompt once: the hidden state its next token is drawn from [Q, M], and what it leaves in the cache."""
   with jax.named_scope("prefill"):
     dtype = params["embed"].dtype
-    hidden_QTM, prompt = model.forward(config, params, tokens_QT, dtype=dtype, layout=layout, kernel=kernel)
+    hidden_QTM, cache = model.forward(
+      config, params, tokens_QT, dtype=dtype, layout=layout, kernel=kernel, prefix=prefix
+    )
     last_QM = jnp.take_along_axis(hidden_QTM, length_Q[:, None, None] - 1, 1)[:, 0]
-  rows = Rows(
-    key_R=row_keys(key, len(length_Q), group),
-    prompt_length_Q=length_Q,
-    prompt=prompt,
-    **settings,
-  )
-  return rows, last_QM
+  return last_QM, Prompt(cache, length_Q)
+
+
+def next_token(
+  config: ModelConfig, params: Params, last_QM: jax.Array, labels_CV: jax.Array
+) -> jax.Array:
+  """Log-probability, nats, that the next token is one of each label's, [Q, C]: of the model's own softmax."""
+  logprob_QV = jax.nn.log_softmax(model.logits(config, params, last_QM))
+  return jax.nn.logsumexp(jnp.where(labels_CV, logprob_QV[:, None], -jnp.inf), -1)
 
 
 def _start(

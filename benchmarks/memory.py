@@ -207,6 +207,7 @@ def _lower_sample(
       array((count, prompt), jnp.int32),
       array((count,), jnp.int32),
       array((count,), jnp.bool_),
+      array((count,), jnp.uint32),
       array((), key.dtype, whole),
       array((), jnp.float32, whole),
       array((), jnp.float32, whole),

@@ -52,8 +52,8 @@ def test_greedy_tokens_drawn_with_a_cache_are_transformers(name):
   config, params, expected = loaded(name)
   greedy, never = (jnp.float32(0), jnp.float32(1)), jnp.zeros((2, config.vocab), jnp.int16)
   sample = jax.jit(functools.partial(sampler.sample, config, group=1, max_new_tokens=8))
-  present_Q = np.ones(len(expected["length"]), bool)
-  drawn = sample(params, expected["tokens"], expected["length"], present_Q, jax.random.key(0), *greedy, never)
+  present_Q, places = np.ones(len(expected["length"]), bool), np.arange(len(expected["length"]))
+  drawn = sample(params, expected["tokens"], expected["length"], present_Q, places, jax.random.key(0), *greedy, never)
   np.testing.assert_array_equal(drawn.tokens_RT, expected["greedy"])
 
 

@@ -11,7 +11,7 @@ import tiny
 
 from advgame_jax import architecture, model
 from advgame_jax.architecture import LayerKind, Rope
-from advgame_jax.model import Cache
+from advgame_jax.model import Cache, Prompt
 
 UNTIED = dataclasses.replace(
   tiny.CONFIG,
@@ -86,7 +86,7 @@ def test_decode_step_by_step_equals_forward():
 
   @jax.jit
   def step(token_R, own, slot):
-    hidden_RM, own = model.decode(config, params, token_R, prompt, length_Q, own, slot)
+    hidden_RM, own = model.decode(config, params, token_R, [Prompt(prompt, length_Q)], own, slot)
     return model.logits(config, params, hidden_RM), own
 
   own = model.empty_cache(config, Q * group, slots, jnp.float32)
@@ -136,3 +136,36 @@ def test_logits_are_float32_and_empty_caches_match_forwards():
   )
   assert isinstance(cache, Cache)
   jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b.shape}"), cache, empty)
+
+
+def continued_rows(config, prefix_length, slots):
+  """A prefix padded to so many slots, and rows of several lengths that continue it; and the same as whole rows."""
+  rng = np.random.default_rng(5)
+  prefix_T = rng.integers(1, config.vocab, prefix_length).astype(np.int32)
+  length_R, tokens_RT = np.array([7, 40, 3]), rng.integers(1, config.vocab, (3, 40)).astype(np.int32)
+  whole_RT = np.concatenate([np.tile(prefix_T, (3, 1)), tokens_RT], 1)
+  return np.pad(prefix_T, (0, slots - prefix_length))[None], length_R, tokens_RT, whole_RT
+
+
+@pytest.mark.parametrize("window", [0, 9], ids=["all", "window"])
+def test_rows_that_continue_a_prefix_are_whole_rows(window):
+  """The prefix is read once and is longer and shorter than the window; padding behind it is never seen."""
+  config = dataclasses.replace(tiny.CONFIG, kinds=(LayerKind(Rope(100.0), window), LayerKind(Rope(100.0))))
+  params = tiny.params(config)
+  for prefix_length in (5, 21):
+    prefix_1T, length_R, tokens_RT, whole_RT = continued_rows(config, prefix_length, slots=24)
+    _, cache = model.forward(config, params, prefix_1T)
+    prefix = Prompt(cache, np.array([prefix_length]))
+    hidden_RTM, own = jax.jit(lambda prefix, t: model.forward(config, params, t, prefix=prefix))(prefix, tokens_RT)
+    expected_RTM, whole = model.forward(config, params, whole_RT)
+    np.testing.assert_allclose(hidden_RTM, expected_RTM[:, prefix_length:], atol=2e-5)
+    np.testing.assert_allclose(own.key_LRKSH, whole.key_LRKSH[:, :, :, prefix_length:], atol=2e-5)
+
+    token_R, slot = np.array([3, 4, 5]), jnp.int32(0)  # and on, one token a row, behind rows of their own lengths
+    prompts = [prefix, Prompt(own, length_R)]
+    decoded_RM, _ = model.decode(config, params, token_R, prompts, model.empty_cache(config, 3, 2, jnp.float32), slot)
+    for r, length in enumerate(length_R):
+      row_T = np.append(whole_RT[r, : prefix_length + length], token_R[r])
+      np.testing.assert_allclose(
+        decoded_RM[r], model.forward(config, params, row_T[None])[0][0, -1], atol=2e-5, err_msg=str(r)
+      )

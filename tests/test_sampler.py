@@ -25,8 +25,8 @@ TOKENS_QT = np.where(np.arange(7) < LENGTH_Q[:, None], RNG.integers(1, CONFIG.vo
 
 
 @functools.partial(jax.jit, static_argnames=("group", "max_new_tokens", "chunk", "layout"))
-def compiled(params, tokens_QT, length_Q, present_Q, key, temperature, top_p, stops_ZV, **static):
-  return sampler.sample(CONFIG, params, tokens_QT, length_Q, present_Q, key, temperature, top_p, stops_ZV, **static)
+def compiled(params, *arrays, **static):
+  return sampler.sample(CONFIG, params, *arrays, **static)
 
 
 def sample(
@@ -39,11 +39,13 @@ def sample(
   stops_ZV=STOPS,
   group=2,
   max_new_tokens=11,
+  prefix=None,
   **static,
 ):
   """Rows as [Q, G, …], on the host."""
   present_Q = np.ones(len(length_Q), bool) if present_Q is None else present_Q
-  arrays = (PARAMS, tokens_QT, length_Q, present_Q, key, jnp.float32(temperature), jnp.float32(top_p), stops_ZV)
+  place_Q, settings = np.arange(len(length_Q), dtype=np.uint32), (jnp.float32(temperature), jnp.float32(top_p))
+  arrays = (PARAMS, tokens_QT, length_Q, present_Q, place_Q, key, *settings, stops_ZV, prefix)
   drawn = compiled(*arrays, group=group, max_new_tokens=max_new_tokens, **{"chunk": 4, **static})
   return jax.tree.map(lambda x: np.asarray(x).reshape(len(length_Q), group, *x.shape[1:]), drawn)
 
@@ -179,13 +181,11 @@ def test_rows_do_not_depend_on_the_mesh(name):
   place = lambda spec, x: jax.device_put(x, sharding.named(mesh, layout, spec.axes, x.shape, spec.hf_name))
   params = jax.tree.map(place, architecture.param_specs(CONFIG), PARAMS)
   by_rows = sharding.rows_sharding(mesh, layout)
-  tokens_QT, length_Q, present_Q = sharding.to_global((TOKENS_QT, LENGTH_Q, np.ones(8, bool)), by_rows)
+  rows_Q = (TOKENS_QT, LENGTH_Q, np.ones(8, bool), np.arange(8, dtype=np.uint32))
   with jax.set_mesh(mesh):
     drawn = compiled(
       params,
-      tokens_QT,
-      length_Q,
-      present_Q,
+      *sharding.to_global(rows_Q, by_rows),
       KEY,
       jnp.float32(0.8),
       jnp.float32(0.9),
@@ -199,7 +199,7 @@ def test_rows_do_not_depend_on_the_mesh(name):
 
 
 def test_row_keys_are_folded_from_prompt_then_sample():
-  keys_R = jax.random.key_data(sampler.row_keys(KEY, 3, 2)).reshape(3, 2, -1)
+  keys_R = jax.random.key_data(sampler.row_keys(KEY, np.arange(3), 2)).reshape(3, 2, -1)
   expected = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(KEY, 2), 1))
   np.testing.assert_array_equal(keys_R[2, 1], expected)
 
@@ -269,7 +269,7 @@ def test_the_loop_ends_when_all_rows_are_done(monkeypatch):
     return decode(*args, **kwargs)
 
   monkeypatch.setattr(model, "decode", counted)
-  arguments = (CONFIG, PARAMS, TOKENS_QT[:2], LENGTH_Q[:2], np.array([True, False]), KEY, 0.8, 1.0)
+  arguments = (CONFIG, PARAMS, TOKENS_QT[:2], LENGTH_Q[:2], np.array([True, False]), np.arange(2), KEY, 0.8, 1.0)
   every = jnp.asarray(sampler.stop_table([""] * CONFIG.vocab, range(CONFIG.vocab), []))
   drawn = sampler.sample(*arguments, every, group=1, max_new_tokens=1000, chunk=4)
   jax.effects_barrier()
@@ -345,3 +345,24 @@ def test_stop_strings_end_sampled_rows():
     text = letters(free.tokens_RT[q, g])
     ends = [text.index(stop) + 2 for stop in stops if stop in text]
     assert drawn.length_R[q, g] == min([*ends, 11]) and drawn.stopped_R[q, g] == bool(ends)
+
+
+# A prefix that all prompts continue.
+
+
+def test_a_prefix_read_once_draws_what_whole_prompts_draw():
+  prefix_T = np.array([9, 3, 77, 50, 4], np.int32)
+  _, cache = model.forward(CONFIG, PARAMS, np.pad(prefix_T, (0, 3))[None])
+  continued = sample(prefix=model.Prompt(cache, np.array([5])))
+  whole = sample(np.concatenate([np.tile(prefix_T, (8, 1)), TOKENS_QT], 1), LENGTH_Q + 5)
+  assert_same(continued, whole)
+
+
+def test_the_next_tokens_probability_is_summed_over_each_labels_tokens():
+  last_QM, _ = sampler.prefill(CONFIG, PARAMS, TOKENS_QT, LENGTH_Q)
+  labels_CV = np.zeros((2, CONFIG.vocab), bool)
+  labels_CV[0, [3, 8]] = labels_CV[1, 100] = True
+  logprob_QC = sampler.next_token(CONFIG, PARAMS, last_QM, labels_CV)
+  probability_QV = np.exp(tiny.log_softmax(np.asarray(model.logits(CONFIG, PARAMS, last_QM))))
+  expected_QC = np.stack([probability_QV[:, [3, 8]].sum(-1), probability_QV[:, 100]], -1)
+  np.testing.assert_allclose(np.exp(logprob_QC), expected_QC, rtol=1e-5)
