@@ -15,7 +15,7 @@ LEVELS = (
   "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers paper",
   "architecture matrices lora blockwise kernels attention experts model scoring sampler "
   "hf_rope hf_config hf_shards hf hf_gguf peft frozen",
-  "policies game judges heuristic microworld worldfiles state update",
+  "policies game judges rubrics cases guards phrases drift server_judge heuristic microworld worldfiles state update",
   "data checkpoint ledger report plots charts page",
   "command session evaluate metrics train warmstart export",
 )
@@ -38,6 +38,9 @@ CHAINS = (
   "hf → frozen",
   "matrices → frozen",
   "architecture → frozen",
+  "rubrics → cases → guards",
+  "cases → phrases",
+  "cases → server_judge",
   "microworld → worldfiles",
   "state → update",
   "plots → charts → page",
