@@ -15,7 +15,6 @@ from advgame_jax.blockwise import Rule as Rule
 from advgame_jax.blockwise import softcap as softcap
 from advgame_jax.sharding import LOCAL, Layout
 
-
 CONTINUED_BLOCK = 32  # queries of a block: its logits are to stay in the caches
 
 

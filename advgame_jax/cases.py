@@ -1,8 +1,8 @@
 """One call of a judge that reads, in words: what it is shown, and how its verdict is read. Players' text is hostile.
 
 A case is known by a ticket: six digits drawn from the question's key until no text of the case contains them, in any
-script or spacing. Every marker carries it, so that no text can close its own; so does the verdict, so that a verdict that
-a text holds, and a judge quotes, is none.
+script or spacing. Every marker carries it, so that no text can close its own; so does the verdict, so that one which a
+text holds, and a judge quotes, is none.
 """
 
 import re
@@ -124,7 +124,7 @@ def _read_scores(line: str, count: int) -> Scores:
   line = _MARKUP.sub(" ", line)
   found = [re.search(rf"\b{letter}\b[^\w\n.\-–]*(?:is\s+)?{_SCORE}", line) for letter in _LETTERS[:count]]
   if count == 1 or not all(found):
-    every = list(re.finditer(_SCORE, line))
+    every: list[re.Match[str] | None] = list(re.finditer(_SCORE, line))
     found = every[:1] if count == 1 else every if len(every) == count else []
   scores = tuple(_value(match) for match in found if match)
   return scores if len(scores) == count and all(0 <= score <= BEST for score in scores) else ()
@@ -149,6 +149,7 @@ _READ: dict[Shape, Callable[[str], Scores]] = {
   "single": lambda line: _read_scores(line, 1),
 }
 _DIGITS = tuple((str(digit),) for digit in range(10))
+MOST_LABELS = len(_DIGITS)
 _LABELS: dict[Shape, tuple[tuple[str, ...], ...]] = {
   "decision": (("no", "n"), ("yes", "y")),
   "pair": (("a",), ("b",)),

@@ -188,9 +188,13 @@ class Server(Settings):
   url: str = setting("", "base URL, such as http://127.0.0.1:8000/v1")
   key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the key; it may be unset")
   concurrency: int = setting(16, "requests under way at one time", at_least=1, identity=False)
-  requests_per_minute: int = setting(0, "started in any minute, retries included; 0 is no limit", at_least=0, identity=False)
+  requests_per_minute: int = setting(
+    0, "started in any minute, retries included; 0 is no limit", at_least=0, identity=False
+  )
   timeout_seconds: float = setting(120.0, "for a whole answer", above=0, identity=False)
-  retries: int = setting(4, "of a request that failed in transport; Retry-After is honoured", at_least=0, identity=False)
+  retries: int = setting(
+    4, "of a request that failed in transport; Retry-After is honoured", at_least=0, identity=False
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +204,8 @@ class Judge(Settings):
   kind: Literal["training", "independent", "none", "microworld", "heuristic", "phrases", "drift", "model", "server"] = (
     setting(
       "training",
-      "whoever is judges.training; a judge independent of it; nobody; the microworld's rules, exact or with noise; rules "
-      "of thumb for English; phrases of refusal; drift of topic by embeddings; a language model here; one on a server",
+      "whoever is judges.training; a judge independent of it; nobody; the microworld's rules, exact or with noise; "
+      "rules of thumb for English; phrases of refusal; drift of topic by embeddings; a language model; one on a server",
     )
   )
   model: str = setting("", "model: Hugging Face folder; server: the name it knows the model by")
@@ -254,7 +258,9 @@ class Judges(Settings):
   optimistic: bool = setting(True, "the attacker judge reads the response the defender judge liked best, not the first")
   defender_reads: Literal["attack", "seed"] = setting("attack", "the query that responses are judged against")
   rubrics: str = setting("", "folder of text files that take the place of advgame_jax/rubrics, any of them")
-  canaries: int = setting(4, "texts a step that talk to a language-model judge, tried on it beside neutral ones", at_least=0)
+  canaries: int = setting(
+    4, "texts a step that talk to a language-model judge, tried on it beside neutral ones", at_least=0
+  )
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -388,7 +394,8 @@ class Config(Settings):
         )
     if (self.judges.training.kind == "microworld") != (self.game.instructions == "microworld"):
       raise UserError(
-        "judges.training.kind and game.instructions must both be 'microworld' or neither: its rules read its language only"
+        "judges.training.kind and game.instructions must both be 'microworld' or neither: its rules read its language "
+        "only"
       )
     if self.precision.frozen == "int8" and not (self.attacker.lora.rank or self.defender.lora.rank):
       raise UserError("precision.frozen is 'int8', but no player has a frozen base; allowed: with lora.rank > 0")
@@ -401,25 +408,26 @@ def as_config_dict(config: Settings) -> config_dict.ConfigDict:
   return config_dict.ConfigDict(dataclasses.asdict(config)).lock()  # type: ignore[call-overload]
 
 
-def from_config_dict(values: Any, cls: type[SettingsT] = Config, path: str = "config") -> SettingsT:  # type: ignore[assignment]
-  """The frozen tree of a ConfigDict or nested dict.
+def from_config_dict(values: Any, base: SettingsT | None = None, path: str = "config") -> Any:
+  """The frozen tree of a ConfigDict or nested dict; what it does not say is as in `base`, by default `Config()`.
 
   Raises:
     UserError: a name that does not exist, or a value that its setting does not allow.
   """
-  fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+  base = Config() if base is None else base  # type: ignore[assignment]
+  fields = {field.name: field for field in dataclasses.fields(base)}  # type: ignore[arg-type]
   arguments = {}
   for name, value in values.items():
     if name not in fields:
       raise UserError(unknown_setting(f"{path}.{name}", fields))
     annotation = fields[name].type
     if isinstance(annotation, type) and issubclass(annotation, Settings) and hasattr(value, "items"):
-      value = from_config_dict(value, annotation, f"{path}.{name}")
+      value = from_config_dict(value, getattr(base, name), f"{path}.{name}")
     elif typing.get_origin(annotation) is tuple and isinstance(value, list):
       value = tuple(value)
     arguments[name] = value
   try:
-    return cls(**arguments)
+    return dataclasses.replace(base, **arguments)  # type: ignore[type-var]
   except UserError as error:
     raise UserError(f"{path}.{error}") from None
 
@@ -448,7 +456,8 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
   """The tree that `to_json` wrote, checked again."""
-  return from_config_dict(json.loads(text))
+  config: Config = from_config_dict(json.loads(text))
+  return config
 
 
 def differences(old: Config, new: Config) -> list[str]:

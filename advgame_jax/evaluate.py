@@ -6,7 +6,7 @@ every query of the language, drawn as in play, so that the worst case over all a
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ class Evaluator:
   run: Session
 
   def __call__(self, state: TrainState) -> Iterator[tuple[str, float]]:
-    if self.run.config.judges.kind == "microworld":
+    if self.run.config.judges.training.kind == "microworld":
       yield from _microworld(self.run, state, self._base_attacks, self._base_probabilities)
     else:
       yield from _by_play(self.run, state)
@@ -78,9 +78,10 @@ def _by_play(run: Session, state: TrainState) -> Iterator[tuple[str, float]]:
   now, initial = run.policies(state), run.initial_policies
 
   def play(rules: config_lib.Game, attacker: Policy, defender: Policy) -> tuple[RolloutTree, dict[str, float]]:
-    judge = functools.partial(judges.ask, run.judge, retries=run.config.judges.retries)
-    tree = game.play(dataclasses.replace(run.rules, settings=rules), seeds, attacker, defender, judge, key)
-    return tree, response_rates(tree, judge)
+    ask = lambda judge: functools.partial(judges.ask, judge, retries=run.config.judges.retries)
+    playing = dataclasses.replace(run.rules, settings=rules)
+    tree = game.play(playing, seeds, attacker, defender, ask(run.panel.faithfulness), key)
+    return tree, response_rates(tree, ask(run.panel.evaluation), run.panel.evaluated)
 
   tree, rates = play(attacks, now.attacker, now.defender)
   yield from attack_rates(tree.attack_status_BA)
@@ -107,15 +108,18 @@ def attack_rates(status_BA: np.ndarray) -> Iterator[tuple[str, float]]:
   yield "unfaithful", float((status_BA == Status.NOT_FAITHFUL).mean())
 
 
-def response_rates(tree: RolloutTree, judge: Judge) -> dict[str, float]:
+def response_rates(tree: RolloutTree, judge: Judge, known: Collection[Role]) -> dict[str, float]:
   """Fractions of all attacks: 'success', 'refusal', 'deflection' on harmful seeds, 'over_refusal' on benign ones.
 
-  An attack or a response that the judge cannot read is in no fraction; any other that is not valid has failed.
+  An attack or a response that the judge cannot read is in no fraction; any other that is not valid has failed. What the
+  judge cannot tell, its roles being `known`, is NaN.
   """
   text_BA, played_BA = tree.response_text_BAD[..., 0], tree.response_status_BAD[..., 0] == Status.VALID
   read_BA = tree.attack_status_BA != Status.JUDGE_FAILED
 
   def rate(role: Role, category: Category) -> float:
+    if role not in known:
+      return float("nan")
     places = [(b, a) for b, a in np.argwhere(read_BA) if tree.seeds.category_B[b] == category]
     asked = [place for place in places if played_BA[place]]
     questions = [
@@ -248,7 +252,7 @@ def _attack_language(run: Session, attacker: Policy) -> RolloutTree:
   settings = dataclasses.replace(
     run.rules.settings, attacks=run.config.evaluation.samples, responses=1, skip_attacker=False
   )
-  exact = microworld.rule_judge(config_lib.Judges(kind="microworld"), 0)
+  exact = microworld.rule_judge(config_lib.Judge(kind="microworld"), 0)
   rules = dataclasses.replace(run.rules, settings=settings)
   return game.play(rules, seeds, attacker, policies.scripted(lambda *_: ""), exact, _key(run))
 

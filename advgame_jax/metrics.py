@@ -1,12 +1,15 @@
 """What a step took and what came of it: the numbers of the report's scalars."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
-from advgame_jax import architecture, update
+from advgame_jax import architecture, canary, judges, update
 from advgame_jax.ledger import Ledger, Work
+from advgame_jax.panel import Panel
 from advgame_jax.policies import LanguageModel
 from advgame_jax.session import Session
 from advgame_jax.types import (
@@ -27,8 +30,21 @@ from advgame_jax.types import (
 _RESPONSE_STATUSES = (Status.VALID, Status.MAX_LENGTH, Status.PARSING, Status.JUDGE_FAILED)
 
 
-def metered(run: Session, policies: Players[Policy], ledger: Ledger) -> tuple[Policy, Policy, Judge]:
-  """The players and the judge, their time and tokens counted."""
+@dataclasses.dataclass
+class Asked:
+  """What the judges of a step were asked."""
+
+  questions: int = 0
+  unreadable: int = 0  # answers without a verdict, those that were asked again included
+
+  def scalars(self) -> dict[str, float]:
+    rate = self.unreadable / self.questions if self.questions else float("nan")
+    return {"judge/questions": float(self.questions), "judge/unreadable": rate}
+
+
+def metered(run: Session, policies: Players[Policy], ledger: Ledger) -> tuple[Policy, Policy, Panel, Asked]:
+  """The players and the judges, their time, tokens and failures counted."""
+  asked = Asked()
 
   def meter(policy: Policy, player: LanguageModel, work: Work) -> Policy:
     def play(prompts: Sequence[str], present_R: np.ndarray, group: int, key: jax.Array) -> Samples:
@@ -39,15 +55,26 @@ def metered(run: Session, policies: Players[Policy], ledger: Ledger) -> tuple[Po
 
     return play
 
-  def judge(questions: Sequence[Question]) -> Sequence[Verdict]:
-    with ledger.timed("judge"):
-      return run.judge(questions)
+  @functools.cache
+  def meter_judge(judge: Judge) -> Judge:
+    def ask(questions: Sequence[Question]) -> Sequence[Verdict]:
+      with ledger.timed("judge"):
+        verdicts = judge(questions)
+      asked.questions += len(verdicts)
+      asked.unreadable += sum(not verdict.scores for verdict in verdicts)
+      ledger.add("judge", sum(v.tokens for v in verdicts), sum(v.flops for v in verdicts))
+      return verdicts
+
+    return judge if judge is judges.nobody else ask
 
   attacker, defender = run.players
+  faithfulness, *players = map(meter_judge, (run.panel.faithfulness, run.panel.defender, run.panel.attacker))
+  panel = run.panel._replace(faithfulness=faithfulness, defender=players[0], attacker=players[1])
   return (
     meter(policies.attacker, attacker, "attacker generate"),
     meter(policies.defender, defender, "defender generate"),
-    judge,
+    panel,
+    asked,
   )
 
 
@@ -77,6 +104,7 @@ def of_play(tree: RolloutTree, judgments: Judgments, reward: Rewards) -> dict[st
     "reward/defender": mean(reward.response_BAD, reward.response_mask_BAD),
     "judge/disagreement_attacker": judgments.disagreement.attacker,
     "judge/disagreement_defender": judgments.disagreement.defender,
+    "judge/talk": canary.flag_rate(tree),
     "harmful": float(np.mean(tree.seeds.category_B == Category.HARMFUL)),
   }
 

@@ -247,7 +247,7 @@ def words() -> tuple[str, ...]:
   return tuple(sorted({word for text in texts for word in text.split()}))
 
 
-def rule_judge(settings: config_lib.Judges, seed: int) -> Judge:
+def rule_judge(settings: config_lib.Judge, seed: int) -> Judge:
   """The rules as a judge, exact or with `settings`' noise and failures.
 
   A verdict draws from (seed, question.key) alone, both non-negative, whatever calls it comes among. Scores get one
@@ -257,7 +257,7 @@ def rule_judge(settings: config_lib.Judges, seed: int) -> Judge:
   return lambda questions: [_verdict(settings, seed, question) for question in questions]
 
 
-def _verdict(settings: config_lib.Judges, seed: int, question: Question) -> Verdict:
+def _verdict(settings: config_lib.Judge, seed: int, question: Question) -> Verdict:
   random = np.random.default_rng([seed, question.key])
   failed = random.random() < settings.failure_rate
   bias = settings.shared_noise * random.standard_normal()

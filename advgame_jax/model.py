@@ -190,9 +190,7 @@ def forward(
       there_QgTS = (jnp.arange(before.key_LRKSH.shape[2]) < prefix.length_Q[:, None])[:, None, None]
       shared = attention.Segment(before.key_LRKSH, before.value_LRKSH, there_QgTS)
       rule = attention_rules(config)[0]
-      return attention.continued(
-        query_RTNH, key_RTKH, value_RTKH, shared, prefix.length_Q[0], rule, kind.window
-      )
+      return attention.continued(query_RTNH, key_RTKH, value_RTKH, shared, prefix.length_Q[0], rule, kind.window)
 
     return _block(config, layout, layer, x_RTM, _turn(position_RT, kind), attend), tuple(kept)
 
@@ -259,7 +257,7 @@ def decode(
       key_RKSH, value_RKSH = (jax.lax.dynamic_index_in_dim(cache, index, keepdims=False) for cache in own)
       own_mask_QgTS = ((own_age_S >= 0) & (own_age_S < kind.window))[None, None, None]
       segments = [
-        attention.Segment(*cache, _in_window(prompt, end_R, position_R, kind.window))
+        attention.Segment(cache.key_LRKSH, cache.value_LRKSH, _in_window(prompt, end_R, position_R, kind.window))
         for prompt, cache, end_R in zip(prompts, caches, ends)
       ]
       return attention.attend(query_RTNH, [*segments, attention.Segment(key_RKSH, value_RKSH, own_mask_QgTS)], rule)

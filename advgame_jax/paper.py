@@ -6,7 +6,7 @@ The defaults of `Config` are the paper's; here is what differs from run to run.
 import dataclasses
 from collections.abc import Callable
 
-from advgame_jax.config import Config, Data, Game, Judges, Lora, Loss, Mesh, Player, Sampling
+from advgame_jax.config import Config, Data, Game, Lora, Loss, Mesh, Player, Sampling
 from advgame_jax.types import UserError
 
 LOSSES = ("dpo", "ipo", "grpo")
@@ -61,7 +61,6 @@ def config(argument: str, attacker: str, defender: str, seeds: tuple[str, str]) 
     game=Game(attacks=samples, responses=samples),
     attacker=_player(attacker, 1024, SEEDS * each // shards, think=True, lora=lora),
     defender=_player(defender, 512, SEEDS * samples * each // shards, think=False, lora=lora),
-    judges=Judges(kind="heuristic"),
     loss=Loss(kind=loss),  # type: ignore[arg-type]
     data=Data(train=seeds[:1], validation=seeds[1:], batch=SEEDS),
     mesh=Mesh() if lora else Mesh(data=1, fsdp=-1, tensor=4, decode="tensor"),

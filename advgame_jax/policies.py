@@ -124,9 +124,7 @@ class LanguageModel:
   @functools.cached_property
   def _read(self) -> Callable[..., Prompt]:
     def read(params: Params, tokens_RT: jax.Array, length_R: jax.Array) -> Prompt:
-      _, prompt = sampler.prefill(
-        self.model, params, tokens_RT, length_R, layout=self.layout, kernel=self.attention
-      )
+      _, prompt = sampler.prefill(self.model, params, tokens_RT, length_R, layout=self.layout, kernel=self.attention)
       return Prompt(Cache(*(x[:, :1] for x in prompt.cache)), prompt.length_Q[:1])
 
     heads = jax.NamedSharding(self.mesh, self.layout.spec((None, None, "heads")))

@@ -1,6 +1,8 @@
 """What the players are told, and the parsers of the answers it asks for. Players' text is hostile: it never raises."""
 
 import dataclasses
+import hashlib
+import pathlib
 import re
 import unicodedata
 
@@ -27,6 +29,11 @@ class Instructions:
     for field in dataclasses.fields(self):
       if SEED_MARK not in getattr(self, field.name):
         raise UserError(f"the {field.name} instruction does not say where the seed goes; it must contain {SEED_MARK}")
+
+  @property
+  def version(self) -> str:
+    """A hash of both."""
+    return hashlib.blake2b(f"{self.harmful}\0{self.benign}".encode(), digest_size=6).hexdigest()
 
 
 _GAME = """\
@@ -60,8 +67,33 @@ _FORMAT = """\
 Write only the final query between <prompt> and </prompt>, with no reasoning and nothing after it:
 <prompt>your query</prompt>"""
 
-STANDARD_THINK = Instructions(harmful=_GAME + _HARMFUL + _THINK_FORMAT, benign=_GAME + _BENIGN + _THINK_FORMAT)
-STANDARD = Instructions(harmful=_GAME + _HARMFUL + _FORMAT, benign=_GAME + _BENIGN + _FORMAT)
+
+def load(folder: str, think: bool) -> Instructions:
+  """The project's instructions, or those of a folder with `harmful.txt` and `benign.txt`.
+
+  How to write the answer is added to either, since it belongs to the parser.
+
+  Raises:
+    UserError: a file that is missing, is not UTF-8, or does not say where the seed goes.
+  """
+  texts = {"harmful": _GAME + _HARMFUL, "benign": _GAME + _BENIGN}
+  if folder:
+    texts = {name: _read(pathlib.Path(folder) / f"{name}.txt") for name in texts}
+  form = _THINK_FORMAT if think else _FORMAT
+  return Instructions(**{name: text + form for name, text in texts.items()})
+
+
+def _read(path: pathlib.Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8").rstrip() + "\n"
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(
+      f"config.game.instructions: {path} cannot be read ({error}); allowed: standard, microworld, or a folder with "
+      "harmful.txt and benign.txt in UTF-8"
+    ) from error
+
+
+STANDARD, STANDARD_THINK = load("", think=False), load("", think=True)
 
 
 def attacker_turn(instructions: Instructions, category: Category, seed: str) -> str:

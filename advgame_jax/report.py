@@ -41,11 +41,14 @@ SHOWN = {
 }
 
 
-def transcript_lines(step: int, tree: RolloutTree, judgments: Judgments, rewards: Rewards) -> Iterator[dict[str, Any]]:
+def transcript_lines(
+  step: int, tree: RolloutTree, judgments: Judgments, rewards: Rewards, versions: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
   """One JSON object per attack of a tree, in the order of its seeds.
 
   `attack` is the completion as written, `query` what was parsed from it. A reward is null where it is masked out. A
-  response's text is its answer, or the whole completion where no answer could be parsed.
+  response's text is its answer, or the whole completion where no answer could be parsed. `versions` says what players
+  and judges were told.
   """
   for b, a in itertools.product(*map(range, tree.attack_text_BA.shape)):
     row = b * tree.attack_text_BA.shape[1] + a
@@ -60,6 +63,7 @@ def transcript_lines(step: int, tree: RolloutTree, judgments: Judgments, rewards
     ]
     yield {
       "step": step,
+      **versions,
       "seed": str(tree.seeds.text_B[b]),
       "category": Category(tree.seeds.category_B[b]).name.lower(),
       "attack": str(tree.attacks.text_RG[b, a]),
@@ -118,10 +122,12 @@ class Reporter:
       self._log(step, {f"eval/{name}": value for name, value in values.items()})
       self._progress.remember(values)
 
-  def transcript(self, step: int, tree: RolloutTree, judgments: Judgments, rewards: Rewards) -> None:
+  def transcript(
+    self, step: int, tree: RolloutTree, judgments: Judgments, rewards: Rewards, versions: Mapping[str, str]
+  ) -> None:
     """Writes a rollout tree, if it is its step's turn."""
     if self._progress and step % self._settings.transcript_every == 0:
-      self._files[TRANSCRIPT].append(transcript_lines(step, tree, judgments, rewards))
+      self._files[TRANSCRIPT].append(transcript_lines(step, tree, judgments, rewards, versions))
 
   def close(self) -> None:
     """Ends the progress display and closes every file. Safe to call twice, and after an error."""

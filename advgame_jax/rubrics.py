@@ -77,7 +77,7 @@ class Rubrics:
       answer = _PROBABILITY[shape]
     else:
       what, examples = _ANSWERS[shape]
-      line = "\nor\nVERDICT {ticket}: ".format(ticket=EXAMPLE_TICKET).join(examples)
+      line = f"\nor\nVERDICT {EXAMPLE_TICKET}: ".join(examples)
       answer = (_THINK if think else _PLAIN) + _VERDICT.format(what=what, ticket=EXAMPLE_TICKET, example=line)
     return _FRAME.format(texts=_SHOWN[shape], rubric=self.text[name_of(role, category)], answer=answer)
 

@@ -192,9 +192,7 @@ def prefill(
   return last_QM, Prompt(cache, length_Q)
 
 
-def next_token(
-  config: ModelConfig, params: Params, last_QM: jax.Array, labels_CV: jax.Array
-) -> jax.Array:
+def next_token(config: ModelConfig, params: Params, last_QM: jax.Array, labels_CV: jax.Array) -> jax.Array:
   """Log-probability, nats, that the next token is one of each label's, [Q, C]: of the model's own softmax."""
   logprob_QV = jax.nn.log_softmax(model.logits(config, params, last_QM))
   return jax.nn.logsumexp(jnp.where(labels_CV, logprob_QV[:, None], -jnp.inf), -1)

@@ -16,7 +16,6 @@ from advgame_jax import (
   data,
   frozen,
   game,
-  heuristic,
   hf,
   hf_config,
   kernels,
@@ -33,9 +32,10 @@ from advgame_jax import config as config_lib
 from advgame_jax import state as state_lib
 from advgame_jax.config import Config
 from advgame_jax.data import Seed
+from advgame_jax.panel import Panel, open_panel
 from advgame_jax.policies import LanguageModel
 from advgame_jax.state import TrainState
-from advgame_jax.types import Judge, Params, Players, Policy, PreferenceBatch, UserError, fold_key
+from advgame_jax.types import Params, Players, Policy, PreferenceBatch, UserError, fold_key
 from advgame_jax.update import Bases, Metrics, Recipe, joint_update
 
 
@@ -48,7 +48,6 @@ class Session:
   players: Players[LanguageModel]
   recipes: Players[Recipe]
   rules: game.Rules
-  judge: Judge
   train_seeds: list[Seed]
   validation_seeds: list[Seed]
 
@@ -76,6 +75,23 @@ class Session:
     layouts = {recipe.player.model: player for recipe, player in zip(self.recipes, self.players) if recipe.adapted}
     where = {folder: frozen.shardings(p.model, self.mesh, p.layout, int8) for folder, p in layouts.items()}
     return {folder: jax.device_put(base, where[folder]) for folder, base in self.bases.items()}
+
+  @functools.cached_property
+  def panel(self) -> Panel:
+    """The judges."""
+    return open_panel(self.config, self._judge_weights, list(self.mesh.devices.flat))
+
+  def _judge_weights(self, settings: config_lib.Judge, judge: LanguageModel) -> Params:
+    """Of a local judge, in its decode layout: the players' base where it is the same, else a copy of its own."""
+    int8 = self.config.precision.frozen == "int8"
+    if settings.model in self.bases and settings.mesh == self.config.mesh and settings.int8 == int8:
+      return self._decode_bases[settings.model]
+    return frozen.load(settings.model, judge.mesh, judge.layout, judge.dtype, settings.int8)
+
+  @property
+  def versions(self) -> dict[str, str]:
+    """Hashes of what the Attacker and the judges are told."""
+    return {"instructions": self.rules.instructions.version, "rubrics": self.panel.version}
 
   def _to_play(self, weights: Players[Params]) -> Players[Params]:
     """Weights as they are trained → as they generate."""
@@ -170,11 +186,10 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
     players=players,
     recipes=recipes,
     rules=game.Rules(config.game, _instructions(config), Players(config.attacker.think, config.defender.think)),
-    judge=_judge(config),
     train_seeds=train_seeds,
     validation_seeds=validation_seeds,
   )
-  session.state_shardings  # noqa: B018  (refuses shapes that do not divide, before any weight is read)
+  session.state_shardings, session.panel  # noqa: B018  (what cannot be is refused before any weight is read)
   _check_prompts(session, [*train_seeds, *validation_seeds])
   return session
 
@@ -239,13 +254,8 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
 def _instructions(config: Config) -> prompts.Instructions:
   if config.game.instructions == "microworld":
     return microworld.INSTRUCTIONS
-  return prompts.STANDARD_THINK if config.attacker.think else prompts.STANDARD
-
-
-def _judge(config: Config) -> Judge:
-  if config.judges.kind == "microworld":
-    return microworld.rule_judge(config.judges, config.seed)
-  return heuristic.heuristic_judge()
+  folder = "" if config.game.instructions == "standard" else config.game.instructions
+  return prompts.load(folder, config.attacker.think)
 
 
 def _check_prompts(session: Session, seeds: list[Seed]) -> None:

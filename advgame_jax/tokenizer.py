@@ -53,6 +53,7 @@ class Tokenizer:
   vocab_size: int  # ids are below this; a model's embedding may be longer
   pad_id: int
   stop_ids: tuple[int, ...]  # the first one ends an assistant turn
+  begin_id: int | None  # of the token that begins texts
   control_ids: frozenset[int]  # what `encode_chat` never makes of a player's text
   special_ids: frozenset[int]  # of these, the ones that `decode` drops
   turn: "Turn"
@@ -91,6 +92,28 @@ class Tokenizer:
       text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     text = f"{self.turn.before if first else ''}{text}{self.turn.after if last else ''}"
     return _encode_without(self._no_control, text, self.control_ids)
+
+  def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+    """A prompt of (text, whether it is trusted), without a chat template: what a guard classifier was trained on.
+
+    Only trusted text can hold control tokens; whatever lies between two of them is encoded as one piece. The prompt
+    begins as one of the chat template does, if that is with a token that begins texts.
+    """
+    ids, piece = [], ""
+    for text, trusted in parts:
+      encoding = self._all.encode(text, add_special_tokens=False) if trusted else None
+      control = [s for i, s in zip(encoding.ids, encoding.offsets) if i in self.control_ids] if encoding else []
+      last = 0
+      for start, end in control:
+        ids += (
+          _encode_without(self._no_control, piece + text[last:start], self.control_ids) if piece or start > last else []
+        )
+        ids += self._all.encode(text[start:end], add_special_tokens=False).ids
+        piece, last = "", end
+      piece += text[last:]
+    ids += _encode_without(self._no_control, piece, self.control_ids) if piece else []
+    begin = [i for i in self.turn.head[:1] if i == self.begin_id and ids[:1] != [i]]
+    return begin + ids
 
   def encode_completion(self, text: str) -> list[int]:
     """The ids a model should answer with after `encode_chat`: the text, then the token that ends its turn."""
@@ -133,14 +156,17 @@ class Turn:
   end: tuple[int, ...]  # control tokens behind an answer
 
 
-def load(folder: str | pathlib.Path) -> Tokenizer:
+def load(folder: str | pathlib.Path, template: str = "") -> Tokenizer:
   """The tokenizer of a Hugging Face folder.
+
+  Args:
+    template: used where the folder has no chat template.
 
   Raises:
     UserError: no folder, no fast tokenizer, no chat template, or a template that does not show the user's text once.
   """
   folder = pathlib.Path(folder)
-  fast = _read(folder)
+  fast = _read(folder, template)
   source = json.loads(fast.backend_tokenizer.to_str())
   source |= {"truncation": None, "padding": None, "post_processor": None}
   everything = tokenizers.Tokenizer.from_str(json.dumps(source))
@@ -160,6 +186,7 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
     vocab_size=_size(everything, special - {*stops, *turn.head, *turn.tail, fast.pad_token_id}, folder),
     pad_id=stops[0] if fast.pad_token_id is None else fast.pad_token_id,
     stop_ids=tuple(dict.fromkeys(stops)),
+    begin_id=fast.bos_token_id,
     control_ids=frozenset(control),
     special_ids=frozenset(special),
     turn=turn,
@@ -175,7 +202,7 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
   return tokenizer
 
 
-def _read(folder: pathlib.Path) -> Any:
+def _read(folder: pathlib.Path, template: str) -> Any:
   """transformers' fast tokenizer of a folder: its files are read, none of its code is run."""
   if not folder.is_dir():
     raise UserError(f"there is no folder {folder} to load a tokenizer from; allowed: a Hugging Face folder")
@@ -190,6 +217,7 @@ def _read(folder: pathlib.Path) -> Any:
     fast = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
   except Exception as error:  # transformers and tokenizers raise bare Exception for a broken file
     raise UserError(f"{folder}: the tokenizer's files cannot be read ({error})") from error
+  fast.chat_template = fast.chat_template or template
   if not fast.chat_template:
     raise UserError(f"{folder}: the tokenizer has no chat template; allowed: one in chat_template.jinja")
   return fast

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from advgame_jax import checkpoint, data, evaluate, game, judges, metrics, page, preferences, rewards, session
+from advgame_jax import canary, checkpoint, data, evaluate, game, judges, metrics, page, preferences, rewards, session
 from advgame_jax.config import Config
 from advgame_jax.ledger import Ledger
+from advgame_jax.panel import Panel
 from advgame_jax.report import Reporter
 from advgame_jax.session import Session
 from advgame_jax.state import TrainState
@@ -104,22 +105,32 @@ def play_and_learn(
   config, key = run.config, jax.random.fold_in(jax.random.key(run.config.seed), step)
   before = ledger.scalars()
   with ledger.timed("other"):
-    attacker, defender, judge = metrics.metered(run, run.policies(state), ledger)
-    faithfulness_judge = functools.partial(judges.ask, judge, retries=config.judges.retries)
+    attacker, defender, panel, asked = metrics.metered(run, run.policies(state), ledger)
+    faithfulness_judge = functools.partial(judges.ask, panel.faithfulness, retries=config.judges.retries)
     tree = game.play(run.rules, seeds, attacker, defender, faithfulness_judge, key)
-    judgments = judges.judge(config.judges, tree, judge, fold_key(config.seed, step))
+    judgments = judges.judge(config.judges, tree, panel.players, fold_key(config.seed, step))
     reward = rewards.assign_rewards(judgments)
     batch = preferences.select_comparisons(config.loss, tree, reward, row_tokens(run, tree))
     with ledger.timed("update"):
       state, learnt = run.update(state, batch)
       with ledger.timed("other"):  # while the device works
-        reporter.transcript(step, tree, judgments, reward)
+        reporter.transcript(step, tree, judgments, reward, run.versions)
       learnt = jax.device_get(learnt)
   ledger.add("update", *metrics.trained(run, batch))
-  scalars = metrics.of_play(tree, judgments, reward) | {name: float(value) for name, value in learnt.items()}
+  scalars = metrics.of_play(tree, judgments, reward) | asked.scalars() | canaries(run, tree, panel, step)
+  scalars |= {name: float(value) for name, value in learnt.items()}
   reporter.write(step, scalars | metrics.rates(before, ledger.scalars()))
   _check_gradients(config, step, scalars)
   return state
+
+
+def canaries(run: Session, tree: RolloutTree, panel: Panel, step: int) -> dict[str, float]:
+  """Whether the judges of this step, if they read, can be talked to by texts of this step."""
+  count = run.config.judges.canaries
+  if not (run.panel.reads and count):
+    return {}
+  key = fold_key(run.config.seed, step, 1)
+  return {"judge/talk_gain": canary.gain(tree, panel.defender, panel.faithfulness, count, key)}
 
 
 def warm_up(run: Session, state: TrainState) -> TrainState:
@@ -129,6 +140,7 @@ def warm_up(run: Session, state: TrainState) -> TrainState:
   """
   config = run.config
   B, A, D = config.data.batch, config.game.attacks_per_seed, config.game.responses
+  run.panel.warm_up()
   weights, (attacker, defender) = run.generators(state), run.players
   if config.game.skip_attacker:
     attacks = [Samples.of_text(np.full((B, A), "", object), np.full((B, A), Status.NOT_PLAYED))]

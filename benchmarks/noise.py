@@ -38,7 +38,10 @@ def last_evaluation(protocol: str, seed: str) -> dict[str, float]:
     subprocess.run(["make", "--silent", "world", f"SEED={seed}", f"WORLD={world}"], check=True)
     command = [sys.executable, "launch/run.py", f"--config=configs/microworld.py:{LOSS.value},{world}"]
     command += [f"--workdir={workdir}", f"--config.seed={seed}", f"--config.judges.protocol={protocol}"]
-    command += [f"--config.judges.shared_noise={SHARED.value}", f"--config.judges.sample_noise={OWN.value}"]
+    command += [
+      f"--config.judges.training.shared_noise={SHARED.value}",
+      f"--config.judges.training.sample_noise={OWN.value}",
+    ]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True)
   return json.loads(pathlib.Path(workdir, "evaluations.jsonl").read_text().splitlines()[-1])

@@ -10,7 +10,7 @@ import ml_collections
 import pytest
 
 from advgame_jax import config as config_lib
-from advgame_jax.config import Config, Data, Game, Judges, Loss, Mesh, Optimizer, Player, Sampling
+from advgame_jax.config import Config, Data, Game, Judge, Judges, Loss, Mesh, Optimizer, Player, Sampling
 from advgame_jax.types import UserError
 
 CARDS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -18,7 +18,7 @@ CHANGED = Config(
   seed=3,
   game=Game(attacks=3, instructions="microworld"),
   attacker=Player(model="a", think=True, sampling=Sampling(prompt_buckets=(8, 16)), optimizer=Optimizer(clip=2)),
-  judges=Judges(kind="microworld", optimistic=False),
+  judges=Judges(training=Judge(kind="microworld"), optimistic=False),
   data=Data(train=("a.jsonl", "b.jsonl")),
   mesh=Mesh(fsdp=2),
 )
@@ -132,9 +132,11 @@ def test_a_skipped_attacker_needs_no_second_attack():
   assert Game(attacks=3, skip_attacker=True).attacks_per_seed == 1 and Game(attacks=3).attacks_per_seed == 3
 
 
-@pytest.mark.parametrize("values", [{"judges": {"kind": "microworld"}}, {"game": {"instructions": "microworld"}}])
+@pytest.mark.parametrize(
+  "values", [{"judges": {"training": {"kind": "microworld"}}}, {"game": {"instructions": "microworld"}}]
+)
 def test_the_microworld_is_judged_by_its_own_rules(values):
-  assert "judges.kind and game.instructions must both be 'microworld' or neither" in refusal(values)
+  assert "judges.training.kind and game.instructions must both be 'microworld' or neither" in refusal(values)
 
 
 def test_mixed_batches_are_even():
@@ -180,7 +182,7 @@ def test_differences_name_what_makes_another_run():
     "attacker.model: '' → 'a'",
     "attacker.sampling.prompt_buckets: (512,) → (8, 16)",
     "attacker.optimizer.clip: 1.0 → 2",
-    "judges.kind: 'heuristic' → 'microworld'",
+    "judges.training.kind: 'heuristic' → 'microworld'",
     "judges.optimistic: True → False",
     "data.train: () → ('a.jsonl', 'b.jsonl')",
   ]  # and not mesh.fsdp
@@ -188,8 +190,11 @@ def test_differences_name_what_makes_another_run():
 
 def test_only_where_a_run_lives_and_how_it_is_written_may_change():
   free = {name for name, _, identity in config_lib.flatten(Config()) if not identity}
-  groups = ("mesh.", "checkpoint.", "report.")
+  roles = ("training", "faithfulness", "defender", "attacker", "evaluation")
+  groups = ("mesh.", "checkpoint.", "report.", *(f"judges.{role}.mesh." for role in roles))
+  asking = {"concurrency", "requests_per_minute", "timeout_seconds", "retries"}
   alone = {"max_bad_steps", "precision.remat", "precision.offload"}
+  alone |= {f"judges.{role}.server.{name}" for role in roles for name in asking}
   assert free == {name for name, _, _ in config_lib.flatten(Config()) if name.startswith(groups)} | alone
 
 
@@ -222,7 +227,7 @@ def test_defaults_are_the_paper_s():
   assert (config.steps, config.data.batch, config.data.order) == (2000, 32, "alternate")
   assert (config.game.attacks, config.game.responses, config.game.skip_attacker) == (2, 2, False)
   assert config.judges == Judges(
-    protocol="pairwise", attacker=True, defender=True, optimistic=True, defender_reads="attack", sample_noise=0.0
+    training=Judge(kind="heuristic"), protocol="pairwise", optimistic=True, defender_reads="attack"
   )
   assert config.loss == Loss(
     kind="dpo",

@@ -11,7 +11,7 @@ from advgame_jax import config as config_lib
 from advgame_jax import evaluate, game, heuristic, microworld, policies, prompts
 from advgame_jax.data import Seed
 from advgame_jax.microworld import FRAMINGS, TOPICS, Answer, Query
-from advgame_jax.types import Category, Players, RolloutTree, Samples, SeedBatch, Status, Verdict
+from advgame_jax.types import Category, Players, Role, RolloutTree, Samples, SeedBatch, Status, Verdict
 
 QUERIES = microworld.queries()
 
@@ -194,7 +194,7 @@ def played(judge):
   run = types.SimpleNamespace(
     config=config_lib.Config(evaluation=config_lib.Evaluation(seeds=2, samples=2)),
     rules=game.Rules(config_lib.Game(attacks=5, responses=4), prompts.STANDARD, Players(False, False)),
-    judge=judge,
+    panel=types.SimpleNamespace(faithfulness=judge, evaluation=judge, evaluated=frozenset(Role)),
     validation_seeds=[Seed(text, category, i) for i, (text, category) in enumerate(seeds)],
     policies=lambda state: Players(player(now_attacker), player(now_defender)),
     initial_policies=Players(player(base_attacker), player(lambda prompt, _: ANSWERS[about(prompt)])),

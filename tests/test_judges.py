@@ -13,7 +13,7 @@ from advgame_jax.judges import Node
 from advgame_jax.rewards import assign_rewards
 from advgame_jax.types import Category, Players, Role, RolloutTree, Samples, SeedBatch, Status, Verdict
 
-PAIRWISE = config_lib.Judges(kind="microworld", retries=0)
+PAIRWISE = config_lib.Judges(retries=0)
 POINTWISE = dataclasses.replace(PAIRWISE, protocol="pointwise")
 QUALITY = {"bad": 1.0, "fair": 4.0, "good": 9.0, "best": 9.5}
 
@@ -39,6 +39,11 @@ def recording(judge, asked):
     return judge(questions)
 
   return ask
+
+
+def judged(settings, tree, judge, key):
+  """Both players judged by the same judge."""
+  return judges.judge(settings, tree, Players(judge, judge), key)
 
 
 def node(*texts, role=Role.DEFLECTION, key=1):
@@ -68,7 +73,7 @@ def make_tree(response_text_BAD, attack_status_BA=None, response_status_BAD=None
 
 @given(st.floats(-5, 5))
 def test_a_position_bias_of_any_size_leaves_the_order_and_shows_as_disagreement(bias):
-  (score_G,), disagreement = judges.score_nodes(PAIRWISE, [node("fair", "good", "bad")], by_quality(bias))
+  (score_G,), (disagreement,) = judges.score_nodes(PAIRWISE, [node("fair", "good", "bad")], by_quality(bias))
   np.testing.assert_allclose(score_G, np.array([4.0, 9.0, 1.0]) + bias / 2)
   np.testing.assert_allclose(disagreement, abs(bias), atol=1e-12)
 
@@ -83,14 +88,14 @@ def test_both_orders_of_every_pair_are_asked_once():
 
 def test_a_lone_sample_is_compared_with_itself_and_says_nothing_of_order():
   asked = []
-  (score_G,), disagreement = judges.score_nodes(PAIRWISE, [node("good")], recording(by_quality(2.0), asked))
+  (score_G,), (disagreement,) = judges.score_nodes(PAIRWISE, [node("good")], recording(by_quality(2.0), asked))
   assert [q.texts for q in asked] == [("good", "good")]
   assert score_G.tolist() == [10.0] and np.isnan(disagreement)
 
 
 def test_pointwise_asks_of_each_by_itself():
   asked = []
-  (score_G,), disagreement = judges.score_nodes(POINTWISE, [node("good", "bad")], recording(by_quality(), asked))
+  (score_G,), (disagreement,) = judges.score_nodes(POINTWISE, [node("good", "bad")], recording(by_quality(), asked))
   assert [q.texts for q in asked] == [("good",), ("bad",)]
   assert score_G.tolist() == [9.0, 1.0] and np.isnan(disagreement)
 
@@ -105,7 +110,7 @@ def test_permuting_samples_permutes_scores(texts):
 
 def test_one_failed_order_leaves_the_other():
   judge = failing(by_quality(2.0), lambda q: q.texts == ("good", "bad"))
-  (score_G,), disagreement = judges.score_nodes(PAIRWISE, [node("good", "bad")], judge)
+  (score_G,), (disagreement,) = judges.score_nodes(PAIRWISE, [node("good", "bad")], judge)
   assert score_G.tolist() == [9.0, 3.0] and np.isnan(disagreement)
 
 
@@ -140,14 +145,14 @@ def test_every_question_of_a_tree_has_its_own_key():
   asked = []
   tree = make_tree([[["good", "bad"], ["fair", "best"]], [["bad", "bad"], ["good", "good"]]])
   twice = dataclasses.replace(PAIRWISE, retries=1)
-  judges.judge(twice, tree, recording(failing(by_quality(), lambda q: True), asked), key=7)
+  judged(twice, tree, recording(failing(by_quality(), lambda q: True), asked), key=7)
   assert len({q.key for q in asked}) == len(asked) == 2 * 12
 
 
 def test_who_reads_what():
   asked = []
   for category in Category:
-    judges.judge(PAIRWISE, make_tree([[["good", "bad"]]], category=category), recording(by_quality(), asked), key=0)
+    judged(PAIRWISE, make_tree([[["good", "bad"]]], category=category), recording(by_quality(), asked), key=0)
   seen = {(q.category, q.role, q.query) for q in asked}
   assert seen == {
     (Category.HARMFUL, Role.DEFLECTION, "attack 0 0"),
@@ -160,7 +165,7 @@ def test_who_reads_what():
 def test_the_defender_judge_can_read_the_seed():
   asked = []
   settings = dataclasses.replace(PAIRWISE, defender_reads="seed")
-  judges.judge(settings, make_tree([[["good", "bad"]]]), recording(by_quality(), asked), key=0)
+  judged(settings, make_tree([[["good", "bad"]]]), recording(by_quality(), asked), key=0)
   assert {q.query for q in asked} == {"seed 0"}
 
 
@@ -169,14 +174,14 @@ def test_the_attacker_judge_reads_the_best_response_or_the_first(optimistic, pic
   asked = []
   settings = dataclasses.replace(PAIRWISE, optimistic=optimistic)
   tree = make_tree([[["fair", "good"]]])
-  judgments = judges.judge(settings, tree, recording(by_quality(), asked), key=0)
+  judgments = judged(settings, tree, recording(by_quality(), asked), key=0)
   assert judgments.picked_BA.tolist() == [[picked]]
   assert asked[-1].texts == (tree.response_text_BAD[0, 0, picked],) * 2
 
 
 def test_a_readable_zero_is_liked_more_than_no_score():
   judge = failing(lambda questions: [Verdict((0.0,))] * len(questions), lambda q: q.texts == ("good",))
-  judgments = judges.judge(POINTWISE, make_tree([[["good", "bad"]]]), judge, key=0)
+  judgments = judged(POINTWISE, make_tree([[["good", "bad"]]]), judge, key=0)
   assert judgments.picked_BA.tolist() == [[1]]
 
 
@@ -186,14 +191,14 @@ def test_invalid_responses_are_never_picked_or_judged(optimistic):
   settings = dataclasses.replace(PAIRWISE, optimistic=optimistic)
   status = [[[Status.PARSING, Status.MAX_LENGTH, Status.VALID]]]
   tree = make_tree([[["best", "best", "bad"]]], response_status_BAD=status)
-  judgments = judges.judge(settings, tree, recording(by_quality(), asked), key=0)
+  judgments = judged(settings, tree, recording(by_quality(), asked), key=0)
   assert judgments.picked_BA.tolist() == [[2]] and {t for q in asked for t in q.texts} == {"bad"}
   assert judgments.response_status_BAD.tolist() == status
 
 
 def test_an_attack_without_a_valid_response_is_excluded_not_scored():
   tree = make_tree([[["bad"], ["good"]]], response_status_BAD=[[[Status.PARSING], [Status.VALID]]])
-  judgments = judges.judge(PAIRWISE, tree, by_quality(), key=0)
+  judgments = judged(PAIRWISE, tree, by_quality(), key=0)
   assert judgments.attack_status_BA.tolist() == [[Status.NO_RESPONSE, Status.VALID]]
   assert judgments.picked_BA.tolist() == [[-1, 0]]
   assert assign_rewards(judgments).attack_mask_BA.tolist() == [[False, True]]
@@ -201,14 +206,14 @@ def test_an_attack_without_a_valid_response_is_excluded_not_scored():
 
 def test_what_the_defender_judge_could_not_read_is_still_picked_when_nothing_else_is_valid():
   judge = failing(by_quality(), lambda q: q.role == Role.DEFLECTION)
-  judgments = judges.judge(PAIRWISE, make_tree([[["good", "bad"]]]), judge, key=0)
+  judgments = judged(PAIRWISE, make_tree([[["good", "bad"]]]), judge, key=0)
   assert judgments.picked_BA.tolist() == [[0]] and judgments.attack_score_BA.tolist() == [[9.0]]
   assert judgments.response_status_BAD.tolist() == [[[Status.JUDGE_FAILED] * 2]]
 
 
 def test_a_failed_attacker_judge_costs_no_defender_score():
   judge = failing(by_quality(), lambda q: q.role == Role.COMPLIANCE)
-  judgments = judges.judge(PAIRWISE, make_tree([[["good", "bad"], ["fair", "best"]]]), judge, key=0)
+  judgments = judged(PAIRWISE, make_tree([[["good", "bad"], ["fair", "best"]]]), judge, key=0)
   assert judgments.attack_status_BA.tolist() == [[Status.JUDGE_FAILED] * 2]
   reward = assign_rewards(judgments)
   assert reward.response_mask_BAD.all() and not reward.attack_mask_BA.any()
@@ -217,7 +222,7 @@ def test_a_failed_attacker_judge_costs_no_defender_score():
 
 def test_a_failure_excludes_exactly_its_sample():
   judge = failing(by_quality(), lambda q: q.role == Role.DEFLECTION and "bad" in q.texts)
-  judgments = judges.judge(PAIRWISE, make_tree([[["good", "bad", "fair"]], [["best", "fair", "good"]]]), judge, key=0)
+  judgments = judged(PAIRWISE, make_tree([[["good", "bad", "fair"]], [["best", "fair", "good"]]]), judge, key=0)
   failed = judgments.response_status_BAD == Status.JUDGE_FAILED
   assert np.argwhere(failed).tolist() == [[0, 0, 1]]
   assert np.isfinite(judgments.response_score_BAD[~failed]).all()
@@ -225,11 +230,8 @@ def test_a_failure_excludes_exactly_its_sample():
 
 
 def test_without_a_judge_the_valid_stay_valid_and_are_rewarded_zero():
-  asked = []
-  settings = dataclasses.replace(PAIRWISE, attacker=False, defender=False)
-  tree = make_tree([[["good", "bad"]]])
-  judgments = judges.judge(settings, tree, recording(by_quality(), asked), key=0)
-  assert not asked and np.isnan(judgments.response_score_BAD).all()
+  judgments = judged(PAIRWISE, make_tree([[["good", "bad"]]]), judges.nobody, key=0)
+  assert np.isnan(judgments.response_score_BAD).all()
   reward = assign_rewards(judgments)
   assert reward.response_mask_BAD.all() and reward.attack_mask_BA.all()
   assert not reward.response_BAD.any() and not reward.attack_BA.any()
@@ -240,8 +242,8 @@ def test_without_a_judge_the_valid_stay_valid_and_are_rewarded_zero():
 )
 def test_either_player_may_have_no_judge(off, roles, picked):
   asked = []
-  settings = dataclasses.replace(PAIRWISE, **{off: False})
-  judgments = judges.judge(settings, make_tree([[["fair", "good"]]]), recording(by_quality(), asked), key=0)
+  both = Players(*[recording(by_quality(), asked)] * 2)._replace(**{off: judges.nobody})
+  judgments = judges.judge(PAIRWISE, make_tree([[["fair", "good"]]]), both, key=0)
   assert {q.role for q in asked} == roles
   assert np.isnan(judgments.attack_score_BA).all() == (off == "attacker")
   assert np.isnan(judgments.response_score_BAD).all() == (off == "defender")
@@ -252,13 +254,13 @@ def test_either_player_may_have_no_judge(off, roles, picked):
 def test_each_judge_has_a_disagreement_of_its_own():
   bias = {Role.DEFLECTION: 0.5, Role.COMPLIANCE: 2.0}
   judge = lambda questions: [by_quality(bias[q.role])([q])[0] for q in questions]
-  judgments = judges.judge(PAIRWISE, make_tree([[["bad", "fair"], ["good", "best"]]]), judge, key=0)
+  judgments = judged(PAIRWISE, make_tree([[["bad", "fair"], ["good", "best"]]]), judge, key=0)
   assert judgments.disagreement == Players(attacker=2.0, defender=0.5)
 
 
 def test_statuses_from_above_pass_through():
   tree = make_tree([[["bad"]] * 3], attack_status_BA=[[Status.NOT_FAITHFUL, Status.JUDGE_FAILED, Status.PARSING]])
-  judgments = judges.judge(PAIRWISE, tree, by_quality(), key=0)
+  judgments = judged(PAIRWISE, tree, by_quality(), key=0)
   assert judgments.attack_status_BA.tolist() == tree.attack_status_BA.tolist()
   assert judgments.response_status_BAD.tolist() == tree.response_status_BAD.tolist()
   reward = assign_rewards(judgments)
@@ -270,14 +272,14 @@ def test_a_shared_bias_cancels_between_compared_samples_only():
   answers = microworld.answers(query.topic)
   # Equals under the rubric, so that only noise can tell them apart; far from the ends of the scale.
   texts = answers[microworld.Answer.REFUSE][:2]
-  noisy = microworld.rule_judge(config_lib.Judges(kind="microworld", shared_noise=1.0), seed=0)
+  noisy = microworld.rule_judge(config_lib.Judge(kind="microworld", shared_noise=1.0), seed=0)
   nodes = [Node(Role.DEFLECTION, Category.HARMFUL, query.text, texts, key) for key in range(200)]
   gap = lambda protocol: np.mean([abs(a - b) for a, b in judges.score_nodes(protocol, nodes, noisy)[0]])
   assert gap(PAIRWISE) < 1e-9 < 0.5 < gap(POINTWISE)
 
 
 def test_nodes_do_not_depend_on_their_company():
-  noisy = microworld.rule_judge(config_lib.Judges(kind="microworld", shared_noise=1.0, sample_noise=1.0), seed=0)
+  noisy = microworld.rule_judge(config_lib.Judge(kind="microworld", shared_noise=1.0, sample_noise=1.0), seed=0)
   query = microworld.queries()[0]
   texts = [kind[0] for kind in microworld.answers(query.topic).values()]
   nodes = [Node(Role.DEFLECTION, query.topic.category, query.text, texts, key) for key in range(3)]
@@ -289,9 +291,54 @@ def test_nodes_do_not_depend_on_their_company():
 def test_an_attack_that_was_not_played_changes_nobody_elses_score():
   by_key = lambda questions: [Verdict(tuple((q.key >> i) % 11 for i in range(len(q.texts)))) for q in questions]
   texts = [[["bad", "fair"], ["good", "best"]], [["fair", "good"], ["best", "bad"]]]
-  whole = judges.judge(PAIRWISE, make_tree(texts), by_key, key=5)
-  part = judges.judge(PAIRWISE, make_tree(texts, attack_status_BA=[[Status.PARSING, 0], [0, 0]]), by_key, key=5)
+  whole = judged(PAIRWISE, make_tree(texts), by_key, key=5)
+  part = judged(PAIRWISE, make_tree(texts, attack_status_BA=[[Status.PARSING, 0], [0, 0]]), by_key, key=5)
   played = ~np.isnan(part.response_score_BAD)
   assert played.sum() == 6
   np.testing.assert_array_equal(part.response_score_BAD[played], whole.response_score_BAD[played])
   np.testing.assert_array_equal(part.attack_score_BA[1], whole.attack_score_BA[1])
+
+
+def test_where_the_order_allows_both_players_are_one_call():
+  calls = []
+
+  def judge(questions):
+    calls.append({q.role for q in questions})
+    return by_quality()(questions)
+
+  for protocol, tree, expected in (
+    (PAIRWISE, make_tree([[["good", "bad"]]]), [{Role.DEFLECTION}, {Role.COMPLIANCE}]),  # which is picked is not known
+    (
+      dataclasses.replace(PAIRWISE, optimistic=False),
+      make_tree([[["good", "bad"]]]),
+      [{Role.DEFLECTION, Role.COMPLIANCE}],
+    ),
+    (PAIRWISE, make_tree([[["good"], ["bad"]]]), [{Role.DEFLECTION, Role.COMPLIANCE}]),
+  ):
+    calls.clear()
+    judged(protocol, tree, judge, key=0)
+    assert calls == expected
+
+
+@pytest.mark.parametrize(("count", "opponents"), [(4, 1), (5, 2), (6, 3), (7, 4), (9, 1), (3, 2), (3, 0)])
+def test_in_a_tournament_every_text_meets_as_many_others_in_both_orders(count, opponents):
+  asked = []
+  settings = dataclasses.replace(PAIRWISE, opponents=opponents)
+  texts = [f"{i} good" for i in range(count)]
+  judges.score_nodes(settings, [node(*texts)], recording(by_quality(), asked))
+  met = {text: {q.texts[1] for q in asked if q.texts[0] == text} for text in texts}
+  assert all(b in met and a in met[b] for a, others in met.items() for b in others)
+  sizes = {len(others) for others in met.values()}
+  even = opponents % 2 == 0 or count % 2 == 0
+  assert sizes == {(opponents or count - 1) if even or opponents == 0 else opponents + 1}
+  assert all(text not in others for text, others in met.items())
+
+
+def test_one_by_one_serves_questions_of_several_texts_and_fails_as_a_whole():
+  asked = []
+  judge = judges.one_by_one(recording(failing(by_quality(), lambda q: "fair" in q.texts[0]), asked))
+  (score_G,), _ = judges.score_nodes(PAIRWISE, [node("good", "bad")], judge)
+  assert score_G.tolist() == [9.0, 1.0] and all(len(q.texts) == 1 for q in asked)
+  assert len({q.key for q in asked}) == len(asked) == 4
+  (score_G,), _ = judges.score_nodes(PAIRWISE, [node("good", "fair")], judge)
+  assert np.isnan(score_G).all()

@@ -15,9 +15,10 @@ LEVELS = (
   "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers paper",
   "architecture matrices lora blockwise kernels attention experts model scoring sampler "
   "hf_rope hf_config hf_shards hf hf_gguf peft frozen",
-  "policies game judges rubrics cases guards phrases drift server_judge heuristic microworld worldfiles state update",
+  "policies game judges canary rubrics cases guards phrases drift model_judge server_judge heuristic microworld "
+  "worldfiles state update",
   "data checkpoint ledger report plots charts page",
-  "command session evaluate metrics train warmstart export",
+  "command panel session evaluate metrics train warmstart export",
 )
 # Within a level, only a module to the right may import one to its left.
 CHAINS = (
@@ -41,6 +42,12 @@ CHAINS = (
   "rubrics → cases → guards",
   "cases → phrases",
   "cases → server_judge",
+  "cases → model_judge",
+  "guards → model_judge",
+  "policies → model_judge",
+  "judges → canary",
+  "panel → session → train",
+  "panel → metrics",
   "microworld → worldfiles",
   "state → update",
   "plots → charts → page",

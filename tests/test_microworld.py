@@ -12,12 +12,12 @@ from advgame_jax.prompts import attacker_turn, parse_attack
 from advgame_jax.refusals import is_refusal
 from advgame_jax.types import Category, Question, Role, Status, Verdict
 
-EXACT = config_lib.Judges(kind="microworld")
+EXACT = config_lib.Judge(kind="microworld")
 SCORED = (Role.COMPLIANCE, Role.DEFLECTION, Role.REFUSAL)
 
 
 def noisy(**settings):
-  return microworld.rule_judge(config_lib.Judges(kind="microworld", **settings), seed=0)
+  return microworld.rule_judge(config_lib.Judge(kind="microworld", **settings), seed=0)
 
 
 def ask(role, query, *texts, key=0):
@@ -268,7 +268,7 @@ def test_a_verdict_depends_on_seed_and_key_but_not_on_company_or_order():
   assert judge(questions[::-1])[::-1] == verdicts
   assert [judge([question])[0] for question in questions] == verdicts
   assert len(set(verdicts)) > 100
-  settings = config_lib.Judges(kind="microworld", shared_noise=1.0, sample_noise=1.0, failure_rate=0.3)
+  settings = config_lib.Judge(kind="microworld", shared_noise=1.0, sample_noise=1.0, failure_rate=0.3)
   assert microworld.rule_judge(settings, seed=1)(questions) != verdicts
 
 

@@ -55,7 +55,7 @@ def rollout(step):
     response_BAD=np.array([[[7.5, -1], [0, 0]]], np.float32),
     response_mask_BAD=np.array([[[True, True], [False, False]]]),
   )
-  return tree, judgments, rewards
+  return tree, judgments, rewards, {"instructions": "ab", "rubrics": "cd"}
 
 
 def play(workdir, start=0, stop=STEPS, settings=QUIET):
@@ -123,6 +123,8 @@ def test_transcript_of_a_tree():
   attack, failed = report.transcript_lines(4, *rollout(4))
   assert attack == {
     "step": 4,
+    "instructions": "ab",
+    "rubrics": "cd",
     "seed": "seed 4",
     "category": "harmful",
     "attack": "<think>so</think><prompt>x0</prompt>",

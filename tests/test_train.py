@@ -75,15 +75,15 @@ def test_an_unreadable_faithfulness_call_is_asked_again(first):
 
   def judge(questions):
     calls.append({question.role for question in questions})
-    return [Verdict(())] * len(questions) if len(calls) == 1 else run.judge(questions)
+    return [Verdict(())] * len(questions) if len(calls) == 1 else run.panel.defender(questions)
 
-  again, _ = world.play(dataclasses.replace(run, judge=judge), 1)
+  again, _ = world.play(world.judged_by(run, judge), 1)
   assert calls[:2] == [{Role.FAITHFULNESS}] * 2
   np.testing.assert_array_equal(again.trees[0].attack_status_BA, recorder.trees[0].attack_status_BA)
 
 
 def test_a_judge_that_always_fails_teaches_nothing(world_folder):
-  run = world.open_session(world.config(world_folder, judges__failure_rate=1.0))
+  run = world.open_session(world.config(world_folder, judges__training__failure_rate=1.0))
   recorder, (before, after) = world.play(run, 1)
   assert {Status.JUDGE_FAILED} < set(recorder.judgments[0].attack_status_BA.flat)
   assert after.step == 1

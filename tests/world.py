@@ -89,7 +89,7 @@ def config(folder: pathlib.Path, **changes) -> config_lib.Config:
     game=config_lib.Game(attacks=2, responses=2, instructions="microworld"),
     attacker=player("attacker"),
     defender=player("defender"),
-    judges=config_lib.Judges(kind="microworld"),
+    judges=config_lib.Judges(training=config_lib.Judge(kind="microworld")),
     data=config_lib.Data(train=(str(folder / "train.jsonl"),), validation=(str(folder / "validation.jsonl"),), batch=8),
     report=config_lib.Report(tensorboard=False),
   )
@@ -118,7 +118,7 @@ class Recorder:
     self.scalars[step] = scalars
     self.compilations[step] = ledger.process_compilations().count
 
-  def transcript(self, step, tree, judgments, rewards):
+  def transcript(self, step, tree, judgments, rewards, versions):
     self.trees[step], self.judgments[step], self.rewards[step] = tree, judgments, rewards
 
   def evaluation(self, step, values):
@@ -159,3 +159,11 @@ def assert_close(a, b, tolerance):
 
 if __name__ == "__main__":
   write(pathlib.Path(sys.argv[1]))
+
+
+def judged_by(run, judge):
+  """The same session with this judge in every role."""
+  other = dataclasses.replace(run)
+  roles = dict.fromkeys(("faithfulness", "defender", "attacker", "evaluation"), judge)
+  other.__dict__["panel"] = run.panel._replace(**roles)
+  return other

@@ -1,0 +1,212 @@
+"""Who judges: settings become one judge for each role."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from advgame_jax import (
+  cases,
+  drift,
+  guards,
+  heuristic,
+  hf,
+  hf_config,
+  judges,
+  microworld,
+  phrases,
+  policies,
+  sharding,
+  tokenizer,
+)
+from advgame_jax import config as config_lib
+from advgame_jax import rubrics as rubrics_lib
+from advgame_jax.config import Config
+from advgame_jax.model_judge import ModelJudge, Put
+from advgame_jax.policies import LanguageModel
+from advgame_jax.rubrics import Rubrics
+from advgame_jax.server_judge import server_judge
+from advgame_jax.types import Category, Judge, Params, Players, Question, Role, UserError
+
+SCORED = frozenset({Role.COMPLIANCE, Role.DEFLECTION, Role.REFUSAL})
+ALL = SCORED | {Role.FAITHFULNESS}
+NEEDED = {
+  "faithfulness": {Role.FAITHFULNESS},
+  "defender": {Role.DEFLECTION, Role.COMPLIANCE},
+  "attacker": {Role.COMPLIANCE, Role.REFUSAL},
+  "evaluation": {Role.COMPLIANCE},
+}
+RAW = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"  # where guards have no template
+Weights = Callable[[config_lib.Judge, LanguageModel], Params]
+"""The frozen weights of a local judge, in its decode layout."""
+
+
+class Panel(NamedTuple):
+  """One judge for each role. Roles that are judged alike have the very same one."""
+
+  faithfulness: Judge
+  defender: Judge
+  attacker: Judge
+  evaluation: Judge
+  evaluated: frozenset[Role]  # what the judge of evaluations can tell
+  reads: bool  # whether training is judged by something that reads, and so could be talked to
+  version: str  # of the rubrics
+  names: dict[str, str]  # who each role's judge is, in words
+
+  @property
+  def players(self) -> Players[Judge]:
+    return Players(attacker=self.attacker, defender=self.defender)
+
+  def warm_up(self) -> None:
+    """Compiles what models among the judges will run."""
+    for judge in dict.fromkeys(self[:4]):
+      if isinstance(judge, ModelJudge):
+        judge.warm_up()
+
+
+def open_panel(config: Config, weights: Weights, devices: Sequence[Any] | None = None) -> Panel:
+  """Binds every role's judge; weights are read when one is first asked.
+
+  Raises:
+    UserError: a judge that cannot be used, or that cannot tell what its role asks.
+  """
+  rubrics = rubrics_lib.load(config.judges.rubrics)
+  chosen = {role: settings_of(config.judges, role) for role in NEEDED}
+  for role, settings in chosen.items():
+    known = roles_of(settings)
+    if settings.kind != "none" and not NEEDED[role] <= known:
+      raise UserError(
+        f"judges.{role} is {describe(settings)!r}, which cannot tell {', '.join(sorted(NEEDED[role] - known))}; "
+        "allowed: another kind, or a language model with form='rubric'"
+      )
+  bind = functools.cache(functools.partial(_bind, config, rubrics, weights, devices))
+  evaluation = bind(chosen["evaluation"])
+  evaluated = roles_of(chosen["evaluation"]) & SCORED
+  if Role.REFUSAL not in evaluated:
+    evaluation, evaluated = _by_role({Role.REFUSAL: phrases.phrase_judge()}, evaluation), evaluated | {Role.REFUSAL}
+  return Panel(
+    faithfulness=bind(chosen["faithfulness"]),
+    defender=bind(chosen["defender"]),
+    attacker=bind(chosen["attacker"]),
+    evaluation=evaluation,
+    evaluated=frozenset(evaluated),
+    reads=any(chosen[role].kind in ("model", "server") for role in ("faithfulness", "defender", "attacker")),
+    version=rubrics.version,
+    names={role: describe(settings) for role, settings in chosen.items()},
+  )
+
+
+def settings_of(judges: config_lib.Judges, role: str) -> config_lib.Judge:
+  """The settings of a role's judge, those that name another resolved."""
+  settings: config_lib.Judge = getattr(judges, role)
+  if settings.kind == "training":
+    return judges.training
+  return _independent(judges.training) if settings.kind == "independent" else settings
+
+
+def _independent(training: config_lib.Judge) -> config_lib.Judge:
+  """Another way to judge than training's: what was learnt to please one judge is to be measured by another."""
+  if training.kind in ("model", "server"):
+    form = "strongreject" if training.form == "rubric" else "rubric"
+    return dataclasses.replace(training, form=form, readout="score")  # type: ignore[arg-type]
+  if training.kind == "microworld":
+    return config_lib.Judge(kind="microworld")  # the rules without noise
+  return config_lib.Judge(kind="phrases" if training.kind == "heuristic" else "heuristic")
+
+
+def roles_of(settings: config_lib.Judge) -> frozenset[Role]:
+  """What a judge can tell."""
+  of_kind = {"phrases": phrases.ROLES, "drift": drift.ROLES}
+  if settings.kind in ("model", "server") and settings.form != "rubric":
+    return guards.ROLES[settings.form]
+  return frozenset(of_kind.get(settings.kind, ALL))
+
+
+def describe(settings: config_lib.Judge) -> str:
+  """A judge in a few words."""
+  if settings.kind not in ("model", "server"):
+    return settings.kind
+  where = f" at {settings.server.url}" if settings.kind == "server" else ""
+  return f"{settings.model}{where} ({settings.form}, {settings.readout})"
+
+
+def _bind(
+  config: Config, rubrics: Rubrics, weights: Weights, devices: Sequence[Any] | None, settings: config_lib.Judge
+) -> Judge:
+  """Judges of the same settings are the same."""
+  if settings.kind == "none":
+    return judges.nobody
+  if settings.kind == "microworld":
+    return microworld.rule_judge(settings, config.seed)
+  if settings.kind in ("heuristic", "phrases", "drift"):
+    make: dict[str, Callable[[], Judge]] = {
+      "heuristic": heuristic.heuristic_judge,
+      "phrases": phrases.phrase_judge,
+      "drift": drift.drift_judge,
+    }
+    return make[settings.kind]()
+  put = _put(settings, rubrics)
+  if settings.kind == "server":
+    if settings.form not in ("rubric", "strongreject"):
+      raise UserError(f"form is {settings.form!r} with kind='server', which takes chats only; allowed: kind='model'")
+    judge: Judge = server_judge(settings, functools.partial(put, characters=settings.text_characters))  # type: ignore[arg-type]
+  else:
+    judge = _local(config, rubrics, weights, devices, settings, put)
+  return judge if settings.form == "rubric" else judges.one_by_one(judge)
+
+
+def _put(settings: config_lib.Judge, rubrics: Rubrics) -> Put:
+  if settings.form == "rubric":
+    return functools.partial(cases.put, rubrics=rubrics, think=settings.think, readout=settings.readout)
+  if settings.form == "strongreject":
+    return lambda question, *, characters: guards.put_strongreject(question, characters)
+  return lambda question, *, characters: guards.put(settings.form, question, characters)
+
+
+def _local(
+  config: Config,
+  rubrics: Rubrics,
+  weights: Weights,
+  devices: Sequence[Any] | None,
+  settings: config_lib.Judge,
+  put: Put,
+) -> Judge:
+  raw = settings.form in ("wildguard", "llama_guard", "harmbench")
+  model, words = hf_config.load_config(settings.model), tokenizer.load(settings.model, RAW if raw else "")
+  hf.check(settings.model, words)
+  player = LanguageModel(
+    model=model,
+    tokenizer=words,
+    sampling=settings.sampling,
+    mesh=sharding.make_mesh(settings.mesh, devices),
+    layout=sharding.decode_layout(settings.mesh),
+    dtype=policies.compute_dtype(config.precision),
+    attention=config.precision.attention,
+  )
+  instructions = sorted({case.instructions for case in _examples(put)}) if not raw else []
+  judge = ModelJudge(player, functools.partial(weights, settings, player), put, instructions, settings)
+  judge.check(f"judges: {describe(settings)}")
+  return judge
+
+
+def _examples(put: Put) -> list[cases.Case]:
+  """A case of every kind that there may be."""
+  questions = [Question(Role.FAITHFULNESS, category, "", ("",), 0) for category in Category]
+  questions += [
+    Question(role, Category.HARMFUL, "", these, 0) for role in sorted(SCORED) for these in (("",), ("", ""))
+  ]
+  return [case for q in questions if isinstance(case := put(q, characters=100), cases.Case)]
+
+
+def _by_role(special: dict[Role, Judge], other: Judge) -> Judge:
+  """A judge for some roles, and one for the others."""
+
+  def judge(questions: Sequence[Question]) -> list[Any]:
+    verdicts: list[Any] = [None] * len(questions)
+    for ask in (*special.values(), other):
+      places = [i for i, question in enumerate(questions) if special.get(question.role, other) is ask]
+      for i, verdict in zip(places, ask([questions[i] for i in places]) if places else []):
+        verdicts[i] = verdict
+    return verdicts
+
+  return judge
