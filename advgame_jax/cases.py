@@ -10,14 +10,13 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from advgame_jax.prompts import THINK_END
-from advgame_jax.rubrics import EXAMPLE_TICKET, Readout, Rubrics, Shape, shape_of
+from advgame_jax.prompts import THINK_END, visible
+from advgame_jax.rubrics import EXAMPLE_TICKET, Readout, Rubrics, Shape, ask, shape_of
 from advgame_jax.types import Question, fold_key
 
 BEST = 10.0
 _LETTERS = ("A", "B")
 _KEPT = "\n\t\u200c\u200d"  # joiners are part of words in some scripts
-_ALWAYS_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
 Scores = tuple[float, ...]
 """One for each text of a question, 0–10 (faithfulness: 0–1), or none at all where there is no readable verdict."""
@@ -44,11 +43,10 @@ def put(question: Question, rubrics: Rubrics, *, think: bool, readout: Readout, 
     f"{text}\n[{ticket}] END OF {name}\n"
     for name, (text, whole) in zip(names, shown, strict=True)
   ]
-  last = f"Judge case {ticket} now."
   written = [text for text, _ in shown]
   return Case(
     instructions=rubrics.instructions(question.role, question.category, shape, think, readout),
-    text="\n\n# The case\n\n" + "\n".join(blocks) + f"\n{last}",
+    text="\n\n# The case\n\n" + "\n".join(blocks) + "\n" + ask(ticket, shape, think, readout),
     read=lambda answer: read(answer, shape, ticket, think, written),
     labels=_LABELS[shape],
     weigh=_WEIGH[shape],
@@ -60,12 +58,7 @@ def show(text: str, characters: int) -> tuple[str, int]:
 
   What cannot be seen is written out: a judge must not read what a person looking at the transcript would not.
   """
-  return "".join(map(_visible, text[:characters])), len(text)
-
-
-def _visible(character: str) -> str:
-  hidden = unicodedata.category(character) in _ALWAYS_HIDDEN and character not in _KEPT
-  return f"<U+{ord(character):04X}>" if hidden else character
+  return visible(text[:characters], _KEPT), len(text)
 
 
 def draw_ticket(texts: Sequence[str], key: int) -> str:
@@ -105,7 +98,7 @@ def read(answer: str, shape: Shape, ticket: str, think: bool, written: Sequence[
   for line in reversed(lines):
     said = re.sub(rf"^\W*(?:(?:final|verdict|scores?|answer|case|{ticket})\b\W*)+", "", line, flags=re.IGNORECASE)
     quoted = len(_squeeze(line)) > 3 and any(_squeeze(line) in text for text in quotations)
-    if (said != line or len(lines) == 1) and not quoted and (scores := _READ[shape](said)):
+    if (said != line or (len(lines) == 1 and _BARE.match(line))) and not quoted and (scores := _READ[shape](said)):
       return scores
   return ()
 
@@ -115,6 +108,7 @@ def _squeeze(text: str) -> str:
   return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
 
 
+_BARE = re.compile(r"\W*(?:text\s+)?(?:[AB]\b|\d|yes\b|no\b)", re.IGNORECASE)  # a verdict and nothing around it
 _NUMBER = r"(\d{1,3}(?:\.\d+)?)"
 _SCORE = rf"(?<![\d.\-–]){_NUMBER}(?:\s*(?:-|–|—|to)\s*{_NUMBER})?(?:\s*(?:/|out\s+of|of)\s*{_NUMBER})?(?![\d%])"
 _MARKUP = re.compile(r"[*_`~]|</?[a-z]+>", re.IGNORECASE)

@@ -113,6 +113,15 @@ def _play_charts(scalars: Rows) -> Iterator[Chart | None]:
     yield plots.line_chart(f"Errors of {plural}", f"Fraction of a step's {plural}.", lines, percent=True)
   yield plots.line_chart("Judge disagreement", "Mean difference of a score when a pair is shown in the other order.",
                          _both(scalars, "judge/disagreement_{}"), percent=False)  # fmt: skip
+  trouble = [
+    ("unreadable", "calls without a readable verdict", "third"),
+    ("talk", "texts that talk to a judge", "fifth"),
+  ]
+  yield plots.line_chart("Judges in trouble", "Fractions of a step's calls, and of its valid attacks and responses.",
+                         [_line(scalars, f"judge/{name}", label, color) for name, label, color in trouble],
+                         percent=True)  # fmt: skip
+  yield plots.line_chart("What talking to the judge earns", "Points, of 10, that such talk adds to a neutral text.",
+                         [_line(scalars, "judge/talk_gain", "gain", "third")], percent=False)  # fmt: skip
 
 
 def _learning_charts(scalars: Rows) -> Iterator[Chart | None]:

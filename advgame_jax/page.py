@@ -11,7 +11,6 @@ import json
 import math
 import os
 import pathlib
-import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from markupsafe import Markup
 
 from advgame_jax import charts, ledger, report
 from advgame_jax.charts import PLAYERS, Rows
+from advgame_jax.prompts import visible
 from advgame_jax.types import Category, Status, UserError
 
 PAGE = "report.html"
@@ -88,7 +88,7 @@ def render(folder: pathlib.Path) -> str:
   environment.filters |= FILTERS
   return environment.get_template("page.html").render(
     name=folder.resolve().name,
-    facts=facts(config, scalars),
+    facts=facts(config, scalars, next(read_lines(folder / report.TRANSCRIPT), {})),
     headline=headline(evaluations),
     cross=cross_play(evaluations),
     plane=charts.plane(evaluations),
@@ -117,18 +117,6 @@ def read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
       record = report.read_line(line)
       if record is not None:
         yield record
-
-
-def visible(text: str) -> str:
-  """The text with each control, bidirectional, invisible or unpaired character shown as ⟨U+202E⟩."""
-  return "".join(character if _harmless(character) else f"⟨U+{ord(character):04X}⟩" for character in text)
-
-
-def _harmless(character: str) -> bool:
-  if " " <= character <= "~" or character in "\n\t":
-    return True
-  selector = "\ufe00" <= character <= "\ufe0e" or "\U000e0100" <= character <= "\U000e01ef"
-  return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") and not selector
 
 
 def clip(text: Any) -> str:
@@ -184,8 +172,8 @@ FILTERS = {
 }
 
 
-def facts(config: Mapping[str, Any], scalars: Rows) -> dict[str, Any]:
-  """What the head of the page says of the run; a value that is not known is None."""
+def facts(config: Mapping[str, Any], scalars: Rows, first: Mapping[str, Any]) -> dict[str, Any]:
+  """What the head of the page says of the run, by its first transcript line too; what is not known is None."""
   at = functools.partial(_at, config)
   times = [row["time"] for row in scalars if _is_number(row.get("time"))]
   return {
@@ -196,10 +184,16 @@ def facts(config: Mapping[str, Any], scalars: Rows) -> dict[str, Any]:
     "attacks": 1 if at("game", "skip_attacker") else at("game", "attacks"),
     "responses": at("game", "responses"),
     "players": [(player.capitalize(), at(player, "model"), at(player, "frozen")) for player in PLAYERS],
-    "judge": at("judges", "kind"),
+    "judges": [(role, _judge(at("judges", role))) for role in ("training", "evaluation") if at("judges", role)],
+    "versions": [(name, first[name]) for name in ("instructions", "rubrics") if name in first],
     "begun": _date(times[0]) if times else None,
     "ended": _date(times[-1]) if times else None,
   }
+
+
+def _judge(settings: Any) -> str:
+  kind, model, form = (_at(settings, name) for name in ("kind", "model", "form"))
+  return f"{model} ({form})" if kind in ("model", "server") else str(kind)
 
 
 def _at(config: Any, *names: str) -> Any:

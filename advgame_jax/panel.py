@@ -36,6 +36,7 @@ NEEDED = {
   "attacker": {Role.COMPLIANCE, Role.REFUSAL},
   "evaluation": {Role.COMPLIANCE},
 }
+CHATS = ("rubric", "strongreject")  # the other forms are raw prompts
 RAW = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"  # where guards have no template
 Weights = Callable[[config_lib.Judge, LanguageModel], Params]
 """The frozen weights of a local judge, in its decode layout."""
@@ -147,7 +148,7 @@ def _bind(
     return make[settings.kind]()
   put = _put(settings, rubrics)
   if settings.kind == "server":
-    if settings.form not in ("rubric", "strongreject"):
+    if settings.form not in CHATS:
       raise UserError(f"form is {settings.form!r} with kind='server', which takes chats only; allowed: kind='model'")
     judge: Judge = server_judge(settings, functools.partial(put, characters=settings.text_characters))  # type: ignore[arg-type]
   else:
@@ -159,7 +160,7 @@ def _put(settings: config_lib.Judge, rubrics: Rubrics) -> Put:
   if settings.form == "rubric":
     return functools.partial(cases.put, rubrics=rubrics, think=settings.think, readout=settings.readout)
   if settings.form == "strongreject":
-    return lambda question, *, characters: guards.put_strongreject(question, characters)
+    return lambda question, *, characters: guards.put_strongreject(question, characters, think=settings.think)
   return lambda question, *, characters: guards.put(settings.form, question, characters)
 
 
@@ -171,7 +172,7 @@ def _local(
   settings: config_lib.Judge,
   put: Put,
 ) -> Judge:
-  raw = settings.form in ("wildguard", "llama_guard", "harmbench")
+  raw = settings.form not in CHATS
   model, words = hf_config.load_config(settings.model), tokenizer.load(settings.model, RAW if raw else "")
   hf.check(settings.model, words)
   player = LanguageModel(
@@ -183,18 +184,19 @@ def _local(
     dtype=policies.compute_dtype(config.precision),
     attention=config.precision.attention,
   )
-  instructions = sorted({case.instructions for case in _examples(put)}) if not raw else []
+  instructions = sorted({case.instructions for case in _examples(settings, put)})
   judge = ModelJudge(player, functools.partial(weights, settings, player), put, instructions, settings)
   judge.check(f"judges: {describe(settings)}")
   return judge
 
 
-def _examples(put: Put) -> list[cases.Case]:
+def _examples(settings: config_lib.Judge, put: Put) -> list[cases.Case]:
   """A case of every kind that there may be."""
-  questions = [Question(Role.FAITHFULNESS, category, "", ("",), 0) for category in Category]
-  questions += [
-    Question(role, Category.HARMFUL, "", these, 0) for role in sorted(SCORED) for these in (("",), ("", ""))
-  ]
+  shapes = [("",), ("", "")] if settings.form == "rubric" else [("",)]
+  known = roles_of(settings)
+  questions = [Question(role, Category.HARMFUL, "", texts, 0) for role in sorted(known & SCORED) for texts in shapes]
+  if Role.FAITHFULNESS in known:
+    questions += [Question(Role.FAITHFULNESS, category, "", ("",), 0) for category in Category]
   return [case for q in questions if isinstance(case := put(q, characters=100), cases.Case)]
 
 

@@ -132,6 +132,18 @@ def too_long(seed: str, attack: str) -> bool:
   return len(attack.strip()) > MAX_GROWTH * len(seed.strip())
 
 
+def visible(text: str, kept: str = "\n\t") -> str:
+  """The text with each control, bidirectional, invisible or unpaired character but `kept` ones shown as ⟨U+202E⟩."""
+  return "".join(character if _harmless(character, kept) else f"⟨U+{ord(character):04X}⟩" for character in text)
+
+
+def _harmless(character: str, kept: str) -> bool:
+  if " " <= character <= "~" or character in kept:
+    return True
+  selector = "\ufe00" <= character <= "\ufe0e" or "\U000e0100" <= character <= "\U000e01ef"
+  return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") and not selector
+
+
 def _blank(text: str) -> bool:
   """Nothing a reader could see: white space, control and zero-width characters."""
   return all(unicodedata.category(character)[0] in "CZ" for character in text)

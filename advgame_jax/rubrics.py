@@ -52,6 +52,7 @@ _PROBABILITY = {
   "pair": "Answer with one letter, A or B: the text that deserves the higher score.",
   "single": "Answer with one digit from 0 to 9: the score, rounded down.",
 }
+_LINES = {"decision": "<yes or no>", "pair": "A=<score> B=<score>", "single": "<score>"}
 _SHOWN = {"decision": "a text", "pair": "two texts, A and B, in no particular order", "single": "a text"}
 EXAMPLE_TICKET = "350174"  # no case has it
 
@@ -67,7 +68,7 @@ class Rubrics:
   @property
   def version(self) -> str:
     """A hash of everything a judge is told that is no case."""
-    frame = (_FRAME, _THINK, _PLAIN, _VERDICT, repr(_ANSWERS), repr(_PROBABILITY), repr(_SHOWN), EXAMPLE_TICKET)
+    frame = (_FRAME, _THINK, _PLAIN, _VERDICT, repr(_ANSWERS), repr(_PROBABILITY), repr(_LINES), repr(_SHOWN))
     whole = "\0".join((*(self.text[name] for name in NAMES), *frame))
     return hashlib.blake2b(whole.encode(), digest_size=6).hexdigest()
 
@@ -80,6 +81,14 @@ class Rubrics:
       line = f"\nor\nVERDICT {EXAMPLE_TICKET}: ".join(examples)
       answer = (_THINK if think else _PLAIN) + _VERDICT.format(what=what, ticket=EXAMPLE_TICKET, example=line)
     return _FRAME.format(texts=_SHOWN[shape], rubric=self.text[name_of(role, category)], answer=answer)
+
+
+def ask(ticket: str, shape: Shape, think: bool, readout: Readout) -> str:
+  """What is said after a case: small models forget what they were asked before it."""
+  if readout == "probability":
+    return f"This was case {ticket}. {_PROBABILITY[shape]}"
+  before = "Reason first, and close with </think>. Then" if think else "Now"
+  return f"{before} write the one line on this case:\nVERDICT {ticket}: {_LINES[shape]}"
 
 
 def name_of(role: Role, category: Category) -> str:

@@ -42,7 +42,7 @@ def golden(form: str) -> bytes:
 def test_only_what_the_players_wrote_is_not_trusted(form):
   parts = guards.put(form, ask(query=FORGED, texts=(FORGED * 2,)), 1000).parts
   assert [part.trusted for part in parts] == [True, False, True, False, True]
-  assert [parts[1].text, parts[3].text] == [FORGED[:-1] + "<U+0000>", (FORGED[:-1] + "<U+0000>") * 2]
+  assert [parts[1].text, parts[3].text] == [FORGED[:-1] + "⟨U+0000⟩", (FORGED[:-1] + "⟨U+0000⟩") * 2]
   assert [part for part in parts if part.trusted] == [
     part for part in guards.put(form, ask(), 1000).parts if part.trusted
   ]

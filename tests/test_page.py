@@ -9,7 +9,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from advgame_jax import charts, config, page, plots, report
+from advgame_jax import charts, config, page, plots, prompts, report
 from advgame_jax.ledger import WORKS
 from advgame_jax.types import UserError
 
@@ -176,10 +176,10 @@ def test_hostile_text_is_inert_wherever_it_comes_from(tmp_path):
 def test_no_code_point_acts():
   acting = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}
   everything = "".join(map(chr, [*range(0x32000), *range(0xE0000, 0xE0200)]))
-  left = {character for character in page.visible(everything) if unicodedata.category(character) in acting}
+  left = {character for character in prompts.visible(everything) if unicodedata.category(character) in acting}
   assert left == {"\n", "\t"}
-  assert page.visible("a\ufe01\U000e0101") == "a⟨U+FE01⟩⟨U+E0101⟩"  # selectors that can carry hidden text
-  assert page.visible("naïve 日本 עברית ❤\ufe0f") == "naïve 日本 עברית ❤\ufe0f"
+  assert prompts.visible("a\ufe01\U000e0101") == "a⟨U+FE01⟩⟨U+E0101⟩"  # selectors that can carry hidden text
+  assert prompts.visible("naïve 日本 עברית ❤\ufe0f") == "naïve 日本 עברית ❤\ufe0f"
 
 
 def test_the_same_files_give_the_same_page(run, rendered):

@@ -1,0 +1,209 @@
+"""A model of ours as a judge: what it says depends on question, key and weights alone; instructions are read once."""
+
+import dataclasses
+import functools
+import hashlib
+
+import jax
+import numpy as np
+import pytest
+import test_tokenizer_families as families
+import tiny
+
+from advgame_jax import architecture, cases, guards, model, rubrics, sharding
+from advgame_jax import config as config_lib
+from advgame_jax.model_judge import ModelJudge
+from advgame_jax.policies import LanguageModel
+from advgame_jax.types import Category, Question, Role, UserError
+
+RUBRICS = rubrics.Rubrics({name: f"Be the judge of {name}." for name in rubrics.NAMES})
+SETTINGS = config_lib.Judge(
+  kind="model",
+  model="tiny",
+  batch=3,
+  sampling=config_lib.Sampling(
+    temperature=1.0, top_p=1.0, prompt_buckets=(320, 640), max_new_tokens=40, decode_chunk=4
+  ),
+)
+STOPS = tuple("aeiost")  # a random model seldom ends its turn
+QUESTIONS = [
+  Question(role, category, f"question {i}", (f"answer {i}",) * (1 if role == Role.FAITHFULNESS else 1 + i % 2), 100 + i)
+  for i, (role, category) in enumerate((role, category) for role in Role for category in Category)
+]
+
+
+@functools.cache
+def words():
+  return families.load("qwen 2.5")[0]
+
+
+@functools.cache
+def weights():
+  return tiny.params(config(), scale=0.3)
+
+
+def config():
+  return dataclasses.replace(tiny.CONFIG, vocab=words().vocab_size, max_positions=4096)
+
+
+def by_hash(answer):
+  """Scores that tell any two answers apart: a random model's answers are no verdicts."""
+  return (int.from_bytes(hashlib.blake2b(answer.encode(), digest_size=4).digest(), "big") / 2**32,)
+
+
+def put(question, *, characters, readout="score"):
+  case = cases.put(question, RUBRICS, think=False, readout=readout, characters=characters)
+  return case._replace(read=by_hash) if readout == "score" else case
+
+
+def judge(mesh=(1, 1, 1), decode="replicated", reuse=True, put=put, **changes):
+  settings = config_lib.Mesh(*mesh, decode=decode)
+  over, layout = sharding.make_mesh(settings, jax.devices()[: int(np.prod(mesh))]), sharding.decode_layout(settings)
+  asked = dataclasses.replace(SETTINGS, **changes)
+  player = LanguageModel(
+    model=config(),
+    tokenizer=words(),
+    sampling=asked.sampling,
+    mesh=over,
+    layout=layout,
+    dtype=np.dtype("float32"),
+    stop_strings=STOPS,
+  )
+  where = architecture.shardings(architecture.param_specs(config()), over, layout)
+  instructions = sorted({put(q, characters=10).instructions for q in QUESTIONS})
+  return ModelJudge(player, lambda: jax.device_put(weights(), where), put, instructions, asked, reuse)
+
+
+@functools.cache
+def reference():
+  return judge()(QUESTIONS)
+
+
+def scores(verdicts):
+  return [verdict.scores for verdict in verdicts]
+
+
+def test_answers_differ_from_question_to_question_and_from_key_to_key():
+  assert len(set(scores(reference()))) == len(QUESTIONS)
+  others = judge()([q._replace(key=q.key + 1) for q in QUESTIONS])
+  assert not set(scores(others)) & set(scores(reference()))
+
+
+def test_company_order_and_batch_change_nobody():
+  order = np.random.default_rng(0).permutation(len(QUESTIONS))
+  shuffled = judge(batch=2)([QUESTIONS[i] for i in order])
+  assert [shuffled[list(order).index(i)].scores for i in range(len(QUESTIONS))] == scores(reference())
+  assert scores(judge()(QUESTIONS[4:5])) == scores(reference())[4:5]
+  assert judge()([]) == []
+
+
+@pytest.mark.parametrize(("mesh", "decode"), [((2, 1, 1), "replicated"), ((2, 1, 2), "tensor")])
+def test_the_mesh_changes_nobody(mesh, decode):
+  assert scores(judge(mesh, decode, batch=4)(QUESTIONS)) == scores(reference())
+
+
+def test_instructions_read_once_or_with_every_case_are_the_same():
+  for temperature in (0.0, 1.0):
+    sampling = dataclasses.replace(SETTINGS.sampling, temperature=temperature)
+    once, always = (judge(reuse=reuse, sampling=sampling) for reuse in (True, False))
+    assert scores(once(QUESTIONS)) == scores(always(QUESTIONS))
+    assert once._prefixes and not always._prefixes
+
+
+def test_each_instruction_is_read_once_a_run(monkeypatch):
+  read = []
+  original = LanguageModel.read_prefix
+  monkeypatch.setattr(LanguageModel, "read_prefix", lambda self, *a: read.append(a[1]) or original(self, *a))
+  once = judge()
+  once(QUESTIONS)
+  once(QUESTIONS)
+  assert len(read) == len({put(q, characters=10).instructions for q in QUESTIONS})
+
+
+def test_the_seam_changes_no_token():
+  """In pieces, a turn has the tokens of the whole."""
+  for question in QUESTIONS:
+    case = put(question, characters=100)
+    head, ids = words().encode_turn(case.instructions, case.text)
+    assert head + ids == words().encode_chat(case.instructions + case.text)
+
+
+def test_votes_are_averaged_and_those_that_cannot_be_read_are_not_counted():
+  alone = [judge(votes=1)(QUESTIONS)]
+  three = judge(votes=3)(QUESTIONS)
+  assert all(a.scores != b.scores for a, b in zip(alone[0], three))
+
+  drawn = []
+
+  def recording(question, *, characters):
+    read = lambda answer: drawn.append(by_hash(answer)) or (() if by_hash(answer)[0] < 0.5 else by_hash(answer))
+    return put(question, characters=characters)._replace(read=read)
+
+  verdict = judge(votes=8, put=recording)(QUESTIONS[:1])[0]
+  readable = [score for (score,) in drawn if score >= 0.5]
+  assert 0 < len(readable) < len(drawn) == 8 and verdict.scores == (pytest.approx(np.mean(readable)),)
+
+
+def test_an_answer_that_was_cut_off_is_unreadable():
+  sampling = dataclasses.replace(SETTINGS.sampling, max_new_tokens=1)
+  verdicts = judge(sampling=sampling)(QUESTIONS)
+  assert {verdict.scores for verdict in verdicts} == {()} and all(verdict.tokens > 1 for verdict in verdicts)
+
+
+def test_of_a_text_that_does_not_fit_less_is_shown():
+  seen = []
+
+  def recording(question, *, characters):
+    seen.append(characters)
+    return put(question, characters=characters)
+
+  long = Question(Role.REFUSAL, Category.BENIGN, "q", ("x y " * 5000,), 1)
+  (verdict,) = judge(put=recording)([long])
+  assert seen[-2:] == [2 * seen[-1], seen[-1]] and len(verdict.scores) == 1
+  narrow = dataclasses.replace(SETTINGS.sampling, prompt_buckets=(16,))
+  assert judge(sampling=narrow)([long])[0].scores == ()  # not even the frame fits
+
+
+def test_a_model_of_too_few_positions_is_refused():
+  huge = dataclasses.replace(SETTINGS.sampling, prompt_buckets=(4096,))
+  with pytest.raises(UserError, match=r"the model has 4096 positions; allowed: .* up to"):
+    judge(sampling=huge).check("judges")
+  judge().check("judges")
+
+
+@pytest.mark.parametrize("role", [Role.FAITHFULNESS, Role.DEFLECTION])
+def test_probabilities_are_those_of_the_next_token(role):
+  texts = ("one",) if role == Role.FAITHFULNESS else ("one", "another")
+  question = Question(role, Category.HARMFUL, "q", texts, 5)
+  weigh = functools.partial(put, readout="probability")
+  (verdict,) = judge(put=weigh, readout="probability")([question])
+  case = weigh(question, characters=8000)
+  ids = words().encode_chat(case.instructions + case.text)
+  hidden_RTM, _ = model.forward(config(), weights(), np.array([ids]))
+  probability_V = np.exp(tiny.log_softmax(np.asarray(model.logits(config(), weights(), hidden_RTM[0, -1]))))
+  texts_V = [text.strip().casefold() for text in words().token_texts()]
+  of = lambda label: sum(probability_V[i] for i, text in enumerate(texts_V) if text in label)
+  assert verdict.scores == pytest.approx(case.weigh([of(label) for label in case.labels]), rel=1e-4)
+  assert verdict.tokens == len(words().encode_turn(case.instructions, case.text)[1])
+
+
+def test_warming_up_compiles_all_that_is_asked():
+  for readout in ("score", "probability"):
+    warm = judge(put=functools.partial(put, readout=readout), readout=readout)
+    warm.warm_up()
+    program = warm.player._sample if readout == "score" else warm.player._next
+    before = program._cache_size()
+    warm([*QUESTIONS, QUESTIONS[0]._replace(texts=("x " * 200,))])
+    assert program._cache_size() == before == len(SETTINGS.sampling.prompt_buckets)
+
+
+def test_a_raw_prompt_holds_control_tokens_only_where_it_is_trusted():
+  mark = "<|im_end|>"
+  parts = [guards.Part("<|im_start|>user\n", True), guards.Part(f"a {mark} b", False), guards.Part(f"{mark}\n", True)]
+  ids = words().encode_parts(parts)
+  start, end = (words()._all.token_to_id(token) for token in ("<|im_start|>", mark))
+  assert [i for i in ids if i in words().control_ids] == [start, end]
+  assert words().decode(ids).replace(" ", "") == "user\na<|im_end|>b\n".replace(" ", "")
+  raw = lambda question, *, characters: guards.RawCase(tuple(parts), by_hash)
+  asked = dataclasses.replace(judge(), put=raw, instructions=())
+  assert len(asked(QUESTIONS[:2])[0].scores) == 1

@@ -1,0 +1,155 @@
+"""Who judges: settings become a judge for each role, and what cannot be is refused."""
+
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+import test_model_judge as judged
+import tiny
+import world
+
+from advgame_jax import config as config_lib
+from advgame_jax import data, hf, judges, panel, phrases
+from advgame_jax.model_judge import ModelJudge
+from advgame_jax.panel import settings_of
+from advgame_jax.types import Category, Question, Role, Status, UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A Llama of random weights with a byte-level tokenizer."""
+  folder = tmp_path_factory.mktemp("judge") / "model"
+  hf.save(folder, judged.config(), tiny.params(judged.config(), scale=0.3), judged.words())
+  stops = {"eos_token_id": list(range(0, judged.words().vocab_size, 3))}  # a random model seldom ends its turn
+  (folder / "generation_config.json").write_text(json.dumps(stops))
+  return str(folder)
+
+
+def model_judge(folder, **changes):
+  sampling = config_lib.Sampling(prompt_buckets=(768,), max_new_tokens=8)
+  return config_lib.Judge(**{"kind": "model", "model": folder, "batch": 2, "sampling": sampling, **changes})
+
+
+def opened(**roles):
+  config = config_lib.Config(judges=config_lib.Judges(**roles))
+  return panel.open_panel(config, lambda settings, player: pytest.fail("weights are read before they are asked for"))
+
+
+def test_by_default_one_judge_trains_and_another_evaluates(folder):
+  plain = opened()
+  assert plain.faithfulness is plain.defender is plain.attacker
+  assert plain.names == {
+    "faithfulness": "heuristic", "defender": "heuristic", "attacker": "heuristic", "evaluation": "phrases",
+  }  # fmt: skip
+  assert not plain.reads and plain.evaluated == {Role.COMPLIANCE, Role.REFUSAL}
+
+  reading = opened(training=model_judge(folder))
+  assert reading.reads and isinstance(reading.defender, ModelJudge)
+  assert reading.faithfulness is reading.defender is reading.attacker is not reading.evaluation
+  assert "strongreject" in reading.names["evaluation"] and "rubric" in reading.names["defender"]
+
+
+@pytest.mark.parametrize("kind", ["microworld", "heuristic", "phrases", "drift", "model", "server"])
+def test_the_independent_judge_is_another(kind):
+  server = config_lib.Server(url="http://127.0.0.1:9/v1")
+  training = config_lib.Judge(kind=kind, model="m" * (kind in ("model", "server")), server=server, sample_noise=1.0)
+  other = settings_of(config_lib.Judges(training=training), "evaluation")
+  assert other != training
+  if kind == "microworld":
+    assert other == config_lib.Judge(kind="microworld")  # its rules are what is measured, without the noise
+
+
+def test_every_role_may_have_a_judge_of_its_own(folder):
+  whole = opened(
+    training=config_lib.Judge(kind="heuristic"),
+    attacker=config_lib.Judge(kind="none"),
+    defender=model_judge(folder),
+    evaluation=config_lib.Judge(kind="heuristic"),
+  )
+  assert whole.attacker is judges.nobody and isinstance(whole.defender, ModelJudge)
+  assert whole.evaluation is whole.faithfulness and whole.evaluated == panel.SCORED
+
+
+def test_a_guard_that_knows_no_refusals_is_helped_out_by_phrases(folder):
+  guard = model_judge(folder, form="harmbench")
+  whole = opened(evaluation=guard)
+  assert whole.evaluated == {Role.COMPLIANCE, Role.REFUSAL}
+  question = Question(Role.REFUSAL, Category.BENIGN, "q", ("I can't help with that.",), 0)
+  assert whole.evaluation([question]) == phrases.phrase_judge()([question])
+
+
+@pytest.mark.parametrize(
+  ("roles", "sentence"),
+  [
+    ({"training": {"kind": "phrases"}}, "judges.faithfulness is 'phrases', which cannot tell faithfulness"),
+    (
+      {"training": {"kind": "heuristic"}, "defender": {"kind": "phrases"}},
+      "judges.defender is 'phrases', which cannot",
+    ),
+    ({"faithfulness": {"kind": "none"}}, "faithfulness.kind is 'none'"),
+    ({"training": {"kind": "none"}}, "training.kind is 'none'; allowed: a judge of its own"),
+    ({"attacker": {"kind": "independent"}}, "attacker.kind is 'independent'; allowed: for evaluation only"),
+    ({"training": {"kind": "model"}}, "model is empty with kind='model'"),
+    ({"training": {"kind": "model", "model": "nowhere"}}, "nowhere"),
+    ({"training": {"kind": "server", "model": "m"}}, "kind is 'server' without a model or a server.url"),
+    ({"training": {"kind": "heuristic", "readout": "probability", "think": True}}, "readout is 'probability'"),
+    ({"rubrics": "nowhere"}, "judges.rubrics is 'nowhere', which holds no rubric"),
+    (
+      {"evaluation": {"kind": "server", "model": "m", "server": {"url": "http://127.0.0.1:9"}, "form": "wildguard"}},
+      "form is 'wildguard' with kind='server', which takes chats only; allowed: kind='model'",
+    ),
+  ],
+)
+def test_what_cannot_judge_is_refused(roles, sentence):
+  with pytest.raises(UserError, match=re.escape(sentence)):
+    config = config_lib.from_config_dict({"judges": roles})
+    panel.open_panel(config, lambda *_: pytest.fail("weights are read"))
+
+
+def game_of(folder, **changes):
+  """A game in English between random models, judged by one, on the project's own seeds."""
+  player = config_lib.Player(
+    model=folder, sampling=config_lib.Sampling(prompt_buckets=(768,), max_new_tokens=8, temperature=1.0, top_p=1.0)
+  )
+  seeds = pathlib.Path(data.__file__).parent / "seeds"
+  config = config_lib.Config(
+    steps=1,
+    attacker=player,
+    defender=player,
+    judges=config_lib.Judges(training=model_judge(folder, readout="probability")),
+    data=config_lib.Data(train=(str(seeds / "train.jsonl"),), validation=(str(seeds / "validation.jsonl"),), batch=2),
+  )
+  return world.changed(config, game__skip_attacker=True, **changes)
+
+
+def test_a_step_judged_by_a_model(folder):
+  run = world.open_session(game_of(folder))
+  recorder, _ = world.play(run, 1)
+  valid = recorder.trees[0].response_status_BAD == Status.VALID
+  scores = recorder.judgments[0].response_score_BAD
+  assert np.isfinite(scores[valid]).all() and np.isnan(scores[~valid]).all()
+  scalars = recorder.scalars[0]
+  assert scalars["judge/questions"] > 0 and scalars["judge/unreadable"] == 0
+  assert "judge/talk" in scalars and "judge/talk_gain" in scalars
+  assert scalars["cost/tokens_judged"] > 100 * scalars["judge/questions"]
+
+
+def test_a_judge_of_the_players_base_shares_its_memory(folder):
+  lora = {"rank": 2, "targets": ("query", "up")}
+  shared = world.open_session(game_of(folder, attacker__lora=lora, defender__lora=lora))
+  base, judge = shared._decode_bases[folder], shared.panel.defender.params
+  assert all(a is b for a, b in zip(*map(jax.tree.leaves, (base, judge))))
+  for changes in ({"judges__training__int8": True}, {"judges__training__mesh": {"fsdp": 1, "data": 1}}):
+    own = world.open_session(game_of(folder, attacker__lora=lora, defender__lora=lora, **changes))
+    assert own.panel.defender.params["embed"] is not own._decode_bases[folder]["embed"]
+  full = world.open_session(game_of(folder))
+  assert not full.bases and full.panel.defender.params["embed"].shape == base["embed"].shape
+
+
+def test_warming_up_leaves_nothing_to_compile_for_the_judges(folder):
+  run = world.open_session(game_of(folder))
+  recorder, _ = world.play(run, 3)
+  assert recorder.compilations[1] == recorder.compilations[2]
