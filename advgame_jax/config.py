@@ -218,7 +218,7 @@ class Judge(Settings):
   )
   votes: int = setting(1, "J, verdicts drawn for each call and averaged", at_least=1)
   text_characters: int = setting(8000, "of each text that are shown; the judge is told of a cut", at_least=100)
-  sampling: Sampling = part(Sampling, prompt_buckets=(1024, 4096), max_new_tokens=1024)
+  sampling: Sampling = part(Sampling, prompt_buckets=(1024, 4096), max_new_tokens=512)
   batch: int = setting(32, "calls of one device batch", at_least=1)
   int8: bool = setting(False, "keep the model's matrices in 8 bits")
   mesh: Mesh = part(Mesh)

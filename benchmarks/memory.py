@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from advgame_jax import architecture, frozen, hf_config, lora, paper, sampler, session, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.config import Config
+from advgame_jax.model import Cache, Prompt
 from advgame_jax.sharding import Layout
 from advgame_jax.types import Players, PreferenceBatch
 from advgame_jax.update import Recipe, joint_update
@@ -33,6 +34,7 @@ _TARGET = flags.DEFINE_enum("target", "cpu", ["cpu", "cuda"], "what the programs
 _ONLY = flags.DEFINE_string("only", "", "the case to compile; empty is all")
 
 GIB = 2**30
+INSTRUCTIONS = 768  # tokens of the longest rubric and its frame, rounded up
 CARD = 80e9 / GIB  # GiB of an 80 GB card
 QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}
 ARCHITECTURES = {  # as the published config.json have it
@@ -57,18 +59,17 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Case(NamedTuple):
-  """A run, its models and its machine. The judge's own calls are `judge_rows` rows at a time."""
+  """A run, its models and its machine."""
 
   config: Config
   player: str
   judge: str
   devices: int
-  judge_rows: int = 32
 
 
 def cases() -> dict[str, Case]:
   seeds = ("train.jsonl", "validation.jsonl")
-  make = lambda argument: paper.config(argument, "qwen2.5-7b", "qwen2.5-7b", seeds)
+  make = lambda argument: paper.config(argument, "qwen2.5-7b", "qwen2.5-7b", "qwen2.5-32b", seeds)
   full = make("dpo")
   low = dataclasses.replace(full.precision, compute="bfloat16", ema="bfloat16", moments="bfloat16")
   return {
@@ -153,10 +154,21 @@ def programs(
         recipe.model, mesh, layout, weights, count, group, sampling.prompt_buckets[-1], sampling.max_new_tokens
       ),
     )
-  weights = judge or frozen_base(bases)
+  asked = case.config.judges.training
+  rows, longest = asked.batch, asked.sampling.prompt_buckets[-1]
   yield (
-    f"judge reads {case.judge_rows} × 4,096",
-    _lower_sample(judge_model, mesh, layout, weights, case.judge_rows, 1, 4096, 512),
+    f"judge reads {rows} × {longest}",
+    _lower_sample(
+      judge_model,
+      mesh,
+      layout,
+      judge or frozen_base(bases),
+      rows,
+      asked.votes,
+      longest,
+      asked.sampling.max_new_tokens,
+      _prefix(judge_model, mesh, layout),
+    ),
   )
   batches = Players(*map(functools.partial(_batch, case.config, mesh), recipes))
   shardings = session.state_shardings(recipes, mesh)
@@ -193,7 +205,15 @@ def _decode(recipe: Recipe, mesh: Mesh, layout: Layout, bases: Any) -> Any:
 
 
 def _lower_sample(
-  model: ModelConfig, mesh: Mesh, layout: Layout, weights: Any, count: int, group: int, prompt: int, new: int
+  model: ModelConfig,
+  mesh: Mesh,
+  layout: Layout,
+  weights: Any,
+  count: int,
+  group: int,
+  prompt: int,
+  new: int,
+  prefix: Any = None,
 ) -> Any:
   rows = sharding.rows_sharding(mesh, layout)
   parts = sharding.shards(mesh, layout.rows)
@@ -212,7 +232,16 @@ def _lower_sample(
       array((), jnp.float32, whole),
       array((), jnp.float32, whole),
       array((8, model.vocab), jnp.int16, whole),
+      prefix,
     )
+
+
+def _prefix(model: ModelConfig, mesh: Mesh, layout: Layout) -> Prompt:
+  """The judge's instructions, read once."""
+  shape = (model.layers, 1, model.kv_heads, INSTRUCTIONS, model.head_size)
+  where = jax.NamedSharding(mesh, layout.spec((None, None, "heads")))
+  cache = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
+  return Prompt(Cache(cache, cache), jax.ShapeDtypeStruct((1,), jnp.int32, sharding=sharding.replicated(mesh)))
 
 
 def _batch(config: Config, mesh: Mesh, recipe: Recipe) -> PreferenceBatch:

@@ -7,9 +7,9 @@ r"""Llama-3.1-8B-Instruct on both sides: the paper's runs (AdvGame, 2512.20806) 
 After the colon: dpo, ipo or grpo; then an ablation (`advgame_jax/paper.py` lists them; without one, AdvGame-…-MD); then
 `lora` for adapters of rank 64, each player on its own base.
 
-Reproduces the settings of the paper with one difference: its judge is a language model of 32B or 70B, and until such
-judges are in this project the rules of `advgame_jax/heuristic.py` stand in. They show that a run works, not what it is
-worth.
+Reproduces the paper's settings, its judge among them (Llama-3.3-70B, abliterated, pairwise); what judges are told is our
+own (`advgame_jax/rubrics/`). By LoRA the base of the Defender judges, since it is there already. Another judge:
+--config.judges.training.model=…, or one on a server: --config.judges.training.kind=server and .server.url=….
 
 The paper starts the Llama Attacker from an abliterated checkpoint, since the instruct model refuses; without one,
 warm-start it (launch/warmstart.py --attacker).
@@ -33,4 +33,8 @@ SEEDS = pathlib.Path(advgame_jax.__file__).parent / "seeds"
 def get_config(argument: str = "dpo") -> config_dict.ConfigDict:
   """`argument`: loss[,ablation][,lora]."""
   seeds = (str(SEEDS / "train.jsonl"), str(SEEDS / "validation.jsonl"))
-  return as_config_dict(paper.config(argument, "models/llama3_1_8b_abliterated", "models/llama3_1_8b", seeds))
+  return as_config_dict(
+    paper.config(
+      argument, "models/llama3_1_8b_abliterated", "models/llama3_1_8b", "models/llama3_3_70b_abliterated", seeds
+    )
+  )

@@ -7,9 +7,9 @@ r"""Qwen2.5-7B-Instruct on both sides: the paper's runs (AdvGame, 2512.20806) an
 After the colon: dpo, ipo or grpo; then an ablation (`advgame_jax/paper.py` lists them; without one, AdvGame-…-MD); then
 `lora` for adapters of rank 64 on one base that both players share.
 
-Reproduces the settings of the paper with one difference: its judge is a language model of 32B or 70B, and until such
-judges are in this project the rules of `advgame_jax/heuristic.py` stand in. They show that a run works, not what it is
-worth.
+Reproduces the paper's settings, its judge among them (Qwen2.5-32B-Instruct, pairwise); what judges are told is our
+own (`advgame_jax/rubrics/`). By LoRA the base of the Defender judges, since it is there already. Another judge:
+--config.judges.training.model=…, or one on a server: --config.judges.training.kind=server and .server.url=….
 
 Hardware and memory, planned and not yet measured (`python benchmarks/memory.py`): all weights on 8 × 80 GB, adapters on
 1 × 80 GB. Time and results on such machines: not yet measured. Seeds: the project's own mild ones; bring others by
@@ -30,4 +30,4 @@ SEEDS = pathlib.Path(advgame_jax.__file__).parent / "seeds"
 def get_config(argument: str = "dpo") -> config_dict.ConfigDict:
   """`argument`: loss[,ablation][,lora]."""
   seeds = (str(SEEDS / "train.jsonl"), str(SEEDS / "validation.jsonl"))
-  return as_config_dict(paper.config(argument, "models/qwen2_5_7b", "models/qwen2_5_7b", seeds))
+  return as_config_dict(paper.config(argument, "models/qwen2_5_7b", "models/qwen2_5_7b", "models/qwen2_5_32b", seeds))

@@ -7,8 +7,9 @@ r"""A real language model on real text, on one machine: SmolLM2-135M-Instruct pl
     python launch/run.py --config=configs/smollm2_135m.py --workdir=runs/smollm2 --config.steps=3
 
 The warm start teaches the Attacker its format, which a model of this size does not follow by itself. Judged by rules of
-thumb (`advgame_jax/heuristic.py`): this shows that the game runs on real models, not that it makes this one safe; for
-that, judge with a language model. Seeds are the project's own mild ones; bring others by
+thumb (`advgame_jax/heuristic.py`), or with --config=configs/smollm2_135m.py:judged by SmolLM2 itself, all but
+faithfulness: this shows that the game runs on real models, not that it makes this one safe; for that, judge with a
+language model that can. Seeds are the project's own mild ones; bring others by
 --config.data.train="('harmful.jsonl','benign.jsonl')".
 
 Hardware: 2 CPU cores and 8 GiB, about a minute a step; or any GPU.
@@ -25,12 +26,15 @@ from advgame_jax.config import (
   Data,
   Evaluation,
   Game,
+  Judge,
+  Judges,
   Loss,
   Optimizer,
   Player,
   Sampling,
   as_config_dict,
 )
+from advgame_jax.types import UserError
 
 SEEDS = pathlib.Path(advgame_jax.__file__).parent / "seeds"
 
@@ -44,13 +48,31 @@ def player(model: str, prompt_tokens: int, new_tokens: int, comparisons: int) ->
   )
 
 
-def get_config() -> config_dict.ConfigDict:
+# So small a model seldom writes a verdict in the form it was asked for, but its next token always has a distribution.
+SELF_JUDGED = Judges(
+  training=Judge(
+    kind="model",
+    model="models/smollm2_135m",
+    readout="probability",
+    batch=8,
+    sampling=Sampling(prompt_buckets=(384,), max_new_tokens=48),
+  ),
+  faithfulness=Judge(kind="heuristic"),
+  evaluation=Judge(kind="heuristic"),
+)
+
+
+def get_config(argument: str = "") -> config_dict.ConfigDict:
+  """`argument`: nothing, or `judged`."""
+  if argument not in ("", "judged"):
+    raise UserError(f"configs/smollm2_135m.py:{argument} is no card; allowed: nothing after the colon, or judged")
   return as_config_dict(
     Config(
       steps=200,
       game=Game(attacks=2, responses=2),
       attacker=player("smollm2_135m_attacker", prompt_tokens=256, new_tokens=64, comparisons=4),
       defender=player("smollm2_135m", prompt_tokens=128, new_tokens=96, comparisons=8),
+      judges=SELF_JUDGED if argument else Judges(),
       loss=Loss(kind="dpo"),
       data=Data(train=(str(SEEDS / "train.jsonl"),), validation=(str(SEEDS / "validation.jsonl"),), batch=4),
       checkpoint=Checkpoint(every=20),

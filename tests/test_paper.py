@@ -26,7 +26,7 @@ CHANGES = {
 
 
 def run(argument):
-  return paper.config(argument, "a", "d", ("train.jsonl", "validation.jsonl"))
+  return paper.config(argument, "a", "d", "j", ("train.jsonl", "validation.jsonl"))
 
 
 def changed(one, other):
@@ -47,7 +47,9 @@ def test_an_ablation_changes_what_it_is_named_after(loss, ablation):
 def test_a_twin_by_lora_changes_only_what_learns_and_where(loss):
   found = changed(run(loss), run(f"{loss},lora"))
   own = ("learning_rate", "accumulate")
-  assert all(name.startswith("mesh.") or ".lora." in name or name.endswith(own) for name in found)
+  judge = ("judges.training.model", "judges.training.mesh.")
+  assert all(name.startswith(("mesh.", *judge)) or ".lora." in name or name.endswith(own) for name in found)
+  assert run(f"{loss},lora").judges.training.model == "d" and run(loss).judges.training.model == "j"
   assert run(f"{loss},lora").attacker.lora.rank == run(f"{loss},lora").defender.lora.rank == 64
 
 
@@ -67,5 +69,9 @@ def test_the_cards_are_configs(card):
   get_config = runpy.run_path(str(ROOT / "configs" / f"{card}.py"))["get_config"]
   for argument in ("dpo", "grpo,on_policy", "ipo,lora"):
     values = get_config(argument)
-    models, seeds = (values.attacker.model, values.defender.model), (values.data.train[0], values.data.validation[0])
+    judge = get_config("dpo").judges.training.model
+    models, seeds = (
+      (values.attacker.model, values.defender.model, judge),
+      (values.data.train[0], values.data.validation[0]),
+    )
     assert config_lib.from_config_dict(values) == paper.config(argument, *models, seeds)
