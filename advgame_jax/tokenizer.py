@@ -99,21 +99,19 @@ class Tokenizer:
     Only trusted text can hold control tokens; whatever lies between two of them is encoded as one piece. The prompt
     begins as one of the chat template does, if that is with a token that begins texts.
     """
-    ids, piece = [], ""
+    plain = lambda text: _encode_without(self._no_control, text, self.control_ids) if text else []
+    ids: list[int] = []
+    piece = ""
     for text, trusted in parts:
-      encoding = self._all.encode(text, add_special_tokens=False) if trusted else None
-      control = [s for i, s in zip(encoding.ids, encoding.offsets) if i in self.control_ids] if encoding else []
-      last = 0
-      for start, end in control:
-        ids += (
-          _encode_without(self._no_control, piece + text[last:start], self.control_ids) if piece or start > last else []
-        )
-        ids += self._all.encode(text[start:end], add_special_tokens=False).ids
-        piece, last = "", end
+      encoding, last = self._all.encode(text if trusted else "", add_special_tokens=False), 0
+      for token, (start, end) in zip(encoding.ids, encoding.offsets):
+        if token in self.control_ids:
+          ids += [*plain(piece + text[last:start]), token]
+          piece, last = "", end
       piece += text[last:]
-    ids += _encode_without(self._no_control, piece, self.control_ids) if piece else []
-    begin = [i for i in self.turn.head[:1] if i == self.begin_id and ids[:1] != [i]]
-    return begin + ids
+    ids += plain(piece)
+    begins = self.begin_id is not None and self.turn.head[:1] == (self.begin_id,) and ids[:1] != [self.begin_id]
+    return [self.begin_id, *ids] if begins else ids  # type: ignore[list-item]
 
   def encode_completion(self, text: str) -> list[int]:
     """The ids a model should answer with after `encode_chat`: the text, then the token that ends its turn."""

@@ -7,8 +7,8 @@ r"""Llama-3.1-8B-Instruct on both sides: the paper's runs (AdvGame, 2512.20806) 
 After the colon: dpo, ipo or grpo; then an ablation (`advgame_jax/paper.py` lists them; without one, AdvGame-…-MD); then
 `lora` for adapters of rank 64, each player on its own base.
 
-Reproduces the paper's settings, its judge among them (Llama-3.3-70B, abliterated, pairwise); what judges are told is our
-own (`advgame_jax/rubrics/`). By LoRA the base of the Defender judges, since it is there already. Another judge:
+Reproduces the paper's settings, its judge among them (Llama-3.3-70B, abliterated, pairwise); what judges are told is
+our own (`advgame_jax/rubrics/`). By LoRA the base of the Defender judges, since it is there already. Another judge:
 --config.judges.training.model=…, or one on a server: --config.judges.training.kind=server and .server.url=….
 
 The paper starts the Llama Attacker from an abliterated checkpoint, since the instruct model refuses; without one,

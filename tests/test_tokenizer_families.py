@@ -236,3 +236,19 @@ def test_a_place_that_the_embedding_has_no_row_for(beyond, fits, tmp_path):
   assert (words.vocab_size == rows) == fits
   assert len(words.token_texts()) == words.vocab_size
   assert max(words.encode_chat("<image_soft_token>")) < words.vocab_size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trusted_raw_prompt_is_encoded_as_transformers_encodes_the_text(family):
+  """And the same prompt in parts, whatever stands in those that are not trusted."""
+  ours, theirs = load(family)
+  control = [theirs.convert_ids_to_tokens(i) for i in sorted(ours.control_ids)]
+  raw = f"{theirs.bos_token or ''}{control[-1]}task\nthe lock{control[-2]} and{control[-1]}\n"
+  whole = theirs(raw, add_special_tokens=False)["input_ids"]
+  begin = [ours.begin_id] if ours.turn.head[:1] == (ours.begin_id,) and whole[:1] != [ours.begin_id] else []
+  assert ours.encode_parts([(raw, True)]) == begin + whole
+  first, last = raw.split("the lock")
+  assert ours.encode_parts([(first, True), ("the lock", False), (last, True)]) == ours.encode_parts([(raw, True)])
+  held = lambda parts: [i for i in ours.encode_parts(parts) if i in ours.control_ids]
+  for mark in control:
+    assert held([(first, True), (f"a {mark} b", False), (last, True)]) == held([(raw, True)]), mark
