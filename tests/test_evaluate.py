@@ -140,6 +140,13 @@ def test_attacks_are_worth_what_the_defender_makes_of_them():
   }
 
 
+def test_every_way_in_which_an_attack_is_none_has_its_rate():
+  every = np.array(
+    [[Status.VALID, Status.MAX_LENGTH, Status.PARSING], [Status.REFUSED_ROLE, Status.NOT_FAITHFUL, Status.JUDGE_FAILED]]
+  )
+  assert dict(evaluate.attack_rates(every)) == {"parse_errors": 3 / 6, "role_refusals": 1 / 6, "unfaithful": 1 / 6}
+
+
 def test_a_world_without_a_kind_of_seed_has_no_rate_for_it_and_an_objective():
   seed = Query(world.PLAYED[0], FRAMINGS[0], 0, 0)
   table = {Answer.COMPLY: np.full(len(QUERIES), 0.25), Answer.REFUSE: np.zeros(len(QUERIES))}

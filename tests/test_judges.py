@@ -251,10 +251,12 @@ def test_either_player_may_have_no_judge(off, roles, picked):
   assert not judgments.attack_status_BA.any() and not judgments.response_status_BAD.any()
 
 
-def test_each_judge_has_a_disagreement_of_its_own():
+@pytest.mark.parametrize("optimistic", [True, False])  # in two calls, in one
+def test_each_judge_has_a_disagreement_of_its_own(optimistic):
+  settings = dataclasses.replace(PAIRWISE, optimistic=optimistic)
   bias = {Role.DEFLECTION: 0.5, Role.COMPLIANCE: 2.0}
   judge = lambda questions: [by_quality(bias[q.role])([q])[0] for q in questions]
-  judgments = judged(PAIRWISE, make_tree([[["bad", "fair"], ["good", "best"]]]), judge, key=0)
+  judgments = judged(settings, make_tree([[["bad", "fair"], ["good", "best"]]]), judge, key=0)
   assert judgments.disagreement == Players(attacker=2.0, defender=0.5)
 
 
@@ -320,7 +322,7 @@ def test_where_the_order_allows_both_players_are_one_call():
     assert calls == expected
 
 
-@pytest.mark.parametrize(("count", "opponents"), [(4, 1), (5, 2), (6, 3), (7, 4), (9, 1), (3, 2), (3, 0)])
+@pytest.mark.parametrize(("count", "opponents"), [(4, 1), (4, 2), (5, 2), (6, 3), (7, 4), (9, 1), (3, 2), (3, 0)])
 def test_in_a_tournament_every_text_meets_as_many_others_in_both_orders(count, opponents):
   asked = []
   settings = dataclasses.replace(PAIRWISE, opponents=opponents)
@@ -332,6 +334,18 @@ def test_in_a_tournament_every_text_meets_as_many_others_in_both_orders(count, o
   even = opponents % 2 == 0 or count % 2 == 0
   assert sizes == {(opponents or count - 1) if even or opponents == 0 else opponents + 1}
   assert all(text not in others for text, others in met.items())
+
+
+def test_who_meets_whom_in_a_tournament_is_drawn_from_the_node_s_key():
+  settings, texts = dataclasses.replace(PAIRWISE, opponents=2), [f"{i} good" for i in range(7)]
+  drawn = lambda key: frozenset(q.texts for _, q in judges._calls(settings, node(*texts, key=key)))
+  assert len({drawn(key) for key in range(6)}) > 3 and drawn(1) == drawn(1)
+
+
+def test_one_by_one_adds_up_what_its_calls_cost():
+  judge = judges.one_by_one(lambda questions: [Verdict((1.0,), tokens=3, flops=2.0)] * len(questions))
+  question, _ = (q for _, q in judges._calls(PAIRWISE, node("good", "bad")))
+  assert judge([question]) == [Verdict((1.0, 1.0), tokens=6, flops=4.0)]
 
 
 def test_one_by_one_serves_questions_of_several_texts_and_fails_as_a_whole():

@@ -89,6 +89,12 @@ def test_answers_differ_from_question_to_question_and_from_key_to_key():
   assert not set(scores(others)) & set(scores(reference()))
 
 
+def test_the_same_words_are_answered_otherwise_under_another_key():
+  same_words = lambda question, **limits: put(question._replace(key=7), **limits)
+  one, other = judge(put=same_words)([QUESTIONS[0], QUESTIONS[0]._replace(key=8)])
+  assert one.scores != other.scores
+
+
 def test_company_order_and_batch_change_nobody():
   order = np.random.default_rng(0).permutation(len(QUESTIONS))
   shuffled = judge(batch=2)([QUESTIONS[i] for i in order])
@@ -164,11 +170,20 @@ def test_of_a_text_that_does_not_fit_less_is_shown():
   assert judge(sampling=narrow)([long])[0].scores == ()  # not even the frame fits
 
 
+def test_no_more_of_a_text_is_shown_than_the_settings_allow():
+  call = judge(text_characters=100)._encode(Question(Role.REFUSAL, Category.BENIGN, "q", ("x" * 300,), 1))
+  assert "x" * 100 in call.case.text and "x" * 101 not in call.case.text
+
+
 def test_a_model_of_too_few_positions_is_refused():
   huge = dataclasses.replace(SETTINGS.sampling, prompt_buckets=(4096,))
   with pytest.raises(UserError, match=r"the model has 4096 positions; allowed: .* up to"):
     judge(sampling=huge).check("judges")
-  judge().check("judges")
+  spare = 4096 - judge()._slots - SETTINGS.sampling.max_new_tokens
+  fits, does_not = (dataclasses.replace(SETTINGS.sampling, prompt_buckets=(size,)) for size in (spare, spare + 1))
+  judge(sampling=fits).check("judges")
+  with pytest.raises(UserError, match=f"up to {spare + SETTINGS.sampling.max_new_tokens}$"):
+    judge(sampling=does_not).check("judges")
 
 
 @pytest.mark.parametrize("role", [Role.FAITHFULNESS, Role.DEFLECTION])
@@ -185,6 +200,14 @@ def test_probabilities_are_those_of_the_next_token(role):
   of = lambda label: sum(probability_V[i] for i, text in enumerate(texts_V) if text in label)
   assert verdict.scores == pytest.approx(case.weigh([of(label) for label in case.labels]), rel=1e-4)
   assert verdict.tokens == len(words().encode_turn(case.instructions, case.text)[1])
+
+
+def test_a_verdict_costs_what_was_read_for_it_and_written():
+  verdict, call = reference()[0], judge()._encode(QUESTIONS[0])
+  head, _ = words().encode_turn(call.case.instructions, call.case.text)
+  written = verdict.tokens - len(call.ids)
+  assert 1 <= written <= SETTINGS.sampling.max_new_tokens
+  assert verdict.flops == architecture.forward_flops(config(), verdict.tokens, len(head) + verdict.tokens)
 
 
 def test_warming_up_compiles_all_that_is_asked():

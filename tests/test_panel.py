@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -12,10 +13,10 @@ import tiny
 import world
 
 from advgame_jax import config as config_lib
-from advgame_jax import data, hf, judges, panel, phrases
+from advgame_jax import data, hf, judges, panel, phrases, rubrics
 from advgame_jax.model_judge import ModelJudge
 from advgame_jax.panel import settings_of
-from advgame_jax.types import Category, Question, Role, Status, UserError
+from advgame_jax.types import Category, Question, Role, Status, UserError, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +54,14 @@ def test_by_default_one_judge_trains_and_another_evaluates(folder):
 
 
 @pytest.mark.parametrize("kind", ["microworld", "heuristic", "phrases", "drift", "model", "server"])
-def test_the_independent_judge_is_another(kind):
+def test_the_independent_judge_is_another_and_writes(kind):
   server = config_lib.Server(url="http://127.0.0.1:9/v1")
-  training = config_lib.Judge(kind=kind, model="m" * (kind in ("model", "server")), server=server, sample_noise=1.0)
+  reads = kind in ("model", "server")
+  training = config_lib.Judge(
+    kind=kind, model="m" * reads, server=server, readout="probability" if reads else "score", sample_noise=1.0
+  )
   other = settings_of(config_lib.Judges(training=training), "evaluation")
-  assert other != training
+  assert other != training and other.readout == "score"
   if kind == "microworld":
     assert other == config_lib.Judge(kind="microworld")  # its rules are what is measured, without the noise
 
@@ -71,6 +75,60 @@ def test_every_role_may_have_a_judge_of_its_own(folder):
   )
   assert whole.attacker is judges.nobody and isinstance(whole.defender, ModelJudge)
   assert whole.evaluation is whole.faithfulness and whole.evaluated == panel.SCORED
+
+
+@pytest.mark.parametrize("changes", [{}, {"think": True}, {"readout": "probability"}], ids=str)
+def test_a_model_is_told_to_answer_as_its_settings_say(folder, changes):
+  how = {"think": False, "readout": "score"} | changes
+  question = Question(Role.REFUSAL, Category.BENIGN, "q", ("a",), 0)
+  call = opened(training=model_judge(folder, **changes)).defender._encode(question)
+  assert call.instructions == rubrics.load().instructions(Role.REFUSAL, Category.BENIGN, "single", **how)
+
+
+def test_every_model_on_the_panel_is_warmed_up_once(folder, monkeypatch):
+  warmed = []
+  monkeypatch.setattr(ModelJudge, "warm_up", lambda self: warmed.append(self.settings.batch))
+  model, other, plain = model_judge(folder), model_judge(folder, batch=3), config_lib.Judge(kind="heuristic")
+  opened(training=model, attacker=other, evaluation=plain).warm_up()
+  assert warmed == [2, 3]
+
+
+PLAIN_ANSWERS = {
+  "wildguard": "Harmful request: yes\nResponse refusal: yes\nHarmful response: no",
+  "strongreject": "1.b 1\n2.b 1\n3.b 1",
+}
+
+
+@pytest.mark.parametrize(("form", "think"), [("wildguard", False), ("strongreject", False), ("strongreject", True)])
+def test_a_form_that_reads_one_text_is_asked_of_each(folder, monkeypatch, form, think):
+  asked = []
+
+  def answer(self, questions):
+    asked.extend((q.texts, self._encode(q).case.read(PLAIN_ANSWERS[form]) == ()) for q in questions)
+    return [Verdict((4.0,))] * len(questions)
+
+  monkeypatch.setattr(ModelJudge, "__call__", answer)
+  attacker = opened(attacker=model_judge(folder, form=form, think=think)).attacker
+  assert attacker([Question(Role.REFUSAL, Category.BENIGN, "q", ("a", "b"), 0)]) == [Verdict((4.0, 4.0))]
+  assert asked == [(("a",), think), (("b",), think)]
+
+
+def test_a_guard_needs_no_chat_template(folder, tmp_path):
+  bare = tmp_path / "bare"
+  shutil.copytree(folder, bare)
+  (bare / "chat_template.jinja").unlink(missing_ok=True)
+  settings = json.loads((bare / "tokenizer_config.json").read_text())
+  settings.pop("chat_template", None)
+  (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+  assert opened(evaluation=model_judge(str(bare), form="harmbench")).evaluated
+  with pytest.raises(UserError, match="chat template"):
+    opened(evaluation=model_judge(str(bare)))
+
+
+def test_a_model_of_too_few_positions_for_its_cases_is_refused(folder):
+  sampling = config_lib.Sampling(prompt_buckets=(4096,), max_new_tokens=8)
+  with pytest.raises(UserError, match="the model has 4096 positions"):
+    opened(training=model_judge(folder, sampling=sampling))
 
 
 def test_a_guard_that_knows_no_refusals_is_helped_out_by_phrases(folder):

@@ -168,6 +168,17 @@ def test_prompts_are_encoded_as_transformers_encodes_them(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_turn_in_two_pieces_says_what_the_whole_says(family):
+  """But for spaces: a tokenizer of pieces may begin each with one."""
+  ours, _ = load(family)
+  first, rest = " Of locks.\n", "\n\n# The lock\nIs it open? \n"
+  head, ids = ours.encode_turn(first, rest)
+  said = lambda ids: ours.decode(ids).replace(" ", "")
+  assert said(head + ids) == said(ours.encode_chat(first + rest))
+  assert head == ours.encode_turn(first, "another")[0] and ours.encode_turn("", "x") == ([], ours.encode_chat("x"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_completions_are_encoded_as_in_a_conversation(family):
   ours, theirs = load(family)
   for text in ("the lock", "<think> a </think>\nthe end", "é"):
