@@ -81,7 +81,8 @@ def test_every_role_may_have_a_judge_of_its_own(folder):
 def test_a_model_is_told_to_answer_as_its_settings_say(folder, changes):
   how = {"think": False, "readout": "score"} | changes
   question = Question(Role.REFUSAL, Category.BENIGN, "q", ("a",), 0)
-  call = opened(training=model_judge(folder, **changes)).defender._encode(question)
+  plain = config_lib.Judge(kind="heuristic")
+  call = opened(training=model_judge(folder, **changes), evaluation=plain).defender._encode(question)
   assert call.instructions == rubrics.load().instructions(Role.REFUSAL, Category.BENIGN, "single", **how)
 
 
@@ -108,7 +109,8 @@ def test_a_form_that_reads_one_text_is_asked_of_each(folder, monkeypatch, form, 
     return [Verdict((4.0,))] * len(questions)
 
   monkeypatch.setattr(ModelJudge, "__call__", answer)
-  attacker = opened(attacker=model_judge(folder, form=form, think=think)).attacker
+  longer = config_lib.Sampling(prompt_buckets=(2560,), max_new_tokens=8)
+  attacker = opened(attacker=model_judge(folder, form=form, think=think, sampling=longer)).attacker
   assert attacker([Question(Role.REFUSAL, Category.BENIGN, "q", ("a", "b"), 0)]) == [Verdict((4.0, 4.0))]
   assert asked == [(("a",), think), (("b",), think)]
 
