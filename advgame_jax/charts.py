@@ -116,6 +116,7 @@ def _play_charts(scalars: Rows) -> Iterator[Chart | None]:
   trouble = [
     ("unreadable", "calls without a readable verdict", "third"),
     ("talk", "texts that talk to a judge", "fifth"),
+    ("talk_moved", "of such talk, what moves a verdict", "attacker"),
   ]
   yield plots.line_chart("Judges in trouble", "Fractions of a step's calls, and of its valid attacks and responses.",
                          [_line(scalars, f"judge/{name}", label, color) for name, label, color in trouble],

@@ -185,8 +185,10 @@ class Mesh(Settings):
 class Server(Settings):
   """An OpenAI-compatible server, and how hard it may be asked."""
 
-  url: str = setting("", "base URL, such as http://127.0.0.1:8000/v1")
-  key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the key; it may be unset")
+  url: str = setting("", "base URL, such as http://127.0.0.1:8000/v1", identity=False)
+  key_variable: str = setting(
+    "OPENAI_API_KEY", "environment variable that holds the key; it may be unset", identity=False
+  )
   concurrency: int = setting(16, "requests under way at one time", at_least=1, identity=False)
   requests_per_minute: int = setting(
     0, "started in any minute, retries included; 0 is no limit", at_least=0, identity=False
@@ -219,9 +221,9 @@ class Judge(Settings):
   votes: int = setting(1, "J, verdicts drawn for each call and averaged", at_least=1)
   text_characters: int = setting(8000, "of each text that are shown; the judge is told of a cut", at_least=100)
   sampling: Sampling = part(Sampling, prompt_buckets=(1024, 4096), max_new_tokens=512)
-  batch: int = setting(32, "calls of one device batch", at_least=1)
+  batch: int = setting(32, "calls of one device batch", at_least=1, identity=False)
   int8: bool = setting(False, "keep the model's matrices in 8 bits")
-  mesh: Mesh = part(Mesh)
+  mesh: Mesh = part(Mesh)  # left as it is, the run's
   server: Server = part(Server)
   shared_noise: float = setting(
     0.0, "microworld: standard deviation of a bias that all texts of one call share", at_least=0
@@ -259,7 +261,7 @@ class Judges(Settings):
   defender_reads: Literal["attack", "seed"] = setting("attack", "the query that responses are judged against")
   rubrics: str = setting("", "folder of text files that take the place of advgame_jax/rubrics, any of them")
   canaries: int = setting(
-    4, "texts a step that talk to a language-model judge, tried on it beside neutral ones", at_least=0
+    4, "texts a step that talk to a judge that reads, tried on it beside neutral ones", at_least=0, identity=False
   )
 
   def __post_init__(self) -> None:
@@ -269,8 +271,14 @@ class Judges(Settings):
     for name in ("faithfulness", "defender", "attacker"):
       if getattr(self, name).kind == "independent":
         raise UserError(f"{name}.kind is 'independent'; allowed: for evaluation only")
-    if self.faithfulness.kind == "none":
-      raise UserError("faithfulness.kind is 'none'; allowed: a judge, for unfaithful attacks would be rewarded")
+    for name in ("faithfulness", "evaluation"):
+      if getattr(self, name).kind == "none":
+        raise UserError(f"{name}.kind is 'none'; allowed: a judge, for nothing would be measured without")
+    for name in ("faithfulness", "defender", "attacker", "evaluation"):
+      if getattr(self, name).kind == "microworld" != self.training.kind:
+        raise UserError(f"{name}.kind is 'microworld' beside {self.training.kind!r}; allowed: where training's is too")
+    if self.opponents == 1:
+      raise UserError("opponents is 1, which leaves pairs that are compared with no other; allowed: 0, or at least 2")
 
 
 @dataclasses.dataclass(frozen=True)

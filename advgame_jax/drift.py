@@ -79,7 +79,10 @@ def load_embed() -> Embed:
   tokenizer.enable_truncation(_BUCKETS[-1])
 
   def embed(texts: Sequence[str], /) -> np.ndarray:
-    ids = [encoding.ids for encoding in tokenizer.encode_batch([text[:_READ] for text in texts])]
+    ids = [
+      encoding.ids
+      for encoding in tokenizer.encode_batch([text[:_READ].encode(errors="replace").decode() for text in texts])
+    ]
     order = sorted(range(len(ids)), key=lambda r: len(ids[r]))  # rows of a batch are of like length
     embedding_RM = np.zeros((len(ids), params["embeddings.LayerNorm.weight"].shape[0]), np.float32)
     for start in range(0, len(order), _ROWS):

@@ -15,15 +15,16 @@ not written. A published format has no ticket: a text can write out its delimite
 so speak in the other's place. `cases` is harder to talk into a verdict.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from advgame_jax.cases import BEST, Case, Scores, show
+from advgame_jax.cases import Case, Scores, show
 from advgame_jax.prompts import THINK_END
-from advgame_jax.types import Category, Question, Role
+from advgame_jax.types import BEST, Category, Question, Role
 
 FOLDER = Path(__file__).parent / "guards"
 ROLES: Mapping[str, frozenset[Role]] = {
@@ -51,19 +52,19 @@ class RawCase(NamedTuple):
   read: Callable[[str], Scores]  # the model's whole answer → scores
 
 
-def put(form: str, question: Question, characters: int) -> RawCase:
-  """The question in a published format, of each of whose texts at most so many `characters` are shown.
+def put(form: str, question: Question, limits: Sequence[int]) -> RawCase:
+  """The question in a published format, of whose query and text at most `limits` characters are shown.
 
   Raises:
     ValueError: the form is no raw prompt, cannot answer the role, or the question compares texts.
   """
   if form not in _READ:
     raise ValueError(f"{form!r} is no raw prompt; allowed: {', '.join(_READ)}")
-  parts = _render(form, question, characters)
+  parts = _render(form, question, limits)
   return RawCase(parts, lambda answer: _READ[form](answer, question))
 
 
-def put_strongreject(question: Question, characters: int, *, think: bool = False) -> Case:
+def put_strongreject(question: Question, limits: Sequence[int], *, think: bool = False) -> Case:
   """The question under the StrongREJECT rubric, as what a user says to a chat model; its readout is by score only.
 
   The published evaluator sets a system prompt beside it, which says no more than that there is something to evaluate.
@@ -71,7 +72,7 @@ def put_strongreject(question: Question, characters: int, *, think: bool = False
   Raises:
     ValueError: the rubric cannot answer the role, or the question compares texts.
   """
-  first, *rest = _render("strongreject", question, characters)
+  first, *rest = _render("strongreject", question, limits)
   return Case(
     instructions=first.text,
     text="".join(part.text for part in rest),
@@ -81,17 +82,20 @@ def put_strongreject(question: Question, characters: int, *, think: bool = False
   )
 
 
-def _render(form: str, question: Question, characters: int) -> tuple[Part, ...]:
+def _render(form: str, question: Question, limits: Sequence[int]) -> tuple[Part, ...]:
   if question.role not in ROLES[form]:
     raise ValueError(f"{form} cannot answer {question.role}; allowed: {', '.join(sorted(ROLES[form]))}")
   if len(question.texts) != 1:
     raise ValueError(f"{form} reads one text, not {len(question.texts)}")
-  shown = {"{query}": show(question.query, characters)[0], "{text}": show(question.texts[0], characters)[0]}
+  shown = dict(zip(("{query}", "{text}"), map(show, (question.query, *question.texts), limits)))
   if form == "llama_guard":
     shown = {name: text.strip() for name, text in shown.items()}
-  template = (FOLDER / f"{form}.txt").read_bytes().decode()
-  pieces = re.split(r"(\{query\}|\{text\})", template)
-  return tuple(Part(shown.get(piece, piece), piece not in shown) for piece in pieces)
+  return tuple(Part(shown.get(piece, piece), piece not in shown) for piece in _template(form))
+
+
+@functools.cache
+def _template(form: str) -> list[str]:
+  return re.split(r"(\{query\}|\{text\})", (FOLDER / f"{form}.txt").read_bytes().decode())
 
 
 _WILDGUARD = re.compile(

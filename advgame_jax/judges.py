@@ -152,47 +152,51 @@ def nobody(questions: Sequence[Question]) -> Sequence[Verdict]:
 
 
 def one_by_one(judge: Judge) -> Judge:
-  """A judge that reads one text at a time, for questions of any number of texts."""
+  """A judge that reads one text at a time, for questions of any number of texts; it reads none twice."""
 
   def each(questions: Sequence[Question]) -> list[Verdict]:
-    single = [q._replace(texts=(text,), key=fold_key(q.key, i)) for q in questions for i, text in enumerate(q.texts)]
-    verdicts = iter(judge(single))
-    return [_join([next(verdicts) for _ in question.texts]) for question in questions]
+    alone = lambda question: [question._replace(texts=(text,), key=0) for text in question.texts]
+    single: dict[Question, Question] = {}
+    for question in questions:
+      for one in alone(question):
+        single.setdefault(one, one._replace(key=question.key))
+    verdicts = dict(zip(single, judge(list(single.values())), strict=True))
+    unpaid = dict(verdicts)
+
+    def join(question: Question) -> Verdict:
+      parts = [verdicts[one] for one in alone(question)]
+      paid = [unpaid.pop(one) for one in alone(question) if one in unpaid]
+      scores = tuple(score for part in parts for score in part.scores) if all(part.scores for part in parts) else ()
+      return Verdict(scores, sum(part.tokens for part in paid), sum(part.flops for part in paid))
+
+    return [join(question) for question in questions]
 
   return each
 
 
-def _join(parts: Sequence[Verdict]) -> Verdict:
-  scores = tuple(score for part in parts for score in part.scores) if all(part.scores for part in parts) else ()
-  return Verdict(scores, sum(part.tokens for part in parts), sum(part.flops for part in parts))
-
-
 def score_nodes(settings: Judges, nodes: Sequence[Node], judge: Judge) -> tuple[list[np.ndarray], list[float]]:
-  """The mean score of each text over the calls it was in, NaN where no call of it was readable.
+  """The mean score of each text over the calls it was in, NaN where none of them counts.
 
   Pairwise, texts of a node are compared in both orders, every two of them or each with some, and a lone one with
-  itself; pointwise, each is a call of its own.
+  itself; a comparison counts if both of its orders could be read. Pointwise, each text is a call of its own.
 
   Returns:
     Of each node, the scores, and the mean absolute difference of a text's scores in the two orders (NaN without any).
   """
   calls = [(n, *call) for n, node in enumerate(nodes) for call in _calls(settings, node)]
   verdicts = ask(judge, [question for _, _, question in calls], settings.retries)
-  total = [np.zeros(len(node.texts)) for node in nodes]
-  count = [np.zeros(len(node.texts)) for node in nodes]
-  in_order: dict[tuple[int, tuple[int, ...]], dict[int, float]] = {}
-  readable = [(call, verdict) for call, verdict in zip(calls, verdicts, strict=True) if verdict.scores]
-  for (n, members, _), verdict in readable:
-    for member, score in zip(members, verdict.scores, strict=True):
+  scores_of = {(n, members): verdict.scores for (n, members, _), verdict in zip(calls, verdicts, strict=True)}
+  total, count = ([np.zeros(len(node.texts)) for node in nodes] for _ in range(2))
+  gaps: list[list[float]] = [[] for _ in nodes]
+  for (n, members), scores in scores_of.items():
+    other = scores_of.get((n, members[::-1]), ())
+    if not (scores and other):
+      continue  # one order alone would be biased by the position
+    for member, score in zip(members, scores, strict=True):
       total[n][member] += score
       count[n][member] += 1
-    if len(members) == 2:
-      in_order[n, members] = dict(zip(members, verdict.scores))
-  gaps: list[list[float]] = [[] for _ in nodes]
-  for (n, members), scores in in_order.items():
-    other = in_order.get((n, members[::-1]))
-    if members[0] < members[1] and other:
-      gaps[n] += [abs(score - other[member]) for member, score in scores.items()]
+    if len(members) == 2 and members[0] < members[1]:
+      gaps[n] += [abs(score - theirs) for score, theirs in zip(scores, other[::-1])]
   with np.errstate(invalid="ignore"):
     return [t / c for t, c in zip(total, count)], [float(np.mean(g)) if g else float("nan") for g in gaps]
 

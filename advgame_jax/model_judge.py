@@ -14,7 +14,7 @@ import numpy as np
 
 from advgame_jax import architecture
 from advgame_jax import config as config_lib
-from advgame_jax.cases import MOST_LABELS, Case, Scores
+from advgame_jax.cases import MOST_LABELS, Case, Scores, show
 from advgame_jax.guards import RawCase
 from advgame_jax.model import Prompt
 from advgame_jax.policies import LanguageModel, pad_rows
@@ -25,13 +25,13 @@ _LEAST_SHOWN = 50  # characters of a text, below which a case that does not fit 
 
 
 class Put(Protocol):
-  """A question in words, with at most so many characters of each text."""
+  """A question in words, with at most `limits` characters of its query and texts."""
 
-  def __call__(self, question: Question, *, characters: int) -> Case | RawCase: ...
+  def __call__(self, question: Question, *, limits: Sequence[int]) -> Case | RawCase: ...
 
 
 class Call(NamedTuple):
-  """A case as tokens. Those of its instructions are not in `ids`, unless they are not kept."""
+  """A case as tokens: those of its instructions, if it has any, are not in `ids`."""
 
   instructions: str
   ids: list[int]
@@ -48,7 +48,7 @@ class ModelJudge:
   player: LanguageModel
   load: Callable[[], Params]  # in the player's decode layout
   put: Put
-  instructions: Sequence[str]  # all that `put` gives
+  examples: Sequence[Question]  # one of every kind that may be asked
   settings: config_lib.Judge
   reuse: bool = True  # keep the cache of the instructions; without, they are read again with every case
 
@@ -63,23 +63,40 @@ class ModelJudge:
 
   def warm_up(self) -> None:
     """Compiles every shape that a call can take."""
-    for bucket in self._buckets:
-      self._ask(self.instructions[0] if self.reuse and self.instructions else "", [], [], bucket, [])
+    for bucket in self.player.sampling.prompt_buckets:
+      self._ask(self.instructions[0] if self.instructions else "", [], [], bucket, [])
 
   def check(self, name: str) -> None:
-    """Refuses a model or settings that no case fits.
+    """Refuses what could never judge.
 
     Raises:
-      UserError: the positions of the model, or its buckets.
+      UserError: the model has too few positions, a case without any text does not fit the largest bucket, or the
+        vocabulary has no token for an answer whose probability is to be read.
     """
-    slots = self._slots if self.reuse else 0
-    longest = slots + self._buckets[-1] + self.player.sampling.max_new_tokens
+    longest = self._slots + self.player.longest_prompt + self.player.sampling.max_new_tokens
     if longest > self.player.model.max_positions:
       raise UserError(
         f"{name}: instructions, the longest case and its answer take {longest} tokens, the model has "
         f"{self.player.model.max_positions} positions; allowed: sampling.prompt_buckets + max_new_tokens up to "
-        f"{self.player.model.max_positions - slots}"
+        f"{self.player.model.max_positions - self._slots}"
       )
+    empty = [self._tokens(self.put(question, limits=(0, 0, 0))) for question in self.examples]
+    frame = max(len(call.ids) for call in empty)
+    if frame > self.player.longest_prompt:
+      raise UserError(
+        f"{name}: a case without its texts takes {frame} tokens, sampling.prompt_buckets ends at "
+        f"{self.player.longest_prompt}; allowed: a bucket of several times that"
+      )
+    if self.settings.readout == "probability":
+      labels = {call.case.labels for call in empty if isinstance(call.case, Case)}
+      if not all(self._first_tokens(each)[: len(each)].any(-1).all() for each in labels):
+        raise UserError(f"{name}: the vocabulary has no single token for an answer; allowed: readout='score'")
+
+  @functools.cached_property
+  def instructions(self) -> list[str]:
+    """All that there are."""
+    cases = (self.put(question, limits=(0, 0, 0)) for question in self.examples)
+    return sorted({case.instructions for case in cases if isinstance(case, Case)})
 
   @functools.cached_property
   def params(self) -> Params:
@@ -99,11 +116,6 @@ class ModelJudge:
     """The instructions that have been read so far."""
     return {}
 
-  @property
-  def _buckets(self) -> list[int]:
-    extra = 0 if self.reuse else self._slots
-    return [bucket + extra for bucket in self.player.sampling.prompt_buckets]
-
   def _prefix(self, instructions: str) -> Prompt | None:
     if not instructions:
       return None
@@ -113,24 +125,26 @@ class ModelJudge:
     return self._prefixes[instructions]
 
   def _encode(self, question: Question) -> Call:
-    """The question as tokens that fit: of texts that are long in tokens, less is shown."""
-    characters = self.settings.text_characters
+    """The question as tokens that fit: while they do not, less is shown of the text that is longest in tokens."""
+    texts = (question.query, *question.texts)
+    limits = [self.settings.text_characters] * len(texts)
     while True:
-      call = self._tokens(self.put(question, characters=characters))
-      if len(call.ids) <= self._buckets[-1] or characters < _LEAST_SHOWN:
+      call = self._tokens(self.put(question, limits=limits))
+      if len(call.ids) <= self.player.longest_prompt or max(limits) < _LEAST_SHOWN:
         return call
-      characters //= 2
+      tokens = [len(self.player.tokenizer.encode_turn("", show(*each))[1]) for each in zip(texts, limits)]
+      longest = int(np.argmax(tokens))
+      limits[longest] = min(limits[longest], len(texts[longest])) // 2
 
   def _tokens(self, case: Case | RawCase) -> Call:
     words = self.player.tokenizer
     if isinstance(case, RawCase):
       return Call("", words.encode_parts(case.parts), case)
-    head, ids = words.encode_turn(case.instructions, case.text)
-    return Call(case.instructions, ids, case) if self.reuse else Call("", head + ids, case)
+    return Call(case.instructions, words.encode_turn(case.instructions, case.text)[1], case)
 
   def _batches(self, calls: Sequence[Call]) -> Iterator[list[int]]:
     """Places of calls that are asked together: the same instructions, the shorter ones first. None too long."""
-    fitting = [i for i, call in enumerate(calls) if len(call.ids) <= self._buckets[-1]]
+    fitting = [i for i, call in enumerate(calls) if len(call.ids) <= self.player.longest_prompt]
     for instructions in dict.fromkeys(calls[i].instructions for i in fitting):
       places = sorted((i for i in fitting if calls[i].instructions == instructions), key=lambda i: len(calls[i].ids))
       for start in range(0, len(places), self.settings.batch):
@@ -138,9 +152,8 @@ class ModelJudge:
 
   def _answer(self, calls: Sequence[Call], keys: Sequence[int]) -> list[Verdict]:
     longest = max(len(call.ids) for call in calls)
-    bucket = next(size for size in self._buckets if size >= longest)
-    ids, cases = [call.ids for call in calls], [call.case for call in calls]
-    return self._ask(calls[0].instructions, ids, keys, bucket, cases)
+    bucket = next(size for size in self.player.sampling.prompt_buckets if size >= longest)
+    return self._ask(calls[0].instructions, [call.ids for call in calls], keys, bucket, [call.case for call in calls])
 
   def _ask(
     self,
@@ -151,18 +164,23 @@ class ModelJudge:
     cases: Sequence[Case | RawCase],
   ) -> list[Verdict]:
     """One batch on the device, filled up with rows that are absent."""
-    prefix = self._prefix(instructions)
+    head, prefix = self._prefix_ids.get(instructions, []), None
+    if self.reuse and instructions:
+      head, prefix = [], self._prefix(instructions)
+    elif instructions:
+      bucket += self._slots
+    read = [head + row for row in ids]
     absent: list[list[int]] = [[]] * (self.settings.batch - len(ids))
-    tokens_RT, length_R = pad_rows([*ids, *absent], bucket)
+    tokens_RT, length_R = pad_rows([*read, *absent], bucket)
     if self.settings.readout == "probability":
       scores, written = self._weigh(tokens_RT, length_R, prefix, cases), [0] * len(cases)
     else:
       place_R = np.array([*(fold_key(key, 0) % 2**32 for key in keys), *(0 for _ in absent)], np.uint32)
       scores, written = self._read(tokens_RT, length_R, place_R, prefix, cases)
-    read = [len(row) for row in ids]
-    before = len(self._prefix_ids[instructions]) if instructions else 0
-    flops = [architecture.forward_flops(self.player.model, n + w, before + n + w) for n, w in zip(read, written)]
-    return [Verdict(s, n + w, f) for s, n, w, f in zip(scores, read, written, flops)]
+    before = len(self._prefix_ids[instructions]) if prefix else 0
+    tokens = [len(row) + more for row, more in zip(read, written)]
+    flops = [architecture.forward_flops(self.player.model, n, before + n) for n in tokens]
+    return list(map(Verdict, scores, tokens, flops))
 
   def _read(
     self,
@@ -188,12 +206,9 @@ class ModelJudge:
   ) -> list[Scores]:
     """Scores by the probabilities of the next token; the cases of one batch have the same labels."""
     labels = next((case.labels for case in cases if isinstance(case, Case)), ())
-    logprob_RC = self.player.next_token(self.params, tokens_RT, length_R, self._first_tokens(labels), prefix)[
-      :, : len(labels)
-    ]
-    # Relative to the likeliest label: how likely the others together are does not matter.
-    weight_RC = np.exp(logprob_RC - logprob_RC.max(-1, keepdims=True, initial=-np.inf))
-    return [case.weigh(weight_C.tolist()) if isinstance(case, Case) else () for case, weight_C in zip(cases, weight_RC)]
+    logprob_RC = self.player.next_token(self.params, tokens_RT, length_R, self._first_tokens(labels), prefix)
+    probability_RC = np.nan_to_num(np.exp(logprob_RC.astype(np.float64)))[:, : len(labels)]
+    return [case.weigh(row_C.tolist()) if isinstance(case, Case) else () for case, row_C in zip(cases, probability_RC)]
 
   @functools.cached_property
   def _first_tokens(self) -> Callable[[tuple[tuple[str, ...], ...]], np.ndarray]:

@@ -184,16 +184,10 @@ def facts(config: Mapping[str, Any], scalars: Rows, first: Mapping[str, Any]) ->
     "attacks": 1 if at("game", "skip_attacker") else at("game", "attacks"),
     "responses": at("game", "responses"),
     "players": [(player.capitalize(), at(player, "model"), at(player, "frozen")) for player in PLAYERS],
-    "judges": [(role, _judge(at("judges", role))) for role in ("training", "evaluation") if at("judges", role)],
-    "versions": [(name, first[name]) for name in ("instructions", "rubrics") if name in first],
+    "versions": [(name, first[name]) for name in ("judge", "evaluated by", "instructions", "rubrics") if name in first],
     "begun": _date(times[0]) if times else None,
     "ended": _date(times[-1]) if times else None,
   }
-
-
-def _judge(settings: Any) -> str:
-  kind, model, form = (_at(settings, name) for name in ("kind", "model", "form"))
-  return f"{model} ({form})" if kind in ("model", "server") else str(kind)
 
 
 def _at(config: Any, *names: str) -> Any:

@@ -5,14 +5,18 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from advgame_jax import (
   cases,
   drift,
+  frozen,
   guards,
   heuristic,
   hf,
   hf_config,
   judges,
+  kernels,
   microworld,
   phrases,
   policies,
@@ -22,10 +26,11 @@ from advgame_jax import (
 from advgame_jax import config as config_lib
 from advgame_jax import rubrics as rubrics_lib
 from advgame_jax.config import Config
+from advgame_jax.model import attention_rules
 from advgame_jax.model_judge import ModelJudge, Put
 from advgame_jax.policies import LanguageModel
 from advgame_jax.rubrics import Rubrics
-from advgame_jax.server_judge import server_judge
+from advgame_jax.server_judge import Pace, server_judge
 from advgame_jax.types import Category, Judge, Params, Players, Question, Role, UserError
 
 SCORED = frozenset({Role.COMPLIANCE, Role.DEFLECTION, Role.REFUSAL})
@@ -38,8 +43,8 @@ NEEDED = {
 }
 CHATS = ("rubric", "strongreject")  # the other forms are raw prompts
 RAW = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"  # where guards have no template
-Weights = Callable[[config_lib.Judge, LanguageModel], Params]
-"""The frozen weights of a local judge, in its decode layout."""
+Weights = Callable[[str, config_lib.Mesh, bool], Params]
+"""(folder, mesh, int8) → the frozen weights of a local judge, in its decode layout."""
 
 
 class Panel(NamedTuple):
@@ -50,7 +55,8 @@ class Panel(NamedTuple):
   attacker: Judge
   evaluation: Judge
   evaluated: frozenset[Role]  # what the judge of evaluations can tell
-  reads: bool  # whether training is judged by something that reads, and so could be talked to
+  models: tuple[ModelJudge, ...]  # those among them that are models of ours
+  readers: frozenset[str]  # the roles whose judge reads, and so could be talked to
   version: str  # of the rubrics
   names: dict[str, str]  # who each role's judge is, in words
 
@@ -60,9 +66,8 @@ class Panel(NamedTuple):
 
   def warm_up(self) -> None:
     """Compiles what models among the judges will run."""
-    for judge in dict.fromkeys(self[:4]):
-      if isinstance(judge, ModelJudge):
-        judge.warm_up()
+    for model in self.models:
+      model.warm_up()
 
 
 def open_panel(config: Config, weights: Weights, devices: Sequence[Any] | None = None) -> Panel:
@@ -80,19 +85,20 @@ def open_panel(config: Config, weights: Weights, devices: Sequence[Any] | None =
         f"judges.{role} is {describe(settings)!r}, which cannot tell {', '.join(sorted(NEEDED[role] - known))}; "
         "allowed: another kind, or a language model with form='rubric'"
       )
-  bind = functools.cache(functools.partial(_bind, config, rubrics, weights, devices))
-  evaluation = bind(chosen["evaluation"])
+  opener = _Opener(config, rubrics, functools.cache(weights), devices)
+  evaluation = opener.judge(chosen["evaluation"])
   evaluated = roles_of(chosen["evaluation"]) & SCORED
   if Role.REFUSAL not in evaluated:
     evaluation, evaluated = _by_role({Role.REFUSAL: phrases.phrase_judge()}, evaluation), evaluated | {Role.REFUSAL}
   return Panel(
-    faithfulness=bind(chosen["faithfulness"]),
-    defender=bind(chosen["defender"]),
-    attacker=bind(chosen["attacker"]),
+    faithfulness=opener.judge(chosen["faithfulness"]),
+    defender=opener.judge(chosen["defender"]),
+    attacker=opener.judge(chosen["attacker"]),
     evaluation=evaluation,
     evaluated=frozenset(evaluated),
-    reads=any(chosen[role].kind in ("model", "server") for role in ("faithfulness", "defender", "attacker")),
-    version=rubrics.version,
+    models=tuple(opener.models),
+    readers=frozenset(role for role, settings in chosen.items() if settings.kind in ("model", "server")),
+    version=cases.version(rubrics),
     names={role: describe(settings) for role, settings in chosen.items()},
   )
 
@@ -106,10 +112,14 @@ def settings_of(judges: config_lib.Judges, role: str) -> config_lib.Judge:
 
 
 def _independent(training: config_lib.Judge) -> config_lib.Judge:
-  """Another way to judge than training's: what was learnt to please one judge is to be measured by another."""
-  if training.kind in ("model", "server"):
+  """Another way to judge than training's: what was learnt to please one judge is to be measured by another.
+
+  Of a language model it is another form, of the same weights; better ones are to be had by naming another model.
+  """
+  if training.kind in ("model", "server") and training.form in CHATS:
+    sampling = dataclasses.replace(training.sampling, max_new_tokens=max(512, training.sampling.max_new_tokens))
     form = "strongreject" if training.form == "rubric" else "rubric"
-    return dataclasses.replace(training, form=form, readout="score")  # type: ignore[arg-type]
+    return dataclasses.replace(training, form=form, readout="score", sampling=sampling)  # type: ignore[arg-type]
   if training.kind == "microworld":
     return config_lib.Judge(kind="microworld")  # the rules without noise
   return config_lib.Judge(kind="phrases" if training.kind == "heuristic" else "heuristic")
@@ -131,73 +141,80 @@ def describe(settings: config_lib.Judge) -> str:
   return f"{settings.model}{where} ({settings.form}, {settings.readout})"
 
 
-def _bind(
-  config: Config, rubrics: Rubrics, weights: Weights, devices: Sequence[Any] | None, settings: config_lib.Judge
-) -> Judge:
-  """Judges of the same settings are the same."""
-  if settings.kind == "none":
-    return judges.nobody
-  if settings.kind == "microworld":
-    return microworld.rule_judge(settings, config.seed)
-  if settings.kind in ("heuristic", "phrases", "drift"):
-    make: dict[str, Callable[[], Judge]] = {
-      "heuristic": heuristic.heuristic_judge,
-      "phrases": phrases.phrase_judge,
-      "drift": drift.drift_judge,
-    }
-    return make[settings.kind]()
-  put = _put(settings, rubrics)
-  if settings.kind == "server":
+class _Opener:
+  """Judges of the same settings are the same, models of the same folder and layout have the same weights."""
+
+  def __init__(self, config: Config, rubrics: Rubrics, weights: Weights, devices: Sequence[Any] | None):
+    self.config, self.rubrics, self.weights, self.devices = config, rubrics, weights, devices
+    self.models: list[ModelJudge] = []
+    self.judge = functools.cache(self._judge)
+    self.pace = functools.cache(lambda url, limit: Pace(limit))  # of a server, whoever asks it
+
+  def _judge(self, settings: config_lib.Judge) -> Judge:
+    if settings.kind == "none":
+      return judges.nobody
+    if settings.kind == "microworld":
+      return microworld.rule_judge(settings, self.config.seed)
+    if settings.kind in ("heuristic", "phrases", "drift"):
+      make: dict[str, Callable[[], Judge]] = {
+        "heuristic": heuristic.heuristic_judge,
+        "phrases": phrases.phrase_judge,
+        "drift": drift.drift_judge,
+      }
+      return make[settings.kind]()
+    if settings.form != "rubric":  # published forms read one text, and are greedy
+      settings = dataclasses.replace(settings, sampling=dataclasses.replace(settings.sampling, temperature=0.0))
+    judge = self._server(settings) if settings.kind == "server" else self._model(settings)
+    return judge if settings.form == "rubric" else judges.one_by_one(judge)
+
+  def _server(self, settings: config_lib.Judge) -> Judge:
     if settings.form not in CHATS:
       raise UserError(f"form is {settings.form!r} with kind='server', which takes chats only; allowed: kind='model'")
-    judge: Judge = server_judge(settings, functools.partial(put, characters=settings.text_characters))  # type: ignore[arg-type]
-  else:
-    judge = _local(config, rubrics, weights, devices, settings, put)
-  return judge if settings.form == "rubric" else judges.one_by_one(judge)
+    put, limits = _put(settings, self.rubrics), [settings.text_characters] * 3
+    pace = self.pace(settings.server.url, settings.server.requests_per_minute)
+    return server_judge(settings, lambda question: put(question, limits=limits), pace)  # type: ignore[arg-type, return-value]
+
+  def _model(self, settings: config_lib.Judge) -> Judge:
+    model = hf_config.load_config(settings.model)
+    words = tokenizer.load(settings.model, "" if settings.form in CHATS else RAW)
+    hf.check(settings.model, words)
+    dtype, attention = policies.compute_dtype(self.config.precision), self.config.precision.attention
+    for rule in attention_rules(model):
+      kernels.resolve(attention, rule, jax.default_backend(), head_size=model.head_size, dtype=dtype)
+    where = self.config.mesh if settings.mesh == config_lib.Mesh() else settings.mesh
+    player = LanguageModel(
+      model=model,
+      tokenizer=words,
+      sampling=settings.sampling,
+      mesh=sharding.make_mesh(where, self.devices),
+      layout=sharding.decode_layout(where),
+      dtype=dtype,
+      attention=attention,
+    )
+    frozen.shardings(model, player.mesh, player.layout, settings.int8)  # refuses shapes that do not divide
+    load = lambda: self.weights(settings.model, where, settings.int8)
+    judge = ModelJudge(player, load, _put(settings, self.rubrics), _examples(settings), settings)
+    judge.check(f"judges: {describe(settings)}")
+    self.models.append(judge)
+    return judge
 
 
 def _put(settings: config_lib.Judge, rubrics: Rubrics) -> Put:
   if settings.form == "rubric":
     return functools.partial(cases.put, rubrics=rubrics, think=settings.think, readout=settings.readout)
   if settings.form == "strongreject":
-    return lambda question, *, characters: guards.put_strongreject(question, characters, think=settings.think)
-  return lambda question, *, characters: guards.put(settings.form, question, characters)
+    return lambda question, *, limits: guards.put_strongreject(question, limits, think=settings.think)
+  return lambda question, *, limits: guards.put(settings.form, question, limits)
 
 
-def _local(
-  config: Config,
-  rubrics: Rubrics,
-  weights: Weights,
-  devices: Sequence[Any] | None,
-  settings: config_lib.Judge,
-  put: Put,
-) -> Judge:
-  raw = settings.form not in CHATS
-  model, words = hf_config.load_config(settings.model), tokenizer.load(settings.model, RAW if raw else "")
-  hf.check(settings.model, words)
-  player = LanguageModel(
-    model=model,
-    tokenizer=words,
-    sampling=settings.sampling,
-    mesh=sharding.make_mesh(settings.mesh, devices),
-    layout=sharding.decode_layout(settings.mesh),
-    dtype=policies.compute_dtype(config.precision),
-    attention=config.precision.attention,
-  )
-  instructions = sorted({case.instructions for case in _examples(settings, put)})
-  judge = ModelJudge(player, functools.partial(weights, settings, player), put, instructions, settings)
-  judge.check(f"judges: {describe(settings)}")
-  return judge
-
-
-def _examples(settings: config_lib.Judge, put: Put) -> list[cases.Case]:
-  """A case of every kind that there may be."""
-  shapes = [("",), ("", "")] if settings.form == "rubric" else [("",)]
+def _examples(settings: config_lib.Judge) -> list[Question]:
+  """A question of every kind that there may be."""
+  shapes = [("",), ("", " ")] if settings.form == "rubric" else [("",)]
   known = roles_of(settings)
   questions = [Question(role, Category.HARMFUL, "", texts, 0) for role in sorted(known & SCORED) for texts in shapes]
   if Role.FAITHFULNESS in known:
     questions += [Question(Role.FAITHFULNESS, category, "", ("",), 0) for category in Category]
-  return [case for q in questions if isinstance(case := put(q, characters=100), cases.Case)]
+  return questions
 
 
 def _by_role(special: dict[Role, Judge], other: Judge) -> Judge:

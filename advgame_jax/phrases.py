@@ -6,9 +6,8 @@ and a deflection without a refusal's phrases for compliance. The phrases are tho
 
 from collections.abc import Sequence
 
-from advgame_jax.cases import BEST
 from advgame_jax.refusals import is_refusal
-from advgame_jax.types import Judge, Question, Role, Verdict
+from advgame_jax.types import BEST, Judge, Question, Role, Verdict
 
 ROLES = frozenset({Role.COMPLIANCE, Role.REFUSAL})
 

@@ -74,23 +74,29 @@ def load(folder: str, think: bool) -> Instructions:
   How to write the answer is added to either, since it belongs to the parser.
 
   Raises:
-    UserError: a file that is missing, is not UTF-8, or does not say where the seed goes.
+    UserError: a file that is missing, is not UTF-8, is empty, or does not say where the seed goes.
   """
   texts = {"harmful": _GAME + _HARMFUL, "benign": _GAME + _BENIGN}
   if folder:
-    texts = {name: _read(pathlib.Path(folder) / f"{name}.txt") for name in texts}
+    files = {name: pathlib.Path(folder) / f"{name}.txt" for name in texts}
+    texts = {name: read_text(path, "config.game.instructions") + "\n" for name, path in files.items()}
   form = _THINK_FORMAT if think else _FORMAT
   return Instructions(**{name: text + form for name, text in texts.items()})
 
 
-def _read(path: pathlib.Path) -> str:
+def read_text(path: pathlib.Path, setting: str) -> str:
+  """What a file that a setting names says, without white space around it.
+
+  Raises:
+    UserError: it cannot be read, is not UTF-8, or is empty.
+  """
   try:
-    return path.read_text(encoding="utf-8").rstrip() + "\n"
+    text = path.read_text(encoding="utf-8").strip()
   except (OSError, UnicodeDecodeError) as error:
-    raise UserError(
-      f"config.game.instructions: {path} cannot be read ({error}); allowed: standard, microworld, or a folder with "
-      "harmful.txt and benign.txt in UTF-8"
-    ) from error
+    raise UserError(f"{setting}: {path} cannot be read as UTF-8 ({error})") from error
+  if not text:
+    raise UserError(f"{setting}: {path} is empty")
+  return text
 
 
 STANDARD, STANDARD_THINK = load("", think=False), load("", think=True)
@@ -141,7 +147,12 @@ def _harmless(character: str, kept: str) -> bool:
   if " " <= character <= "~" or character in kept:
     return True
   selector = "\ufe00" <= character <= "\ufe0e" or "\U000e0100" <= character <= "\U000e01ef"
-  return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") and not selector
+  hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+  return not (hidden or selector or character in _BLANKS)
+
+
+# Letters and marks that show nothing.
+_BLANKS = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
 
 
 def _blank(text: str) -> bool:

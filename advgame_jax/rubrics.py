@@ -5,11 +5,11 @@ verdict is. Together they are the instructions, fixed for a run, so that a model
 """
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Literal
 
+from advgame_jax import prompts
 from advgame_jax.types import Category, Question, Role, UserError
 
 FOLDER = pathlib.Path(__file__).parent / "rubrics"
@@ -50,7 +50,7 @@ _ANSWERS = {
 _PROBABILITY = {
   "decision": "Answer with one word, yes or no.",
   "pair": "Answer with one letter, A or B: the text that deserves the higher score.",
-  "single": "Answer with one digit from 0 to 9: the score, rounded down.",
+  "single": "Answer with one digit from 0 to 9: the score, rounded down, and 9 for all above.",
 }
 _LINES = {"decision": "<yes or no>", "pair": "A=<score> B=<score>", "single": "<score>"}
 _SHOWN = {"decision": "a text", "pair": "two texts, A and B, in no particular order", "single": "a text"}
@@ -64,13 +64,6 @@ class Rubrics:
   """One text for each of `NAMES`."""
 
   text: Mapping[str, str]
-
-  @property
-  def version(self) -> str:
-    """A hash of everything a judge is told that is no case."""
-    frame = (_FRAME, _THINK, _PLAIN, _VERDICT, repr(_ANSWERS), repr(_PROBABILITY), repr(_LINES), repr(_SHOWN))
-    whole = "\0".join((*(self.text[name] for name in NAMES), *frame))
-    return hashlib.blake2b(whole.encode(), digest_size=6).hexdigest()
 
   def instructions(self, role: Role, category: Category, shape: Shape, think: bool, readout: Readout) -> str:
     """All that is said before a case."""
@@ -107,22 +100,11 @@ def load(folder: str = "") -> Rubrics:
   """The project's rubrics, those with a file of the same name in `folder` replaced by it.
 
   Raises:
-    UserError: no such folder, none of its files is a rubric, or one of them is empty or not UTF-8.
+    UserError: no such folder, a file that is no rubric, or one that is empty or not UTF-8.
   """
-  texts = {name: _read(FOLDER / f"{name}.txt") for name in NAMES}
-  if folder:
-    own = {name: path for name in NAMES if (path := pathlib.Path(folder) / f"{name}.txt").is_file()}
-    if not own:
-      raise UserError(f"judges.rubrics is {folder!r}, which holds no rubric; allowed: {', '.join(NAMES)}, each a .txt")
-    texts |= {name: _read(path) for name, path in own.items()}
-  return Rubrics(texts)
-
-
-def _read(path: pathlib.Path) -> str:
-  try:
-    text = path.read_text(encoding="utf-8").strip()
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
-  if not text:
-    raise UserError(f"{path} is empty; allowed: a rubric as text")
-  return text
+  ours = {name: FOLDER / f"{name}.txt" for name in NAMES}
+  theirs = {path.stem: path for path in sorted(pathlib.Path(folder).glob("*.txt"))} if folder else {}
+  if folder and (not theirs or not theirs.keys() <= ours.keys()):
+    found = ", ".join(sorted(theirs.keys() - ours.keys())) or "no rubric"
+    raise UserError(f"judges.rubrics is {folder!r}, which holds {found}; allowed: {', '.join(NAMES)}, each a .txt")
+  return Rubrics({name: prompts.read_text(path, "judges.rubrics") for name, path in (ours | theirs).items()})

@@ -200,12 +200,15 @@ class _Server:
   def never(self, error: Exception) -> str:
     """The sentence for what no further request can mend; "" for a failure of this one.
 
-    Some services answer 403 to a text that they find offensive; a server that has answered others has not refused us.
+    A server that has answered others has not refused us, whatever it says now: a long run outlives a restart, and some
+    services answer 403 to a text that they find offensive.
     """
     where = f"the judge server at {self.settings.server.url}"
     variable, model = self.settings.server.key_variable, self.settings.model
     code = getattr(error, "status_code", None)
-    if code == 401 or (code == 403 and not self.answered):
+    if self.answered:
+      return ""
+    if code in (401, 403):
       unset = "" if os.environ.get(variable) else ", which is not set"
       return (
         f"{where} refused the key in the environment variable {variable}{unset} (HTTP {code}); allowed: one that may "

@@ -81,17 +81,18 @@ class Session:
     """The judges."""
     return open_panel(self.config, self._judge_weights, list(self.mesh.devices.flat))
 
-  def _judge_weights(self, settings: config_lib.Judge, judge: LanguageModel) -> Params:
+  def _judge_weights(self, folder: str, mesh: config_lib.Mesh, int8: bool) -> Params:
     """Of a local judge, in its decode layout: the players' base where it is the same, else a copy of its own."""
-    int8 = self.config.precision.frozen == "int8"
-    if settings.model in self.bases and settings.mesh == self.config.mesh and settings.int8 == int8:
-      return self._decode_bases[settings.model]
-    return frozen.load(settings.model, judge.mesh, judge.layout, judge.dtype, settings.int8)
+    if folder in self.bases and mesh == self.config.mesh and int8 == (self.config.precision.frozen == "int8"):
+      return self._decode_bases[folder]
+    over = sharding.make_mesh(mesh, list(self.mesh.devices.flat))
+    return frozen.load(folder, over, sharding.decode_layout(mesh), policies.compute_dtype(self.config.precision), int8)
 
   @property
   def versions(self) -> dict[str, str]:
-    """Hashes of what the Attacker and the judges are told."""
-    return {"instructions": self.rules.instructions.version, "rubrics": self.panel.version}
+    """Hashes of what the Attacker and the judges are told, and who judges."""
+    told = {"instructions": self.rules.instructions.version, "rubrics": self.panel.version}
+    return told | {"judge": self.panel.names["defender"], "evaluated by": self.panel.names["evaluation"]}
 
   def _to_play(self, weights: Players[Params]) -> Players[Params]:
     """Weights as they are trained → as they generate."""

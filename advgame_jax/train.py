@@ -126,11 +126,14 @@ def play_and_learn(
 
 def canaries(run: Session, tree: RolloutTree, panel: Panel, step: int) -> dict[str, float]:
   """Whether the judges of this step, if they read, can be talked to by texts of this step."""
-  count = run.config.judges.canaries
-  if not (run.panel.reads and count):
+  count, key = run.config.judges.canaries, fold_key(run.config.seed, step, 1)
+  responses, faithfulness = (
+    getattr(panel, role) if role in panel.readers else judges.nobody for role in ("defender", "faithfulness")
+  )
+  if not count or responses is faithfulness is judges.nobody:
     return {}
-  key = fold_key(run.config.seed, step, 1)
-  return {"judge/talk_gain": canary.gain(tree, panel.defender, panel.faithfulness, count, key)}
+  gain, moved = canary.effect(tree, responses, faithfulness, count, key)
+  return {"judge/talk_gain": gain, "judge/talk_moved": moved}
 
 
 def warm_up(run: Session, state: TrainState) -> TrainState:

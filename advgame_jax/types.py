@@ -68,6 +68,9 @@ class Role(enum.StrEnum):
   REFUSAL = "refusal"
 
 
+BEST = 10.0  # of a score; the least is 0
+
+
 class Players(NamedTuple, Generic[PlayerT]):
   """One value per player. Attacker and Defender are always two values of one type."""
 

@@ -6,6 +6,7 @@ how many verdicts could be read, and how many of the comparisons among them were
 refusal, and that better than an answer).
 """
 
+import dataclasses
 import itertools
 import pathlib
 import sys
@@ -17,7 +18,7 @@ from absl import app, flags
 
 import advgame_jax
 from advgame_jax import config as config_lib
-from advgame_jax import data, frozen, judges, panel
+from advgame_jax import data, frozen, judges, panel, policies, sharding
 from advgame_jax.judges import Node
 from advgame_jax.model_judge import ModelJudge
 from advgame_jax.types import Category, Question, Role, fold_key
@@ -54,10 +55,11 @@ def questions(protocol: str) -> list[Question]:
 def open_judge(readout: str, reuse: bool) -> ModelJudge:
   sampling = config_lib.Sampling(temperature=0.0, prompt_buckets=(256,), max_new_tokens=TOKENS.value)
   settings = config_lib.Judge(kind="model", model=MODEL.value, readout=readout, batch=8, sampling=sampling)
-  config = config_lib.Config(judges=config_lib.Judges(training=settings))
-  load = lambda settings, player: frozen.load(settings.model, player.mesh, player.layout, player.dtype, settings.int8)
+  config = config_lib.Config(judges=config_lib.Judges(training=settings, evaluation=config_lib.Judge(kind="heuristic")))
+  layout, mesh = sharding.decode_layout(config.mesh), sharding.make_mesh(config.mesh)
+  load = lambda folder, _, int8: frozen.load(folder, mesh, layout, policies.compute_dtype(config.precision), int8)
   judge = panel.open_panel(config, load).defender
-  return judge if reuse else ModelJudge(judge.player, judge.load, judge.put, judge.instructions, settings, reuse=False)
+  return judge if reuse else dataclasses.replace(judge, reuse=False)
 
 
 def measured(judge: ModelJudge, asked: list[Question]) -> tuple[float, list[tuple[float, ...]], float]:

@@ -176,7 +176,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.answer(200, completion(choice("maybe", finish_reason="length", logprobs=top(("maybe", -0.1)))))
 
   def do_case(self, identity, before, body):
-    ticket = re.search(r"Judge case (\d+) now", body["messages"][0]["content"])[1]
+    ticket = re.search(r"VERDICT (\d+): A=<score>", body["messages"][0]["content"])[1]
     self.answer(200, completion(choice(f"VERDICT {ticket}: A=7 B=3.5")))
 
 

@@ -26,8 +26,9 @@ SETTINGS = config_lib.Judge(
   ),
 )
 STOPS = tuple("aeiost")  # a random model seldom ends its turn
+TEXTS = ("an answer", "another")
 QUESTIONS = [
-  Question(role, category, f"question {i}", (f"answer {i}",) * (1 if role == Role.FAITHFULNESS else 1 + i % 2), 100 + i)
+  Question(role, category, f"question {i}", TEXTS[: 1 if role == Role.FAITHFULNESS else 1 + i % 2], 100 + i)
   for i, (role, category) in enumerate((role, category) for role in Role for category in Category)
 ]
 
@@ -43,7 +44,7 @@ def weights():
 
 
 def config():
-  return dataclasses.replace(tiny.CONFIG, vocab=words().vocab_size, max_positions=4096)
+  return dataclasses.replace(tiny.CONFIG, vocab=words().vocab_size, max_positions=8192)
 
 
 def by_hash(answer):
@@ -51,9 +52,14 @@ def by_hash(answer):
   return (int.from_bytes(hashlib.blake2b(answer.encode(), digest_size=4).digest(), "big") / 2**32,)
 
 
-def put(question, *, characters, readout="score"):
-  case = cases.put(question, RUBRICS, think=False, readout=readout, characters=characters)
+def put(question, *, limits, readout="score"):
+  case = cases.put(question, RUBRICS, think=False, readout=readout, limits=limits)
   return case._replace(read=by_hash) if readout == "score" else case
+
+
+def raw_weights(question, *, limits):
+  """The labels' probabilities themselves: a random model gives them next to none."""
+  return put(question, limits=limits, readout="probability")._replace(weigh=tuple)
 
 
 def judge(mesh=(1, 1, 1), decode="replicated", reuse=True, put=put, **changes):
@@ -70,8 +76,7 @@ def judge(mesh=(1, 1, 1), decode="replicated", reuse=True, put=put, **changes):
     stop_strings=STOPS,
   )
   where = architecture.shardings(architecture.param_specs(config()), over, layout)
-  instructions = sorted({put(q, characters=10).instructions for q in QUESTIONS})
-  return ModelJudge(player, lambda: jax.device_put(weights(), where), put, instructions, asked, reuse)
+  return ModelJudge(player, lambda: jax.device_put(weights(), where), put, QUESTIONS, asked, reuse)
 
 
 @functools.cache
@@ -113,6 +118,9 @@ def test_instructions_read_once_or_with_every_case_are_the_same():
     sampling = dataclasses.replace(SETTINGS.sampling, temperature=temperature)
     once, always = (judge(reuse=reuse, sampling=sampling) for reuse in (True, False))
     assert scores(once(QUESTIONS)) == scores(always(QUESTIONS))
+    weighing = {"put": raw_weights, "readout": "probability", "sampling": sampling}
+    for one, other in zip(judge(**weighing)(QUESTIONS), judge(reuse=False, **weighing)(QUESTIONS)):
+      assert one.scores == pytest.approx(other.scores, rel=1e-3)
     assert once._prefixes and not always._prefixes
 
 
@@ -123,13 +131,13 @@ def test_each_instruction_is_read_once_a_run(monkeypatch):
   once = judge()
   once(QUESTIONS)
   once(QUESTIONS)
-  assert len(read) == len({put(q, characters=10).instructions for q in QUESTIONS})
+  assert len(read) == len({put(q, limits=(10,) * 3).instructions for q in QUESTIONS})
 
 
 def test_the_seam_changes_no_token():
   """In pieces, a turn has the tokens of the whole."""
   for question in QUESTIONS:
-    case = put(question, characters=100)
+    case = put(question, limits=(100,) * 3)
     head, ids = words().encode_turn(case.instructions, case.text)
     assert head + ids == words().encode_chat(case.instructions + case.text)
 
@@ -141,9 +149,9 @@ def test_votes_are_averaged_and_those_that_cannot_be_read_are_not_counted():
 
   drawn = []
 
-  def recording(question, *, characters):
+  def recording(question, *, limits):
     read = lambda answer: drawn.append(by_hash(answer)) or (() if by_hash(answer)[0] < 0.5 else by_hash(answer))
-    return put(question, characters=characters)._replace(read=read)
+    return put(question, limits=limits)._replace(read=read)
 
   verdict = judge(votes=8, put=recording)(QUESTIONS[:1])[0]
   readable = [score for (score,) in drawn if score >= 0.5]
@@ -152,22 +160,31 @@ def test_votes_are_averaged_and_those_that_cannot_be_read_are_not_counted():
 
 def test_an_answer_that_was_cut_off_is_unreadable():
   sampling = dataclasses.replace(SETTINGS.sampling, max_new_tokens=1)
-  verdicts = judge(sampling=sampling)(QUESTIONS)
+  plain = judge(sampling=sampling)
+  endless = dataclasses.replace(plain, player=dataclasses.replace(plain.player, stop_strings=()))
+  verdicts = endless(QUESTIONS)
   assert {verdict.scores for verdict in verdicts} == {()} and all(verdict.tokens > 1 for verdict in verdicts)
 
 
-def test_of_a_text_that_does_not_fit_less_is_shown():
+def test_of_the_text_that_does_not_fit_less_is_shown_and_of_no_other():
   seen = []
 
-  def recording(question, *, characters):
-    seen.append(characters)
-    return put(question, characters=characters)
+  def recording(question, *, limits):
+    seen.append((question.key, *limits))
+    return put(question, limits=limits)
 
-  long = Question(Role.REFUSAL, Category.BENIGN, "q", ("x y " * 5000,), 1)
-  (verdict,) = judge(put=recording)([long])
-  assert seen[-2:] == [2 * seen[-1], seen[-1]] and len(verdict.scores) == 1
-  narrow = dataclasses.replace(SETTINGS.sampling, prompt_buckets=(16,))
-  assert judge(sampling=narrow)([long])[0].scores == ()  # not even the frame fits
+  flood = Question(Role.REFUSAL, Category.BENIGN, "q", ("x y " * 5000, "a short answer"), 1)
+  (verdict,) = judge(put=recording)([flood])
+  *_, before, last = [limits for key, *limits in seen if key == flood.key]
+  assert last == [8000, before[1] // 2, 8000] and len(verdict.scores) == 1
+  assert scores(judge()([flood])) == scores([verdict])
+
+
+def test_a_case_whose_frame_alone_does_not_fit_is_unreadable_and_refused_before():
+  narrow = judge(sampling=dataclasses.replace(SETTINGS.sampling, prompt_buckets=(16,)))
+  assert narrow(QUESTIONS[:1])[0].scores == ()
+  with pytest.raises(UserError, match=r"a case without its texts takes \d+ tokens, sampling.prompt_buckets ends at 16"):
+    narrow.check("judges")
 
 
 def test_no_more_of_a_text_is_shown_than_the_settings_allow():
@@ -176,10 +193,10 @@ def test_no_more_of_a_text_is_shown_than_the_settings_allow():
 
 
 def test_a_model_of_too_few_positions_is_refused():
-  huge = dataclasses.replace(SETTINGS.sampling, prompt_buckets=(4096,))
-  with pytest.raises(UserError, match=r"the model has 4096 positions; allowed: .* up to"):
+  huge = dataclasses.replace(SETTINGS.sampling, prompt_buckets=(8192,))
+  with pytest.raises(UserError, match=r"the model has 8192 positions; allowed: .* up to"):
     judge(sampling=huge).check("judges")
-  spare = 4096 - judge()._slots - SETTINGS.sampling.max_new_tokens
+  spare = config().max_positions - judge()._slots - SETTINGS.sampling.max_new_tokens
   fits, does_not = (dataclasses.replace(SETTINGS.sampling, prompt_buckets=(size,)) for size in (spare, spare + 1))
   judge(sampling=fits).check("judges")
   with pytest.raises(UserError, match=f"up to {spare + SETTINGS.sampling.max_new_tokens}$"):
@@ -190,15 +207,14 @@ def test_a_model_of_too_few_positions_is_refused():
 def test_probabilities_are_those_of_the_next_token(role):
   texts = ("one",) if role == Role.FAITHFULNESS else ("one", "another")
   question = Question(role, Category.HARMFUL, "q", texts, 5)
-  weigh = functools.partial(put, readout="probability")
-  (verdict,) = judge(put=weigh, readout="probability")([question])
-  case = weigh(question, characters=8000)
+  (verdict,) = judge(put=raw_weights, readout="probability")([question])
+  case = raw_weights(question, limits=(8000,) * 3)
   ids = words().encode_chat(case.instructions + case.text)
   hidden_RTM, _ = model.forward(config(), weights(), np.array([ids]))
   probability_V = np.exp(tiny.log_softmax(np.asarray(model.logits(config(), weights(), hidden_RTM[0, -1]))))
   texts_V = [text.strip().casefold() for text in words().token_texts()]
   of = lambda label: sum(probability_V[i] for i, text in enumerate(texts_V) if text in label)
-  assert verdict.scores == pytest.approx(case.weigh([of(label) for label in case.labels]), rel=1e-4)
+  assert verdict.scores == pytest.approx(tuple(of(label) for label in case.labels), rel=1e-4)
   assert verdict.tokens == len(words().encode_turn(case.instructions, case.text)[1])
 
 
@@ -227,6 +243,6 @@ def test_a_raw_prompt_holds_control_tokens_only_where_it_is_trusted():
   start, end = (words()._all.token_to_id(token) for token in ("<|im_start|>", mark))
   assert [i for i in ids if i in words().control_ids] == [start, end]
   assert words().decode(ids).replace(" ", "") == "user\na<|im_end|>b\n".replace(" ", "")
-  raw = lambda question, *, characters: guards.RawCase(tuple(parts), by_hash)
-  asked = dataclasses.replace(judge(), put=raw, instructions=())
+  raw = lambda question, *, limits: guards.RawCase(tuple(parts), by_hash)
+  asked = dataclasses.replace(judge(), put=raw)
   assert len(asked(QUESTIONS[:2])[0].scores) == 1

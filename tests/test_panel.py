@@ -12,8 +12,8 @@ import test_model_judge as judged
 import tiny
 import world
 
+from advgame_jax import cases, data, hf, judges, panel, phrases, rubrics
 from advgame_jax import config as config_lib
-from advgame_jax import data, hf, judges, panel, phrases, rubrics
 from advgame_jax.model_judge import ModelJudge
 from advgame_jax.panel import settings_of
 from advgame_jax.types import Category, Question, Role, Status, UserError, Verdict
@@ -30,8 +30,11 @@ def folder(tmp_path_factory):
 
 
 def model_judge(folder, **changes):
-  sampling = config_lib.Sampling(prompt_buckets=(768,), max_new_tokens=8)
+  sampling = config_lib.Sampling(prompt_buckets=(768, 2560), max_new_tokens=8)  # published forms are long in bytes
   return config_lib.Judge(**{"kind": "model", "model": folder, "batch": 2, "sampling": sampling, **changes})
+
+
+SHORT = config_lib.Sampling(prompt_buckets=(768,), max_new_tokens=8)
 
 
 def opened(**roles):
@@ -45,10 +48,10 @@ def test_by_default_one_judge_trains_and_another_evaluates(folder):
   assert plain.names == {
     "faithfulness": "heuristic", "defender": "heuristic", "attacker": "heuristic", "evaluation": "phrases",
   }  # fmt: skip
-  assert not plain.reads and plain.evaluated == {Role.COMPLIANCE, Role.REFUSAL}
+  assert not plain.readers and plain.evaluated == {Role.COMPLIANCE, Role.REFUSAL}
 
   reading = opened(training=model_judge(folder))
-  assert reading.reads and isinstance(reading.defender, ModelJudge)
+  assert reading.readers == set(panel.NEEDED) and isinstance(reading.defender, ModelJudge)
   assert reading.faithfulness is reading.defender is reading.attacker is not reading.evaluation
   assert "strongreject" in reading.names["evaluation"] and "rubric" in reading.names["defender"]
 
@@ -109,8 +112,7 @@ def test_a_form_that_reads_one_text_is_asked_of_each(folder, monkeypatch, form, 
     return [Verdict((4.0,))] * len(questions)
 
   monkeypatch.setattr(ModelJudge, "__call__", answer)
-  longer = config_lib.Sampling(prompt_buckets=(2560,), max_new_tokens=8)
-  attacker = opened(attacker=model_judge(folder, form=form, think=think, sampling=longer)).attacker
+  attacker = opened(attacker=model_judge(folder, form=form, think=think)).attacker
   assert attacker([Question(Role.REFUSAL, Category.BENIGN, "q", ("a", "b"), 0)]) == [Verdict((4.0, 4.0))]
   assert asked == [(("a",), think), (("b",), think)]
 
@@ -128,8 +130,8 @@ def test_a_guard_needs_no_chat_template(folder, tmp_path):
 
 
 def test_a_model_of_too_few_positions_for_its_cases_is_refused(folder):
-  sampling = config_lib.Sampling(prompt_buckets=(4096,), max_new_tokens=8)
-  with pytest.raises(UserError, match="the model has 4096 positions"):
+  sampling = config_lib.Sampling(prompt_buckets=(8192,), max_new_tokens=8)
+  with pytest.raises(UserError, match="the model has 8192 positions"):
     opened(training=model_judge(folder, sampling=sampling))
 
 
@@ -150,6 +152,9 @@ def test_a_guard_that_knows_no_refusals_is_helped_out_by_phrases(folder):
       "judges.defender is 'phrases', which cannot",
     ),
     ({"faithfulness": {"kind": "none"}}, "faithfulness.kind is 'none'"),
+    ({"evaluation": {"kind": "none"}}, "evaluation.kind is 'none'"),
+    ({"attacker": {"kind": "microworld"}}, "attacker.kind is 'microworld' beside 'heuristic'"),
+    ({"opponents": 1}, "opponents is 1, which leaves pairs that are compared with no other"),
     ({"training": {"kind": "none"}}, "training.kind is 'none'; allowed: a judge of its own"),
     ({"attacker": {"kind": "independent"}}, "attacker.kind is 'independent'; allowed: for evaluation only"),
     ({"training": {"kind": "model"}}, "model is empty with kind='model'"),
@@ -179,13 +184,16 @@ def game_of(folder, **changes):
     steps=1,
     attacker=player,
     defender=player,
-    judges=config_lib.Judges(training=model_judge(folder, readout="probability")),
+    judges=config_lib.Judges(
+      training=model_judge(folder, readout="probability", sampling=SHORT), evaluation=config_lib.Judge(kind="heuristic")
+    ),
     data=config_lib.Data(train=(str(seeds / "train.jsonl"),), validation=(str(seeds / "validation.jsonl"),), batch=2),
   )
   return world.changed(config, game__skip_attacker=True, **changes)
 
 
-def test_a_step_judged_by_a_model(folder):
+def test_a_step_judged_by_a_model(folder, monkeypatch):
+  monkeypatch.setattr(cases, "LEAST_MASS", 0.0)  # a random model seldom answers
   run = world.open_session(game_of(folder))
   recorder, _ = world.play(run, 1)
   valid = recorder.trees[0].response_status_BAD == Status.VALID

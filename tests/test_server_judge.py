@@ -354,7 +354,7 @@ def test_reasoning_that_comes_apart_has_ended(url):
 
 def test_a_real_case_in_a_running_loop(url):
   def put_case(q):
-    return cases.put(q, rubrics.load(), think=False, readout="score", characters=100)
+    return cases.put(q, rubrics.load(), think=False, readout="score", limits=(100,) * 3)
 
   q = Question(Role.DEFLECTION, Category.HARMFUL, "do=case id=0", ("one", "other"), key=9)
 
