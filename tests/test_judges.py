@@ -327,7 +327,7 @@ def test_where_the_order_allows_both_players_are_one_call():
     assert calls == expected
 
 
-@pytest.mark.parametrize(("count", "opponents"), [(5, 2), (6, 3), (7, 4), (9, 3), (3, 2), (3, 0)])
+@pytest.mark.parametrize(("count", "opponents"), [(4, 2), (5, 2), (6, 3), (7, 4), (9, 3), (3, 2), (3, 0)])
 def test_in_a_tournament_every_text_meets_as_many_others_in_both_orders(count, opponents):
   asked = []
   settings = dataclasses.replace(PAIRWISE, opponents=opponents)
@@ -339,6 +339,12 @@ def test_in_a_tournament_every_text_meets_as_many_others_in_both_orders(count, o
   even = opponents % 2 == 0 or count % 2 == 0
   assert sizes == {(opponents or count - 1) if even or opponents == 0 else opponents + 1}
   assert all(text not in others for text, others in met.items())
+
+
+def test_who_meets_whom_in_a_tournament_is_drawn_from_the_node_s_key():
+  settings, texts = dataclasses.replace(PAIRWISE, opponents=2), [f"{i} good" for i in range(7)]
+  drawn = lambda key: frozenset(q.texts for _, q in judges._calls(settings, node(*texts, key=key)))
+  assert len({drawn(key) for key in range(6)}) > 3 and drawn(1) == drawn(1)
 
 
 def test_one_by_one_reads_each_text_once_and_fails_as_a_whole():

@@ -179,6 +179,13 @@ def test_a_turn_in_two_pieces_says_what_the_whole_says(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_raw_prompt_begins_as_one_of_the_chat_template(family):
+  ours, _ = load(family)
+  begins = ours.begin_id is not None and ours.encode_chat("x")[0] == ours.begin_id
+  assert (ours.encode_parts([("the lock", True)])[0] == ours.begin_id) == begins
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_completions_are_encoded_as_in_a_conversation(family):
   ours, theirs = load(family)
   for text in ("the lock", "<think> a </think>\nthe end", "é"):
