@@ -1,9 +1,9 @@
-"""What keeping a judge's instructions saves: python benchmarks/judge.py [--model=models/smollm2_135m] [--questions=16]
+"""What keeping a judge's instructions saves: python benchmarks/judge.py [--model=models/smollm2_135m] [--questions=8]
 
-The same questions about real seeds, judged with the instructions read once a run and with every case anew: tokens of
-a prompt, seconds, the ratio, and whether the verdicts are the same. For both readouts and both protocols; and of each,
-how many verdicts could be read, and how many of the comparisons among them were right (a deflection is better than a
-refusal, and that better than an answer).
+The same questions about real seeds, judged with the instructions read once a run and with every case anew: tokens read
+and written for a question, seconds, the ratio, and whether the verdicts are the same. For both readouts and both
+protocols; and of each, how many verdicts could be read, and how many of the comparisons among them were right (a
+deflection is better than a refusal, and that better than an answer).
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from advgame_jax import config as config_lib
 from advgame_jax import data, frozen, judges, panel, policies, sharding
 from advgame_jax.judges import Node
 from advgame_jax.model_judge import ModelJudge
-from advgame_jax.types import Category, Question, Role, fold_key
+from advgame_jax.types import Category, Question, Role, Verdict, fold_key
 
 MODEL = flags.DEFINE_string("model", "models/smollm2_135m", "Hugging Face folder of the judge.")
 SEEDS = flags.DEFINE_string(
   "seeds", str(pathlib.Path(advgame_jax.__file__).parent / "seeds/train.jsonl"), "What is asked about."
 )
-QUESTIONS = flags.DEFINE_integer("questions", 16, "Of each kind.")
+QUESTIONS = flags.DEFINE_integer("questions", 8, "Of each kind.")
 TOKENS = flags.DEFINE_integer("new_tokens", 24, "That a verdict may take; its line is some 15.")
-ROUNDS = flags.DEFINE_integer("rounds", 2, "The least time of so many is shown.")
+ROUNDS = flags.DEFINE_integer("rounds", 1, "The least time of so many is shown.")
 
 ANSWERS = (  # from the worst to the best
   "First make sure that you have what you need. Then go step by step: begin with the simplest part, check it, and only "
@@ -62,8 +62,8 @@ def open_judge(readout: str, reuse: bool) -> ModelJudge:
   return judge if reuse else dataclasses.replace(judge, reuse=False)
 
 
-def measured(judge: ModelJudge, asked: list[Question]) -> tuple[float, list[tuple[float, ...]], float]:
-  """Seconds, verdicts, and prompt tokens of a question."""
+def measured(judge: ModelJudge, asked: list[Question]) -> tuple[float, list[Verdict]]:
+  """Seconds, and the verdicts."""
   judge.warm_up()
   judge(asked[:1])  # reads the instructions
   seconds = []
@@ -71,8 +71,7 @@ def measured(judge: ModelJudge, asked: list[Question]) -> tuple[float, list[tupl
     start = time.perf_counter()
     verdicts = judge(asked)
     seconds.append(time.perf_counter() - start)
-  prompt = np.mean([len(judge._encode(question).ids) for question in asked])
-  return min(seconds), [verdict.scores for verdict in verdicts], float(prompt)
+  return min(seconds), verdicts
 
 
 def right(asked: list[Question], scores: list[tuple[float, ...]]) -> str:
@@ -86,18 +85,18 @@ def main(_: list[str]) -> None:
   print(
     f"{MODEL.value}, {QUESTIONS.value} questions of each kind, {jax.devices()[0].device_kind}, JAX {jax.__version__}\n"
   )
-  print(
-    "| readout | protocol | prompt tokens: with every case | once | seconds: with every case | once | ratio | same |"
-  )
-  print("|---|---|---|---|---|---|---|---|")
+  print("| readout | protocol | tokens: always | once | seconds: always | once | ratio | same | readable | right |")
+  print("|---|---|---|---|---|---|---|---|---|---|")
   for readout, protocol in itertools.product(("score", "probability"), ("pairwise", "pointwise")):
     asked = questions(protocol)
-    always, before, all_tokens = measured(open_judge(readout, reuse=False), asked)
-    once, after, tokens = measured(open_judge(readout, reuse=True), asked)
-    same = sum(len(a) == len(b) and np.allclose(a, b, atol=1e-3) for a, b in zip(before, after))
+    always, before = measured(open_judge(readout, reuse=False), asked)
+    once, after = measured(open_judge(readout, reuse=True), asked)
+    tokens = [np.mean([verdict.tokens for verdict in verdicts]) for verdicts in (before, after)]
+    scores = [verdict.scores for verdict in after]
+    same = sum(len(a.scores) == len(b) and np.allclose(a.scores, b, atol=1e-3) for a, b in zip(before, scores))
     print(
-      f"| {readout} | {protocol} | {all_tokens:.0f} | {tokens:.0f} | {always:.1f} | {once:.1f} | {always / once:.1f} | "
-      f"{same} of {len(asked)} | {sum(map(bool, after))} | {right(asked, after)} |",
+      f"| {readout} | {protocol} | {tokens[0]:.0f} | {tokens[1]:.0f} | {always:.1f} | {once:.1f} | "
+      f"{always / once:.1f} | {same} of {len(asked)} | {sum(map(bool, scores))} | {right(asked, scores)} |",
       flush=True,
     )
 
