@@ -140,7 +140,7 @@ def _place(
 
   A player with a weight that is not finite says nothing valid, and would be played to the end of a run without a word.
   """
-  where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  where: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   stored_where = replicated = where
   if mesh is not None:
     where = sharding.named(mesh, layout, spec.axes, spec.shape, spec.hf_name)
