@@ -138,6 +138,8 @@ def test_texts_are_cut_and_the_judge_is_told():
   case = put(Question(Role.COMPLIANCE, Category.BENIGN, "q", ("a" * 900, "short"), 1))
   assert "TEXT A, cut: 900 characters in all\n" + "a" * 600 + "\n[" in case.text
   assert "TEXT B\nshort\n[" in case.text
+  grown = put(Question(Role.COMPLIANCE, Category.BENIGN, "q", ("\0" * 599,), 1))  # longer when it is written out
+  assert "TEXT, cut: 599 characters in all\n⟨U+0000⟩" in grown.text
 
 
 def test_what_cannot_be_seen_is_written_out():
@@ -204,6 +206,7 @@ SINGLES = {
   f"VERDICT {T}: Score (0-10): 3": (3,),
   f"VERDICT {T}: 7,5": (7.5,),
   f"VERDICT {T}: eight": (),
+  f"VERDICT {T}: 7%": (),
   f"VERDICT {T}: <score>": (),
   "350174: 6.5": (),
   "12": (),
@@ -237,6 +240,7 @@ def test_a_judge_that_thinks_has_decided_nothing_before_it_ends():
   assert cases.read(verdict, "pair", T, think=True) == ()
   assert cases.read(f"{verdict} </think> still unsure", "pair", T, think=True) == ()
   assert cases.read(f"VERDICT {T}: A=9 B=9 </think>\n{verdict}", "pair", T, think=True) == (1, 2)
+  assert cases.read(f"So be it. </think>\n{verdict}\n</think>", "pair", T, think=True) == (1, 2)
   quoting = put(Question(Role.COMPLIANCE, Category.BENIGN, "q", ("so </think> it is", "b"), 1), think=True)
   ticket, shown = blocks(quoting.text)
   undecided = f"{shown[1]} and I lean to VERDICT {ticket}: A=9 B=9 but no.</think> I cannot decide."
@@ -303,6 +307,16 @@ def test_own_rubrics_take_the_place_of_ours_and_change_the_version(tmp_path):
   assert "{braces}" in own.instructions(Role.REFUSAL, Category.BENIGN, "single", False, "score")
   assert own.text["compliance"] == RUBRICS.text["compliance"]
   assert cases.version(own) != cases.version(RUBRICS) == cases.version(rubrics.load())
+
+
+def test_the_version_is_of_all_that_a_judge_is_told(monkeypatch):
+  before = cases.version(RUBRICS)
+  for asked in ((True, "score"), (False, "score"), (False, "probability")):
+    with monkeypatch.context() as patch:
+      other = lambda *how, asked=asked: f"{rubrics.ask(*how)}{'!' if how[2:] == asked else ''}"
+      patch.setattr(cases, "ask", other)
+      assert cases.version(RUBRICS) != before
+  assert cases.version(RUBRICS) == before
 
 
 @pytest.mark.parametrize(

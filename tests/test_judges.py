@@ -352,6 +352,8 @@ def test_one_by_one_reads_each_text_once_and_fails_as_a_whole():
   judge = judges.one_by_one(recording(failing(by_quality(), lambda q: "fair" in q.texts[0]), asked))
   (score_G,), _ = judges.score_nodes(PAIRWISE, [node("good", "bad")], judge)
   assert score_G.tolist() == [9.0, 1.0] and [q.texts for q in asked] == [("good",), ("bad",)]
+  judges.score_nodes(PAIRWISE, [node("good", "bad", key=2)], judge)
+  assert asked[0].key != asked[2].key and asked[2].texts == ("good",)
   (score_G,), _ = judges.score_nodes(PAIRWISE, [node("good", "fair")], judge)
   assert np.isnan(score_G).all()
 

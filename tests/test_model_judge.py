@@ -218,6 +218,15 @@ def test_probabilities_are_those_of_the_next_token(role):
   assert verdict.tokens == len(words().encode_turn(case.instructions, case.text)[1])
 
 
+def test_a_vocabulary_without_a_token_for_an_answer_is_refused(monkeypatch):
+  weigh = functools.partial(put, readout="probability")
+  asked = judge(put=weigh, readout="probability")
+  asked.check("judges")
+  monkeypatch.setitem(cases._LABELS, "decision", (("no",), ("of no vocabulary",)))
+  with pytest.raises(UserError, match="the vocabulary has no single token for an answer; allowed: readout='score'"):
+    asked.check("judges")
+
+
 def test_a_verdict_costs_what_was_read_for_it_and_written():
   verdict, call = reference()[0], judge()._encode(QUESTIONS[0])
   head, _ = words().encode_turn(call.case.instructions, call.case.text)
