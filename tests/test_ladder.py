@@ -40,7 +40,6 @@ CHAINS = (
   "matrices → frozen",
   "architecture → frozen",
   "rubrics → cases → guards",
-  "cases → phrases",
   "cases → server_judge",
   "cases → model_judge",
   "guards → model_judge",
