@@ -1,4 +1,4 @@
-"""Two processes import one folder: each reads its own part of the files, and together they hold what one process does."""
+"""Two processes import a folder: each reads its own part of the files, and both together hold what one process does."""
 
 import pathlib
 import socket
