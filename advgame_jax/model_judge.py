@@ -21,7 +21,6 @@ from advgame_jax.policies import LanguageModel, pad_rows
 from advgame_jax.types import Params, Question, UserError, Verdict, fold_key
 
 _SLOTS = 64  # the length of the longest instructions is rounded up to a multiple of it
-_LEAST_SHOWN = 50  # characters of a text, below which a case that does not fit is given up
 
 
 class Put(Protocol):
@@ -130,10 +129,10 @@ class ModelJudge:
     limits = [self.settings.text_characters] * len(texts)
     while True:
       call = self._tokens(self.put(question, limits=limits))
-      if len(call.ids) <= self.player.longest_prompt or max(limits) < _LEAST_SHOWN:
+      shown = [show(*each) for each in zip(texts, limits)]
+      if len(call.ids) <= self.player.longest_prompt or not any(shown):
         return call
-      tokens = [len(self.player.tokenizer.encode_turn("", show(*each))[1]) for each in zip(texts, limits)]
-      longest = int(np.argmax(tokens))
+      longest = int(np.argmax([len(self.player.tokenizer.encode_turn("", text)[1]) for text in shown]))
       limits[longest] = min(limits[longest], len(texts[longest])) // 2
 
   def _tokens(self, case: Case | RawCase) -> Call:

@@ -56,6 +56,7 @@ class Panel(NamedTuple):
   evaluation: Judge
   evaluated: frozenset[Role]  # what the judge of evaluations can tell
   models: tuple[ModelJudge, ...]  # those among them that are models of ours
+  greetings: tuple[Callable[[], Any], ...]  # a first question to each server
   readers: frozenset[str]  # the roles whose judge reads, and so could be talked to
   version: str  # of the rubrics
   names: dict[str, str]  # who each role's judge is, in words
@@ -65,7 +66,13 @@ class Panel(NamedTuple):
     return Players(attacker=self.attacker, defender=self.defender)
 
   def warm_up(self) -> None:
-    """Compiles what models among the judges will run."""
+    """Compiles what models among the judges will run, and asks servers whether they are there.
+
+    Raises:
+      UserError: a server that is not, or that refuses the key or the model.
+    """
+    for greet in self.greetings:
+      greet()
     for model in self.models:
       model.warm_up()
 
@@ -97,6 +104,7 @@ def open_panel(config: Config, weights: Weights, devices: Sequence[Any] | None =
     evaluation=evaluation,
     evaluated=frozenset(evaluated),
     models=tuple(opener.models),
+    greetings=tuple(opener.greetings),
     readers=frozenset(role for role, settings in chosen.items() if settings.kind in ("model", "server")),
     version=cases.version(rubrics),
     names={role: describe(settings) for role, settings in chosen.items()},
@@ -147,6 +155,7 @@ class _Opener:
   def __init__(self, config: Config, rubrics: Rubrics, weights: Weights, devices: Sequence[Any] | None):
     self.config, self.rubrics, self.weights, self.devices = config, rubrics, weights, devices
     self.models: list[ModelJudge] = []
+    self.greetings: list[Callable[[], Any]] = []
     self.judge = functools.cache(self._judge)
     self.pace = functools.cache(lambda url, limit: Pace(limit))  # of a server, whoever asks it
 
@@ -172,7 +181,9 @@ class _Opener:
       raise UserError(f"form is {settings.form!r} with kind='server', which takes chats only; allowed: kind='model'")
     put, limits = _put(settings, self.rubrics), [settings.text_characters] * 3
     pace = self.pace(settings.server.url, settings.server.requests_per_minute)
-    return server_judge(settings, lambda question: put(question, limits=limits), pace)  # type: ignore[arg-type, return-value]
+    judge = server_judge(settings, lambda question: put(question, limits=limits), pace)  # type: ignore[arg-type, return-value]
+    self.greetings.append(functools.partial(judge, _examples(settings)[:1]))
+    return judge
 
   def _model(self, settings: config_lib.Judge) -> Judge:
     model = hf_config.load_config(settings.model)

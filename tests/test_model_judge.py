@@ -14,7 +14,7 @@ from advgame_jax import architecture, cases, guards, model, rubrics, sharding
 from advgame_jax import config as config_lib
 from advgame_jax.model_judge import ModelJudge
 from advgame_jax.policies import LanguageModel
-from advgame_jax.types import Category, Question, Role, UserError
+from advgame_jax.types import Category, Question, Role, UserError, Verdict
 
 RUBRICS = rubrics.Rubrics({name: f"Be the judge of {name}." for name in rubrics.NAMES})
 SETTINGS = config_lib.Judge(
@@ -182,7 +182,7 @@ def test_of_the_text_that_does_not_fit_less_is_shown_and_of_no_other():
 
 def test_a_case_whose_frame_alone_does_not_fit_is_unreadable_and_refused_before():
   narrow = judge(sampling=dataclasses.replace(SETTINGS.sampling, prompt_buckets=(16,)))
-  assert narrow(QUESTIONS[:1])[0].scores == ()
+  assert narrow([QUESTIONS[0], QUESTIONS[0]._replace(texts=("",))]) == [Verdict(())] * 2
   with pytest.raises(UserError, match=r"a case without its texts takes \d+ tokens, sampling.prompt_buckets ends at 16"):
     narrow.check("judges")
 

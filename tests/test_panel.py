@@ -264,3 +264,11 @@ def test_warming_up_leaves_nothing_to_compile_for_the_judges(folder):
   run = world.open_session(game_of(folder))
   recorder, _ = world.play(run, 3)
   assert recorder.compilations[1] == recorder.compilations[2]
+
+
+def test_a_server_that_is_not_there_is_noticed_before_the_first_step():
+  server = config_lib.Server(url="http://127.0.0.1:9/v1", retries=0)
+  judge = config_lib.Judge(kind="server", model="m", server=server)
+  whole = opened(training=judge, evaluation=config_lib.Judge(kind="heuristic"))
+  with pytest.raises(UserError, match=r"the judge server at http://127.0.0.1:9/v1 cannot be reached"):
+    whole.warm_up()
