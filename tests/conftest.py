@@ -10,7 +10,8 @@ import tempfile
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-_EIGHT = " --xla_force_host_platform_device_count=8"
+# On a loaded machine a fake device may wait longer for the others than the 40 s after which XLA gives up.
+_EIGHT = " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 _FLAGS = os.environ.get("XLA_FLAGS", "").replace(_EIGHT, "")  # a parallel test worker has them from its parent
 _ONE_DEVICE = os.environ | {"XLA_FLAGS": _FLAGS}
 os.environ["XLA_FLAGS"] = _FLAGS + _EIGHT
