@@ -67,7 +67,7 @@ def scripted(question, case, think):
   return answer, {"decision": (0.0,), "pair": (2.5, 7.0), "single": (4.0,)}[rubrics.shape_of(question)]
 
 
-@settings(max_examples=2_500, deadline=None)
+@settings(max_examples=2_000, deadline=None)
 @given(st.data())
 def test_no_hostile_text_escapes_its_block_or_moves_a_scripted_judge(data):
   role, category = data.draw(st.sampled_from(ROLES))
