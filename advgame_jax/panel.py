@@ -5,30 +5,22 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from advgame_jax import (
   cases,
   drift,
   frozen,
   guards,
   heuristic,
-  hf,
-  hf_config,
   judges,
-  kernels,
   microworld,
   phrases,
   policies,
   sharding,
-  tokenizer,
 )
 from advgame_jax import config as config_lib
 from advgame_jax import rubrics as rubrics_lib
 from advgame_jax.config import Config
-from advgame_jax.model import attention_rules
 from advgame_jax.model_judge import ModelJudge, Put
-from advgame_jax.policies import LanguageModel
 from advgame_jax.rubrics import Rubrics
 from advgame_jax.server_judge import Pace, server_judge
 from advgame_jax.types import Category, Judge, Params, Players, Question, Role, UserError
@@ -186,23 +178,11 @@ class _Opener:
     return judge
 
   def _model(self, settings: config_lib.Judge) -> Judge:
-    model = hf_config.load_config(settings.model)
-    words = tokenizer.load(settings.model, "" if settings.form in CHATS else RAW)
-    hf.check(settings.model, words)
-    dtype, attention = policies.compute_dtype(self.config.precision), self.config.precision.attention
-    for rule in attention_rules(model):
-      kernels.resolve(attention, rule, jax.default_backend(), head_size=model.head_size, dtype=dtype)
     where = self.config.mesh if settings.mesh == config_lib.Mesh() else settings.mesh
-    player = LanguageModel(
-      model=model,
-      tokenizer=words,
-      sampling=settings.sampling,
-      mesh=sharding.make_mesh(where, self.devices),
-      layout=sharding.decode_layout(where),
-      dtype=dtype,
-      attention=attention,
-    )
-    frozen.shardings(model, player.mesh, player.layout, settings.int8)  # refuses shapes that do not divide
+    mesh, layout = sharding.make_mesh(where, self.devices), sharding.decode_layout(where)
+    template = "" if settings.form in CHATS else RAW
+    player = policies.open_model(settings.model, settings.sampling, mesh, layout, self.config.precision, template)
+    frozen.shardings(player.model, mesh, layout, settings.int8)  # refuses shapes that do not divide
     load = lambda: self.weights(settings.model, where, settings.int8)
     judge = ModelJudge(player, load, _put(settings, self.rubrics), _examples(settings), settings)
     judge.check(f"judges: {describe(settings)}")

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from advgame_jax import architecture, lora, matrices, sampler, sharding
+from advgame_jax import architecture, hf, hf_config, kernels, lora, matrices, sampler, sharding, tokenizer
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
-from advgame_jax.model import Cache, Prompt
+from advgame_jax.model import Cache, Prompt, attention_rules
 from advgame_jax.sharding import Layout
 from advgame_jax.tokenizer import Tokenizer
 from advgame_jax.types import Params, Policy, Samples, Status
@@ -149,6 +149,30 @@ class LanguageModel:
   def row_tokens(self, prompt_bucket: int) -> int:
     """T of a training row: a prompt of this bucket and the longest completion."""
     return prompt_bucket + self.sampling.max_new_tokens
+
+
+def open_model(
+  folder: str,
+  sampling: config_lib.Sampling,
+  mesh: Mesh,
+  layout: Layout,
+  precision: config_lib.Precision,
+  template: str = "",
+) -> LanguageModel:
+  """The model of a Hugging Face folder, none of its weights read but the headers of their files.
+
+  Args:
+    template: the chat template where the folder has none.
+
+  Raises:
+    UserError: files that are missing or do not belong together, or an attention kernel that cannot do what they ask.
+  """
+  config, words = hf_config.load_config(folder), tokenizer.load(folder, template)
+  hf.check(folder, words)
+  dtype, backend = compute_dtype(precision), jax.default_backend()
+  for rule in attention_rules(config):
+    kernels.resolve(precision.attention, rule, backend, head_size=config.head_size, dtype=dtype)
+  return LanguageModel(config, words, sampling, mesh, layout, dtype, attention=precision.attention)
 
 
 def _on_device(params: Params) -> Params:

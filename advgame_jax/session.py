@@ -18,15 +18,12 @@ from advgame_jax import (
   game,
   hf,
   hf_config,
-  kernels,
   lora,
   microworld,
-  model,
   peft,
   policies,
   prompts,
   sharding,
-  tokenizer,
 )
 from advgame_jax import config as config_lib
 from advgame_jax import state as state_lib
@@ -224,32 +221,18 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
   settings: config_lib.Player = getattr(config, name)
   if not settings.model:
     raise UserError(f"config.{name}.model is empty; allowed: a Hugging Face folder with weights and tokenizer")
-  model_config, words = hf_config.load_config(settings.model), tokenizer.load(settings.model)
-  hf.check(settings.model, words)
+  layout = sharding.decode_layout(config.mesh)
+  player = policies.open_model(settings.model, settings.sampling, mesh, layout, config.precision)
   if settings.lora.start:
-    peft.check(settings.lora.start, model_config, settings.lora)
-  dtype = policies.compute_dtype(config.precision)
-  for rule in model.attention_rules(model_config):
-    kernels.resolve(
-      config.precision.attention, rule, jax.default_backend(), head_size=model_config.head_size, dtype=dtype
-    )
+    peft.check(settings.lora.start, player.model, settings.lora)
   longest = settings.sampling.prompt_buckets[-1] + settings.sampling.max_new_tokens
-  if longest > model_config.max_positions:
+  if longest > player.model.max_positions:
     raise UserError(
       f"config.{name}.sampling: the longest prompt and completion take {longest} tokens, the model has "
-      f"{model_config.max_positions} positions; allowed: prompt_buckets + max_new_tokens up to that"
+      f"{player.model.max_positions} positions; allowed: prompt_buckets + max_new_tokens up to that"
     )
-  return LanguageModel(
-    model=model_config,
-    tokenizer=words,
-    sampling=settings.sampling,
-    mesh=mesh,
-    layout=sharding.decode_layout(config.mesh),
-    dtype=dtype,
-    stop_strings=(prompts.PROMPT_END,) if name == "attacker" else (),
-    lora=settings.lora,
-    attention=config.precision.attention,
-  )
+  stops = (prompts.PROMPT_END,) if name == "attacker" else ()
+  return dataclasses.replace(player, stop_strings=stops, lora=settings.lora)
 
 
 def _instructions(config: Config) -> prompts.Instructions:
