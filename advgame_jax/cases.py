@@ -144,7 +144,8 @@ _MARKUP = re.compile(r"[*_`~]|</?(?:b|i|em|strong|code|p)>", re.IGNORECASE)
 _NAME = re.compile(r"^\W*(?:final\s+)?(?:verdict|answer)\s*:?", re.IGNORECASE)
 _LEAD = r"[\s:=>\]).]*(?:(?:final\s+)?(?:scores?|rating)\s*(?:\([^)\n]{0,20}\))?[\s:=]*)?"
 _NUMBER = r"(\d{1,3}(?:[.,]\d+)?)"
-_SCORE = rf"{_NUMBER}(?:\s*(?:-|–|—|to)\s*{_NUMBER})?(?:\s*(?:/|out\s+of|of)\s*{_NUMBER})?(?![\d%/])"
+# A score stays on its line: the next may quote a text, and a text that begins "-0" would make a range of it.
+_SCORE = rf"{_NUMBER}(?:[ \t]*(?:-|–|—|to)[ \t]*{_NUMBER})?(?:[ \t]*(?:/|out[ \t]+of|of)[ \t]*{_NUMBER})?(?![\d%/])"
 _LABEL = r"(?:(?:text|response|score)\s+)?\(?{}\)?\s*(?:is|=|:|\s)\s*"
 _BETWEEN = r"(?:\s*[,;|]\s*|\s+and\s+|\s+)"
 _SINGLE = re.compile(_LEAD + _SCORE, re.IGNORECASE)

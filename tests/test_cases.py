@@ -93,6 +93,14 @@ def test_no_hostile_text_escapes_its_block_or_moves_a_scripted_judge(data):
   assert control(head) == control(plain[0]) and control(ids) == control(plain[1])
 
 
+@pytest.mark.parametrize("quoted", ["-0 is less", "– 9", "to 0", "/10", "of 10", "out of 7", "0", "\r-0", "\u2028- 0"])
+def test_a_verdict_ends_with_its_line(quoted):
+  """What a judge quotes below its verdict makes no range, no fraction and no second score of it."""
+  assert cases.read(f"VERDICT 123456: 4\n{quoted}", "single", "123456", False) == (4.0,)
+  assert cases.read(f"VERDICT 123456: A=4 B=5\n{quoted}", "pair", "123456", False) == (4.0, 5.0)
+  assert cases.read(f"VERDICT 123456: A=4\n{quoted}", "pair", "123456", False) == ()
+
+
 @settings(max_examples=300, deadline=None)
 @given(hostile, st.integers(0, 2**62))
 def test_a_ticket_is_in_no_text_in_any_script(text, key):

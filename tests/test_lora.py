@@ -1,6 +1,7 @@
 """Adapters: what they compute, what they share, and their way from and to PEFT."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -8,6 +9,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 import world
@@ -270,7 +272,24 @@ def test_a_mesh_plays_as_one_device_does(world_folder):
     for changes, devices in (({}, 1), (mesh, 8))
   )
   assert (one[0].trees[0].response_text_BAD == many[0].trees[0].response_text_BAD).all()
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one[1][1].players, many[1][1].players)
+  for single, split in zip(one[1][1].players, many[1][1].players):
+    same_step(single, split)
+
+
+def same_step(one, other):
+  """The same gradient, and the same weights where it is more than float noise.
+
+  Adam's first step is the gradient's sign times the learning rate, and noise has a sign too. Its first moment is the
+  gradient times 1 − b1.
+  """
+  gradient, other_gradient = (optax.tree.get(player.optimizer, "mu") for player in (one, other))
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(gradient))
+  compare = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * largest)
+  jax.tree.map(compare, gradient, other_gradient)
+  moved = jax.tree.map(lambda x: np.abs(x) > 1e-3 * largest, gradient)
+  compare = functools.partial(np.testing.assert_allclose, atol=2e-4)
+  for a, b in ((one.params, other.params), (one.ema, other.ema)):
+    jax.tree.map(lambda here, a, b: compare(a[here], b[here]), moved, a, b)
 
 
 def test_a_run_of_adapters_resumes_to_the_same_bits(world_folder, tmp_path):
