@@ -1,7 +1,5 @@
-"""Attention: of whole rows to themselves (training, prefill), and over segments of keys that rows may share (decoding).
-
-A segment is keys, values and a mask: the prompt that all samples of a group share, held once, and the row's own new
-tokens.
+"""Attention: of whole rows to themselves, of rows behind a text that they share, and of one new token to the pages of a
+pool.
 """
 
 from collections.abc import Sequence
@@ -51,10 +49,15 @@ def causal(
   return blockwise.causal(query_RTNH, key_RTKH, value_RTKH, rule, segment_RT)
 
 
+def keys_of_cache(key_RTKH: jax.Array) -> jax.Array:
+  """[R, T, K, H] → [R, K, H, T], as caches hold them: products of few queries with them need not turn them."""
+  return key_RTKH.transpose(0, 2, 3, 1)
+
+
 class Segment(NamedTuple):
   """Keys that Q groups of consecutive rows attend to; R must be a multiple of Q."""
 
-  key_QKSH: jax.Array
+  key_QKHS: jax.Array
   value_QKSH: jax.Array
   mask_QgTS: jax.Array  # bool; Q, g = R / Q and T may be 1
 
@@ -64,34 +67,41 @@ def continued(
   key_RTKH: jax.Array,
   value_RTKH: jax.Array,
   prefix: "Segment",
-  length: jax.Array,
+  place_RT: jax.Array,
   rule: Rule,
   window: jax.Array,
+  segment_RT: jax.Array | None = None,
 ) -> jax.Array:
-  """`causal` for rows that all continue the same `length` tokens, whose keys are there once → [R, T, N, H].
+  """`causal` for rows that all continue one text, whose keys are there once for R/Q rows → [R, T, N, H].
 
   Queries go through in blocks, so that no array of tokens × tokens exists.
 
   Args:
-    prefix: its mask [1, 1, 1, S] says which slots hold a token.
+    prefix: its mask [Q, 1, 1, S] says which slots hold a token.
+    place_RT: int32, the prefix counted.
     window: int32, tokens; it takes the place of the rule's.
+    segment_RT: as in `causal`.
   """
   R, T, N, H = query_RTNH.shape
+  Q, S = prefix.key_QKHS.shape[::3]
   t = min(T, CONTINUED_BLOCK)
-  key_RKTH, value_RKTH = key_RTKH.swapaxes(1, 2), value_RTKH.swapaxes(1, 2)
-  padded_RTNH = jnp.pad(query_RTNH, ((0, 0), (0, -T % t), (0, 0), (0, 0)))
-  query_XRtNH = padded_RTNH.reshape(R, -1, t, N, H).swapaxes(0, 1)
-  slots, prefix_slots = jnp.arange(T), jnp.arange(prefix.key_QKSH.shape[2])
+  key_RKHT, value_RKTH = keys_of_cache(key_RTKH), value_RTKH.swapaxes(1, 2)
+  segment_RT = jnp.zeros((R, T), jnp.int32) if segment_RT is None else segment_RT
 
-  def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-    start, query_RtNH = inputs
-    place_t = start + jnp.arange(t)
-    age_tT, prefix_age_tS = place_t[:, None] - slots, length + place_t[:, None] - prefix_slots
-    before = prefix._replace(mask_QgTS=prefix.mask_QgTS & (prefix_age_tS < window))
-    own = Segment(key_RKTH, value_RKTH, ((age_tT >= 0) & (age_tT < window))[None, None])
-    return attend(query_RtNH, [before, own], rule)
+  def in_blocks(x_RT: jax.Array) -> jax.Array:
+    padded_RT = jnp.pad(x_RT, ((0, 0), (0, -T % t), *((0, 0),) * (x_RT.ndim - 2)))
+    return padded_RT.reshape(R, -1, t, *x_RT.shape[2:]).swapaxes(0, 1)
 
-  read_XRtNH = jax.lax.map(block, (jnp.arange(0, padded_RTNH.shape[1], t), query_XRtNH))
+  def block(inputs: tuple[jax.Array, ...]) -> jax.Array:
+    start, query_RtNH, place_Rt, segment_Rt = inputs
+    age_tT = start + jnp.arange(t)[:, None] - jnp.arange(T)
+    own_RtT = (age_tT >= 0) & (age_tT < window) & (segment_Rt[:, :, None] == segment_RT[:, None])
+    near_QgtS = (place_Rt[:, :, None] - jnp.arange(S) < window).reshape(Q, R // Q, t, S)
+    before = prefix._replace(mask_QgTS=prefix.mask_QgTS & near_QgtS)
+    return attend(query_RtNH, [before, Segment(key_RKHT, value_RKTH, own_RtT[:, None])], rule)
+
+  starts = jnp.arange(0, T, t)
+  read_XRtNH = jax.lax.map(block, (starts, *map(in_blocks, (query_RTNH, place_RT, segment_RT))))
   return read_XRtNH.swapaxes(0, 1).reshape(R, -1, N, H)[:, :T]
 
 
@@ -103,7 +113,7 @@ def attend(query_RTNH: jax.Array, segments: Sequence[Segment], rule: Rule) -> ja
   runs over all segments by their common maximum, so that nothing is concatenated.
   """
   R, T, N, H = query_RTNH.shape
-  K = segments[0].key_QKSH.shape[1]
+  K = segments[0].key_QKHS.shape[1]
   logits = [_logits(query_RTNH, segment, rule) for segment in segments]
   highest_RKTn1 = jnp.max(jnp.stack([jnp.max(part, -1, keepdims=True) for part in logits]), 0)
   total_RKTn1, output_RKTnH = jnp.zeros_like(highest_RKTn1), jnp.zeros((R, K, T, N // K, H), jnp.float32)
@@ -117,13 +127,13 @@ def attend(query_RTNH: jax.Array, segments: Sequence[Segment], rule: Rule) -> ja
 
 def _logits(query_RTNH: jax.Array, segment: Segment, rule: Rule) -> jax.Array:
   R, T, N, H = query_RTNH.shape
-  Q, K, S, _ = segment.key_QKSH.shape
+  Q, K, _, S = segment.key_QKHS.shape
   g, n = R // Q, N // K
   query_QKgTnH = query_RTNH.reshape(Q, g, T, K, n, H).transpose(0, 3, 1, 2, 4, 5)
   logits_QKXS = jnp.einsum(
-    "QKXH,QKSH->QKXS",
+    "QKXH,QKHS->QKXS",
     query_QKgTnH.reshape(Q, K, g * T * n, H),
-    segment.key_QKSH,
+    segment.key_QKHS,
     preferred_element_type=jnp.float32,
   )
   logits_QKXS = softcap(logits_QKXS * rule.scale, rule.softcap)
@@ -146,3 +156,91 @@ def _weighted(weight_RKTnS: jax.Array, segment: Segment) -> jax.Array:
     preferred_element_type=jnp.float32,
   )
   return output_QKXH.reshape(Q, K, g, T * n, H).swapaxes(1, 2).reshape(R, K, T, n, H)
+
+
+class Index(NamedTuple):
+  """Who reads the pages of a pool. A page holds S consecutive tokens of one text, and G rows may read it."""
+
+  reader_PG: jax.Array  # int32, rows; what is nobody's holds any
+  start_P: jax.Array  # int32, the place of the page's first token
+  end_P: jax.Array  # int32, the place behind its text's last token
+  entry_RJ: jax.Array  # int32, g + G·p for each page p whose reader g a row is, in any order; −1 where there is no more
+
+
+class Pool(NamedTuple):
+  """P pages of one layer's keys and values."""
+
+  key_PKHS: jax.Array
+  value_PKSH: jax.Array
+  readers: Index
+
+
+def paged(
+  query_RNH: jax.Array,
+  key_RKH: jax.Array,
+  value_RKH: jax.Array,
+  place_R: jax.Array,
+  pools: Sequence[Pool],
+  rule: Rule,
+  window: jax.Array,
+) -> jax.Array:
+  """Attention of one new token a row to itself and to the pages that the row reads → [R, N, H].
+
+  Each page is read once, for all its readers, and gives its own softmax; a row's softmaxes are joined by their maxima
+  and sums (flash decoding, 2311.01282). The cost is that of the pages there are, not of rows × the longest of them, and
+  what a row gets does not depend on where in the pool its pages lie.
+
+  Args:
+    place_R: int32, of the new token.
+    window: int32, tokens; it takes the place of the rule's.
+  """
+  R, N, H = query_RNH.shape
+  K = key_RKH.shape[1]
+  query_RKnH = query_RNH.reshape(R, K, N // K, H)
+  own_RKn = jnp.einsum("RKnH,RKH->RKn", query_RKnH, key_RKH, preferred_element_type=jnp.float32)
+  own_RKn = softcap(own_RKn * rule.scale, rule.softcap)
+  # The new token itself: one key that is always seen.
+  itself_RKnH = jnp.broadcast_to(value_RKH[:, :, None].astype(jnp.float32), query_RKnH.shape)
+  parts: list[Sequence[jax.Array]] = [(own_RKn[:, None], jnp.ones_like(own_RKn)[:, None], itself_RKnH[:, None])]
+  parts += [_of_rows(pool.readers, _read_pages(query_RKnH, place_R, pool, rule, window)) for pool in pools]
+  highest_RJKn, total_RJKn, read_RJKnH = (jnp.concatenate(each, 1) for each in zip(*parts))
+  weight_RJKn = jnp.exp(highest_RJKn - jnp.max(highest_RJKn, 1, keepdims=True))
+  total_RKn = jnp.sum(weight_RJKn * total_RJKn, 1)
+  output_RKnH = jnp.sum(weight_RJKn[..., None] * read_RJKnH, 1) / total_RKn[..., None]
+  return output_RKnH.reshape(R, N, H).astype(query_RNH.dtype)
+
+
+def _read_pages(
+  query_RKnH: jax.Array, place_R: jax.Array, pool: Pool, rule: Rule, window: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Of each page and reader: the greatest logit, the sum of exp(logit − greatest), and the values weighted by those."""
+  key_PKHS, value_PKSH, index = pool
+  (P, G), (_, K, H, S), n = index.reader_PG.shape, key_PKHS.shape, query_RKnH.shape[2]
+  query_PKXH = query_RKnH[index.reader_PG].swapaxes(1, 2).reshape(P, K, G * n, H)
+  logits_PKXS = jnp.einsum("PKXH,PKHS->PKXS", query_PKXH, key_PKHS, preferred_element_type=jnp.float32)
+  place_PS = index.start_P[:, None] + jnp.arange(S)
+  age_PGS = place_R[index.reader_PG][:, :, None] - place_PS[:, None]
+  seen_PGS = (age_PGS > 0) & (age_PGS < window) & (place_PS < index.end_P[:, None])[:, None]
+  seen_PKXS = jnp.broadcast_to(seen_PGS[:, None, :, None], (P, 1, G, n, S)).reshape(P, 1, G * n, S)
+  # The least float, not −inf: a page of which nothing is seen stays finite, and weighs nothing beside the row itself.
+  logits_PKXS = jnp.where(seen_PKXS, softcap(logits_PKXS * rule.scale, rule.softcap), jnp.finfo(jnp.float32).min)
+  highest_PKX = jnp.max(logits_PKXS, -1)
+  weight_PKXS = jnp.where(seen_PKXS, jnp.exp(logits_PKXS - highest_PKX[..., None]), 0)
+  read_PKXH = jnp.einsum(
+    "PKXS,PKSH->PKXH", weight_PKXS.astype(value_PKSH.dtype), value_PKSH, preferred_element_type=jnp.float32
+  )
+  return highest_PKX, jnp.sum(weight_PKXS, -1), read_PKXH
+
+
+def _of_rows(index: Index, of_pages: Sequence[jax.Array]) -> Sequence[jax.Array]:
+  """[P, K, G·n, …] of the pages → [R, J, K, n, …] of each row's, weightless where it has no more."""
+  P, G = index.reader_PG.shape
+
+  def take(x_PKX: jax.Array) -> jax.Array:
+    K, X, *rest = x_PKX.shape[1:]
+    x_PGKn = x_PKX.reshape(P, K, G, X // G, *rest).swapaxes(1, 2).reshape(P * G, K, X // G, *rest)
+    return x_PGKn[jnp.maximum(index.entry_RJ, 0)]
+
+  highest_RJKn, *others = map(take, of_pages)
+  there_RJ11 = (index.entry_RJ >= 0)[..., None, None]
+  return [jnp.where(there_RJ11, highest_RJKn, jnp.finfo(jnp.float32).min), *others]

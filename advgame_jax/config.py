@@ -103,9 +103,14 @@ class Sampling(Settings):
 
   temperature: float = setting(0.6, "0 is greedy", at_least=0)
   top_p: float = setting(0.9, "mass of the nucleus; 1 keeps all", above=0, at_most=1)
+  top_k: int = setting(0, "so many likeliest tokens; 0 keeps all", at_least=0)
+  min_p: float = setting(0.0, "least share of the likeliest token's probability; 0 keeps all", at_least=0, at_most=1)
   prompt_buckets: tuple[int, ...] = setting((512,), "prompt lengths to compile for, tokens, ascending", at_least=1)
   max_new_tokens: int = setting(2048, "a completion longer than this is MAX_LENGTH", at_least=1)
-  decode_chunk: int = setting(8, "tokens drawn between two checks whether all rows have finished", at_least=1)
+  decode_chunk: int = setting(8, "tokens drawn between two checks which rows have finished", at_least=1)
+  slots: int = setting(0, "rows drawn at once, the others wait until some have finished; 0 is all", at_least=0)
+  page: int = setting(32, "tokens of a page of the cache", at_least=1)
+  prefill_tokens: int = setting(512, "prompts are read so many tokens at a time, on each part of the mesh", at_least=1)
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -138,7 +143,10 @@ class Player(Settings):
 
   model: str = setting("", "Hugging Face folder of the initial weights and tokenizer")
   think: bool = setting(False, "reasons in <think>…</think> before its answer")
-  generator: Literal["train", "ema"] = setting("ema", "the weights that play")
+  generator: Literal["train", "ema", "mixture"] = setting(
+    "ema", "the weights that play: those that learn, their moving average, or those that learn mixed with the reference"
+  )
+  mixture: float = setting(0.5, "α of π^(1−α)·reference^α, token by token (Nash-MD)", at_least=0, at_most=1)
   reference: Literal["initial", "ema"] = setting("ema", "the weights the loss holds the player near to")
   ema_decay: float = setting(0.95, "of the moving average, per optimiser step", at_least=0, at_most=1)
   frozen: bool = setting(False, "plays but does not learn")

@@ -15,12 +15,12 @@ from advgame_jax import config as config_lib
 from advgame_jax import data, game, judges, microworld, policies, scoring, sharding
 from advgame_jax.microworld import TOPICS, Answer, Topic
 from advgame_jax.policies import LanguageModel
+from advgame_jax.scoring import Generator
 from advgame_jax.session import Session
 from advgame_jax.state import TrainState
 from advgame_jax.types import (
   Category,
   Judge,
-  Params,
   Policy,
   Question,
   Role,
@@ -160,7 +160,7 @@ Probabilities = Mapping[Answer, np.ndarray]
 """Of each kind of answer, to every query of `microworld.queries()` in its order."""
 
 
-def answer_probabilities(player: LanguageModel, weights: Params) -> Probabilities:
+def answer_probabilities(player: LanguageModel, generator: Generator) -> Probabilities:
   """How likely the Defender, drawn from as in play, gives each kind of answer to each query of the language.
 
   Exact: complying, deflecting and refusing are finitely many texts, whose probabilities add up; what remains is none of
@@ -172,7 +172,7 @@ def answer_probabilities(player: LanguageModel, weights: Params) -> Probabilitie
   for start in range(0, len(tokens_XT), _ROWS):
     with jax.set_mesh(player.mesh):
       part = jax.device_put((tokens_XT[start : start + _ROWS], mask_XT[start : start + _ROWS]), rows)
-      logprob_X.append(sharding.to_host(score(weights, *part)))
+      logprob_X.append(sharding.to_host(score(generator, *part)))
   probability_X = np.exp(np.concatenate(logprob_X)[: len(query_X)].astype(np.float64))
   count = len(microworld.queries())
   table = {kind: np.bincount(query_X, probability_X * (kind_X == kind), minlength=count) for kind in WHOLE_ANSWERS}
@@ -181,12 +181,12 @@ def answer_probabilities(player: LanguageModel, weights: Params) -> Probabilitie
 
 @functools.lru_cache(maxsize=2)
 def _answer_score(player: LanguageModel) -> Callable[..., jax.Array]:
-  measure = scoring.behaviour_logprob(player.sampling.temperature, player.sampling.top_p)
+  measure = scoring.behaviour_logprob(player.choice)
 
-  def score(weights: Params, tokens_XT: jax.Array, mask_XT: jax.Array) -> jax.Array:
-    scored = scoring.score(
+  def score(generator: Generator, tokens_XT: jax.Array, mask_XT: jax.Array) -> jax.Array:
+    scored = scoring.score_generator(
       player.model,
-      weights,
+      generator,
       tokens_XT,
       mask_XT,
       measure,

@@ -49,7 +49,7 @@ def export(
   recipes = session.make_recipes(config)
   recipe: Recipe = getattr(recipes, player)
   settings = recipe.player
-  weights = weights or ("train" if settings.frozen else settings.generator)
+  weights = weights or ("ema" if settings.generator == "ema" and not settings.frozen else "train")
   if form == "adapter" and not recipe.adapted:
     raise UserError(f"the {player} of {workdir} has no adapters; allowed: --form=merged, or a run with lora.rank > 0")
   learnt = _read(folder, config, recipes, player, "params" if weights == "train" else weights, step)

@@ -1,10 +1,11 @@
-"""One decoder-only transformer for every family, functional: a forward pass over nested dicts, layers scanned.
+"""One decoder-only transformer for every family, functional: a forward pass over nested dicts.
 
-An architecture's difference is a field of `ModelConfig`, or which parameters its table has.
+An architecture's difference is a field of `ModelConfig`, or which parameters its table has. Weights that learn have
+their layers stacked, and a scan runs over them; those that only generate may have them one by one (`unstack`), which
+spares each token the copy of every layer out of the stack.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,17 +31,21 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Cache(NamedTuple):
-  """Keys and values of all layers."""
+  """Keys and values of one layer. Of all: `Layers` of it, its arrays with a leading L or a tuple of L."""
 
-  key_LRKSH: jax.Array
-  value_LRKSH: jax.Array
+  key_RKHS: jax.Array
+  value_RKSH: jax.Array
 
 
-class Prompt(NamedTuple):
-  """Q texts that rows continue, padded on the right, each read once and shared by R/Q consecutive rows."""
+Layers = Any
+"""What there is of each layer: stacked, arrays with a leading L, or a tuple of L. As the parameters' layers are."""
 
-  cache: Cache  # [L, Q, K, S, H]
-  length_Q: jax.Array
+
+class Prefix(NamedTuple):
+  """A text that all rows continue, padded on the right, read once for R/Q rows each."""
+
+  cache: Layers  # of Cache [Q, K, S, H]
+  length_Q: jax.Array  # the same Q times
 
 
 class Kind(NamedTuple):
@@ -163,41 +168,88 @@ def forward(
   layout: Layout = LOCAL,
   remat: str = "none",
   kernel: str = "auto",
-  prefix: Prompt | None = None,
-) -> tuple[jax.Array, Cache]:
+  prefix: Prefix | None = None,
+  place_RT: jax.Array | None = None,
+  segment_RT: jax.Array | None = None,
+) -> tuple[jax.Array, Layers]:
   """Whole rows, padded on the right → normalised hidden states [R, T, M] and the cache of all T tokens.
 
   A caller that drops the cache does not pay for it.
 
   Args:
-    prefix: one text (Q = 1) that every row continues.
+    prefix: a text that every row continues.
     remat: what the backward pass computes again: "none", the whole of each "layer", or all but the matrix "products".
     kernel: an implementation of `attention.causal`.
+    place_RT: int32, of each token in its text behind the prefix; None is 0, 1, 2, …
+    segment_RT: int32; a token sees only its own segment of a packed row.
   """
   params = cast(params, dtype)
   x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", None, None)
-  start = prefix.length_Q[:, None] if prefix else 0
-  position_RT = start + jnp.arange(tokens_RT.shape[1])[None]
+  place_RT = jnp.arange(tokens_RT.shape[1])[None] if place_RT is None else place_RT
+  place_RT = jnp.broadcast_to(place_RT, tokens_RT.shape)
+  if prefix:
+    place_RT = place_RT + jnp.repeat(prefix.length_Q, len(tokens_RT) // len(prefix.length_Q))[:, None]
 
-  def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Cache]:
     layer, kind, before = inputs
     kept: list[jax.Array] = []
 
     def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
-      kept.extend((key_RTKH.swapaxes(1, 2), value_RTKH.swapaxes(1, 2)))
+      kept.extend((attention.keys_of_cache(key_RTKH), value_RTKH.swapaxes(1, 2)))
       if prefix is None:
-        return _attend_rows(config, kernel, layout, kind.which, query_RTNH, key_RTKH, value_RTKH)
-      there_QgTS = (jnp.arange(before.key_LRKSH.shape[2]) < prefix.length_Q[:, None])[:, None, None]
-      shared = attention.Segment(before.key_LRKSH, before.value_LRKSH, there_QgTS)
-      rule = attention_rules(config)[0]
-      return attention.continued(query_RTNH, key_RTKH, value_RTKH, shared, prefix.length_Q[0], rule, kind.window)
+        return _attend_rows(config, kernel, layout, kind.which, query_RTNH, key_RTKH, value_RTKH, segment_RT)
+      there_QgTS = (jnp.arange(before.key_RKHS.shape[3]) < prefix.length_Q[:, None])[:, None, None]
+      shared, rule = attention.Segment(before.key_RKHS, before.value_RKSH, there_QgTS), attention_rules(config)[0]
+      return attention.continued(
+        query_RTNH, key_RTKH, value_RTKH, shared, place_RT, rule, kind.window, segment_RT=segment_RT
+      )
 
-    return _block(config, layout, layer, x_RTM, _turn(position_RT, kind), attend), tuple(kept)
+    return _block(config, layout, layer, x_RTM, _turn(place_RT, kind), attend), Cache(*kept)
 
   step = layer_step if remat == "none" else jax.checkpoint(layer_step, policy=_KEPT[remat])
-  inputs = (params["layers"], kinds_of_layers(config), prefix and prefix.cache)
-  x_RTM, (key, value) = jax.lax.scan(step, x_RTM, inputs)
-  return rms_norm(x_RTM, params["final_norm"], config.norm_epsilon, config.norm_offset), Cache(key, value)
+  x_RTM, cache = _over_layers(config, step, x_RTM, params["layers"], prefix and prefix.cache)
+  return rms_norm(x_RTM, params["final_norm"], config.norm_epsilon, config.norm_offset), cache
+
+
+def _over_layers(
+  config: ModelConfig, step: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, layers: Layers, more: Any
+) -> tuple[jax.Array, Layers]:
+  """`step(x, (layer, kind, more))` of one layer after the other; what each gives, together."""
+  kinds = kinds_of_layers(config)
+  if not one_by_one(layers):
+    return jax.lax.scan(step, x, (layers, kinds, more))
+  given = []
+  for layer, kind, part in zip(layers, _apart(kinds), more or [None] * len(layers)):
+    x, kept = step(x, (layer, kind, part))
+    given.append(kept)
+  return x, tuple(given)
+
+
+def one_by_one(layers: Layers) -> bool:
+  """Whether these are not stacked. What there is of each layer may be a named tuple itself."""
+  return type(layers) is tuple
+
+
+def each_layer(f: Callable[..., Any], *layers: Layers) -> Layers:
+  """`f` of what there is of each layer."""
+  return tuple(map(f, *layers)) if one_by_one(layers[0]) else jax.vmap(f)(*layers)
+
+
+def unstack(params: Params) -> Params:
+  """The parameters with their layers one by one."""
+  return {**params, "layers": _apart(params["layers"])}
+
+
+def unstack_shardings(where: Any, count: int) -> Any:
+  """Where the parameters live after `unstack`: as before, but for the axis that is gone."""
+  drop = lambda where: jax.NamedSharding(where.mesh, jax.P(*where.spec[1:]))
+  return {**where, "layers": (jax.tree.map(drop, where["layers"]),) * count}
+
+
+def _apart(stacked: Any) -> tuple[Any, ...]:
+  """A tree of arrays with a leading L → L trees."""
+  take = lambda place: jax.tree.map(lambda x: x[place], stacked)
+  return tuple(map(take, range(len(jax.tree.leaves(stacked)[0]))))
 
 
 def _turn(position_RT: jax.Array, kind: Kind) -> Callable[[jax.Array], jax.Array]:
@@ -207,10 +259,18 @@ def _turn(position_RT: jax.Array, kind: Kind) -> Callable[[jax.Array], jax.Array
 
 
 def _attend_rows(
-  config: ModelConfig, kernel: str, layout: Layout, which: jax.Array, *query_key_value: jax.Array
+  config: ModelConfig,
+  kernel: str,
+  layout: Layout,
+  which: jax.Array,
+  query_RTNH: jax.Array,
+  key_RTKH: jax.Array,
+  value_RTKH: jax.Array,
+  segment_RT: jax.Array | None,
 ) -> jax.Array:
   """Causal attention in this layer's window; kernels know windows only before they are compiled."""
-  attend = functools.partial(attention.causal, implementation=kernel, layout=layout)
+  query_key_value = (query_RTNH, key_RTKH, value_RTKH)
+  attend = functools.partial(attention.causal, implementation=kernel, layout=layout, segment_RT=segment_RT)
   branches = [functools.partial(attend, rule=rule) for rule in attention_rules(config)]
   return jax.lax.switch(which, branches, *query_key_value) if len(branches) > 1 else branches[0](*query_key_value)
 
@@ -229,58 +289,63 @@ def decode(
   config: ModelConfig,
   params: Params,
   token_R: jax.Array,
-  prompts: Sequence[Prompt],
-  own: Cache,
-  slot: jax.Array,
+  place_R: jax.Array,
+  pools: Sequence[tuple[Layers, attention.Index]],
   *,
   layout: Layout = LOCAL,
-) -> tuple[jax.Array, Cache]:
-  """One token a row → hidden states [R, M] and the rows' own cache with this token in `slot`.
+) -> tuple[jax.Array, Layers]:
+  """One token a row → hidden states [R, M], and the token's keys and values: `Layers` of Cache.
 
-  `prompts` come one after the other, from what most rows share to what fewest do; `own` holds what each row drew since.
-  The own cache is carried through the layers and written in place. Parameters are already in the compute dtype.
+  Nothing is written here: see `write`. Parameters are already in the compute dtype.
+
+  Args:
+    place_R: int32, the token's.
+    pools: of `empty_pool`'s form, and who reads their pages. Each part of the rows has its own pages.
   """
-  R = len(token_R)
-  x_RTM = embed(config, params, token_R, layout)[:, None]
-  ends = list(itertools.accumulate(jnp.repeat(prompt.length_Q, R // len(prompt.length_Q)) for prompt in prompts))
-  position_R = ends[-1] + slot
-  own_age_S = slot - jnp.arange(own.key_LRKSH.shape[3])
-  rule = attention_rules(config)[0]  # its window is in the masks
+  x_RTM = layout.constrain(embed(config, params, token_R[:, None], layout), "rows", None, None)
+  rule, indices = attention_rules(config)[0], [index for _, index in pools]  # the window is the layer's
+  rows, heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
 
-  def layer_step(carry: tuple[jax.Array, Cache], inputs: Any) -> tuple[Any, None]:
-    x_RTM, own = carry
-    index, layer, kind, caches = inputs
+  def read(query: Any, key: Any, value: Any, place: Any, caches: Any, indices: Any, window: Any) -> jax.Array:
+    pools = [attention.Pool(cache.key_RKHS, cache.value_RKSH, index) for cache, index in zip(caches, indices)]
+    return attention.paged(query, key, value, place, pools, rule, window)
 
-    def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
-      nonlocal own
-      own = Cache(*(_write(cache, new, index, slot) for cache, new in zip(own, (key_RTKH, value_RTKH))))
-      key_RKSH, value_RKSH = (jax.lax.dynamic_index_in_dim(cache, index, keepdims=False) for cache in own)
-      own_mask_QgTS = ((own_age_S >= 0) & (own_age_S < kind.window))[None, None, None]
-      segments = [
-        attention.Segment(cache.key_LRKSH, cache.value_LRKSH, _in_window(prompt, end_R, position_R, kind.window))
-        for prompt, cache, end_R in zip(prompts, caches, ends)
-      ]
-      return attention.attend(query_RTNH, [*segments, attention.Segment(key_RKSH, value_RKSH, own_mask_QgTS)], rule)
+  read = layout.local(read, (heads, heads, heads, rows, heads, rows, jax.P()), heads)
 
-    x_RTM = _block(config, layout, layer, x_RTM, _turn(position_R[:, None], kind), attend)
-    return (x_RTM, own), None
+  def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Cache]:
+    layer, kind, caches = inputs
+    kept: list[jax.Array] = []
 
-  caches = tuple(prompt.cache for prompt in prompts)
-  inputs = (jnp.arange(config.layers), params["layers"], kinds_of_layers(config), caches)
-  (x_RTM, own), _ = jax.lax.scan(layer_step, (x_RTM, own), inputs)
-  return rms_norm(x_RTM[:, 0], params["final_norm"], config.norm_epsilon, config.norm_offset), own
+    def attend(query_R1NH: jax.Array, key_R1KH: jax.Array, value_R1KH: jax.Array) -> jax.Array:
+      kept.extend((attention.keys_of_cache(key_R1KH), value_R1KH.swapaxes(1, 2)))
+      new = (query_R1NH[:, 0], key_R1KH[:, 0], value_R1KH[:, 0])
+      return read(*new, place_R, caches, indices, kind.window)[:, None]
+
+    return _block(config, layout, layer, x_RTM, _turn(place_R[:, None], kind), attend), Cache(*kept)
+
+  of_all = [cache for cache, _ in pools]
+  caches = tuple(zip(*of_all)) if one_by_one(params["layers"]) else tuple(of_all)
+  x_RTM, new = _over_layers(config, layer_step, x_RTM, params["layers"], caches)
+  return rms_norm(x_RTM[:, 0], params["final_norm"], config.norm_epsilon, config.norm_offset), new
 
 
-def _in_window(prompt: Prompt, end_R: jax.Array, position_R: jax.Array, window: jax.Array) -> jax.Array:
-  """[Q, g, 1, S]: which slots of a prompt that ends before place `end` are tokens that a row at `position` sees."""
-  Q, S = len(prompt.length_Q), prompt.cache.key_LRKSH.shape[3]
-  left_Qg1 = (position_R - end_R).reshape(Q, -1, 1) + prompt.length_Q[:, None, None]
-  seen_QgS = (jnp.arange(S) < prompt.length_Q[:, None, None]) & (left_Qg1 - jnp.arange(S) < window)
-  return seen_QgS[:, :, None]
+def no_tokens(config: ModelConfig, stacked: bool, rows: int, dtype: Any) -> Layers:
+  """What `decode` gives of so many rows, all zeros."""
+  return empty_pool(config, stacked, rows, 1, dtype)
 
 
-def _write(cache_LRKSH: jax.Array, new_RTKH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
-  return jax.lax.dynamic_update_slice(cache_LRKSH, new_RTKH.swapaxes(1, 2)[None], (layer, 0, 0, slot, 0))
+def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layout: Layout = LOCAL) -> Layers:
+  """The pool with each row's new token in its slot of its page; a page there is none of is written nowhere."""
+
+  def write(cache: Cache, new: Cache, page_R: jax.Array, slot_R: jax.Array) -> Cache:
+    return Cache(
+      cache.key_RKHS.at[page_R, :, :, slot_R].set(new.key_RKHS[..., 0], mode="drop"),
+      cache.value_RKSH.at[page_R, :, slot_R].set(new.value_RKSH[:, :, 0], mode="drop"),
+    )
+
+  rows, heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
+  put = layout.local(write, (heads, heads, rows, rows), heads)
+  return each_layer(lambda cache, new: put(cache, new, page_R, slot_R), pool, new)
 
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
@@ -291,7 +356,8 @@ def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     return attention.softcap(logits, config.logit_softcap)
 
 
-def empty_cache(config: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
-  """A cache of R rows and S slots, all zeros."""
-  shape = (config.layers, rows, config.kv_heads, slots, config.head_size)
-  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+def empty_pool(config: ModelConfig, stacked: bool, pages: int, page: int, dtype: Any) -> Layers:
+  """P pages of S tokens of every layer, all zeros."""
+  K, H = config.kv_heads, config.head_size
+  blank = lambda *layers: Cache(*(jnp.zeros((*layers, pages, K, *part), dtype) for part in ((H, page), (page, H))))
+  return blank(config.layers) if stacked else tuple(blank() for _ in range(config.layers))

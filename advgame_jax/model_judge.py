@@ -6,7 +6,7 @@ writes, or how likely it is to begin with each possible answer, which takes no g
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -16,8 +16,9 @@ from advgame_jax import architecture
 from advgame_jax import config as config_lib
 from advgame_jax.cases import MOST_LABELS, Case, Scores, show
 from advgame_jax.guards import RawCase
-from advgame_jax.model import Prompt
+from advgame_jax.model import Prefix
 from advgame_jax.policies import LanguageModel, pad_rows
+from advgame_jax.scoring import Generator
 from advgame_jax.types import Params, Question, UserError, Verdict, fold_key
 
 _SLOTS = 64  # the length of the longest instructions is rounded up to a multiple of it
@@ -54,16 +55,23 @@ class ModelJudge:
   def __call__(self, questions: Sequence[Question]) -> list[Verdict]:
     calls = [self._encode(question) for question in questions]
     verdicts = [Verdict(())] * len(calls)
-    for places in self._batches(calls):
-      answered = self._answer([calls[i] for i in places], [questions[i].key for i in places])
+    fitting = [i for i, call in enumerate(calls) if len(call.ids) <= self.player.longest_prompt]
+    answer = self._weigh if self.settings.readout == "probability" else self._read
+    for instructions in dict.fromkeys(calls[i].instructions for i in fitting):
+      places = [i for i in fitting if calls[i].instructions == instructions]
+      answered = answer(instructions, [calls[i] for i in places], [questions[i].key for i in places])
       for i, verdict in zip(places, answered, strict=True):
         verdicts[i] = verdict
     return verdicts
 
   def warm_up(self) -> None:
     """Compiles every shape that a call can take."""
-    for bucket in self.player.sampling.prompt_buckets:
-      self._ask(self.instructions[0] if self.instructions else "", [], [], bucket, [])
+    prefix = self._prefix(self.instructions[0] if self.instructions else "")
+    if self.settings.readout == "probability":
+      for bucket in self._reader.sampling.prompt_buckets:
+        self._first_token([], bucket, (), prefix)
+    else:
+      self._reader.warm_up(Generator((self.params,)), self.settings.batch, self.settings.votes, prefix)
 
   def check(self, name: str) -> None:
     """Refuses what could never judge.
@@ -111,12 +119,23 @@ class ModelJudge:
     return longest + -longest % _SLOTS
 
   @functools.cached_property
-  def _prefixes(self) -> dict[str, Prompt]:
+  def _prefixes(self) -> dict[str, Prefix]:
     """The instructions that have been read so far."""
     return {}
 
-  def _prefix(self, instructions: str) -> Prompt | None:
-    if not instructions:
+  @functools.cached_property
+  def _reader(self) -> LanguageModel:
+    """The player as it is asked: a device batch at once, and longer prompts where instructions are not kept."""
+    more = 0 if self.reuse else self._slots
+    buckets = tuple(bucket + more for bucket in self.player.sampling.prompt_buckets)
+    slots = self.settings.batch * self.settings.votes
+    return dataclasses.replace(
+      self.player, sampling=dataclasses.replace(self.player.sampling, prompt_buckets=buckets, slots=slots)
+    )
+
+  def _prefix(self, instructions: str) -> Prefix | None:
+    """What the instructions leave in the cache, if there are any and it is kept."""
+    if not instructions or not self.reuse:
       return None
     if instructions not in self._prefixes:
       ids = self._prefix_ids[instructions]
@@ -141,73 +160,55 @@ class ModelJudge:
       return Call("", words.encode_parts(case.parts), case)
     return Call(case.instructions, words.encode_turn(case.instructions, case.text)[1], case)
 
-  def _batches(self, calls: Sequence[Call]) -> Iterator[list[int]]:
-    """Places of calls that are asked together: the same instructions, the shorter ones first. None too long."""
-    fitting = [i for i, call in enumerate(calls) if len(call.ids) <= self.player.longest_prompt]
-    for instructions in dict.fromkeys(calls[i].instructions for i in fitting):
-      places = sorted((i for i in fitting if calls[i].instructions == instructions), key=lambda i: len(calls[i].ids))
-      for start in range(0, len(places), self.settings.batch):
-        yield places[start : start + self.settings.batch]
+  def _to_read(self, instructions: str, calls: Sequence[Call]) -> list[list[int]]:
+    """The tokens of each case, with its instructions where they are not kept."""
+    head = [] if self.reuse else self._prefix_ids.get(instructions, [])
+    return [head + call.ids for call in calls]
 
-  def _answer(self, calls: Sequence[Call], keys: Sequence[int]) -> list[Verdict]:
-    longest = max(len(call.ids) for call in calls)
-    bucket = next(size for size in self.player.sampling.prompt_buckets if size >= longest)
-    return self._ask(calls[0].instructions, [call.ids for call in calls], keys, bucket, [call.case for call in calls])
-
-  def _ask(
-    self,
-    instructions: str,
-    ids: Sequence[list[int]],
-    keys: Sequence[int],
-    bucket: int,
-    cases: Sequence[Case | RawCase],
+  def _verdicts(
+    self, instructions: str, scores: Sequence[Scores], read: Sequence[list[int]], written: Sequence[int]
   ) -> list[Verdict]:
-    """One batch on the device, filled up with rows that are absent."""
-    head, prefix = self._prefix_ids.get(instructions, []), None
-    if self.reuse and instructions:
-      head, prefix = [], self._prefix(instructions)
-    elif instructions:
-      bucket += self._slots
-    read = [head + row for row in ids]
-    absent: list[list[int]] = [[]] * (self.settings.batch - len(ids))
-    tokens_RT, length_R = pad_rows([*read, *absent], bucket)
-    if self.settings.readout == "probability":
-      scores, written = self._weigh(tokens_RT, length_R, prefix, cases), [0] * len(cases)
-    else:
-      place_R = np.array([*(fold_key(key, 0) % 2**32 for key in keys), *(0 for _ in absent)], np.uint32)
-      scores, written = self._read(tokens_RT, length_R, place_R, prefix, cases)
-    before = len(self._prefix_ids[instructions]) if prefix else 0
+    before = len(self._prefix_ids.get(instructions, [])) if self.reuse else 0
     tokens = [len(row) + more for row, more in zip(read, written)]
     flops = [architecture.forward_flops(self.player.model, n, before + n) for n in tokens]
     return list(map(Verdict, scores, tokens, flops))
 
-  def _read(
-    self,
-    tokens_RT: np.ndarray,
-    length_R: np.ndarray,
-    place_R: np.ndarray,
-    prefix: Prompt | None,
-    cases: Sequence[Case | RawCase],
-  ) -> tuple[list[Scores], list[int]]:
-    """The mean over J votes of what could be read, and tokens written."""
-    J = self.settings.votes
-    drawn = self.player.draw(self.params, tokens_RT, length_R, length_R > 0, place_R, J, jax.random.key(0), prefix)
-    decode, scores = self.player.tokenizer.decode, []
-    for r, case in enumerate(cases):
+  def _read(self, instructions: str, calls: Sequence[Call], keys: Sequence[int]) -> list[Verdict]:
+    """The mean over J votes of what could be read in them."""
+    J, read = self.settings.votes, self._to_read(instructions, calls)
+    fold_R = np.array([fold_key(key, 0) % 2**32 for key in keys], np.uint32)
+    drawn = self._reader.draw(Generator((self.params,)), read, J, jax.random.key(0), fold_R, self._prefix(instructions))
+    decode, scores = self.player.tokenizer.decode, list[Scores]()
+    for r, call in enumerate(calls):
       rows = [row for row in range(r * J, r * J + J) if drawn.stopped_R[row]]
       answers = [decode(drawn.tokens_RT[row, : drawn.length_R[row]].tolist()) for row in rows]
-      votes = [read for answer in answers if (read := case.read(answer))]
+      votes = [found for answer in answers if (found := call.case.read(answer))]
       scores.append(tuple(np.mean(votes, 0).tolist()) if votes else ())
-    return scores, drawn.length_R.reshape(-1, J).sum(-1)[: len(cases)].tolist()
+    return self._verdicts(instructions, scores, read, drawn.length_R.reshape(-1, J).sum(-1).tolist())
 
-  def _weigh(
-    self, tokens_RT: np.ndarray, length_R: np.ndarray, prefix: Prompt | None, cases: Sequence[Case | RawCase]
-  ) -> list[Scores]:
-    """Scores by the probabilities of the next token; the cases of one batch have the same labels."""
-    labels = next((case.labels for case in cases if isinstance(case, Case)), ())
-    logprob_RC = self.player.next_token(self.params, tokens_RT, length_R, self._first_tokens(labels), prefix)
-    probability_RC = np.nan_to_num(np.exp(logprob_RC.astype(np.float64)))[:, : len(labels)]
-    return [case.weigh(row_C.tolist()) if isinstance(case, Case) else () for case, row_C in zip(cases, probability_RC)]
+  def _weigh(self, instructions: str, calls: Sequence[Call], keys: Sequence[int]) -> list[Verdict]:
+    """Scores by the probabilities of the next token; nothing is written."""
+    read = self._to_read(instructions, calls)
+    scores: list[Scores] = [()] * len(calls)
+    labels = next((call.case.labels for call in calls if isinstance(call.case, Case)), ())
+    by_length = sorted(range(len(calls)), key=lambda i: len(read[i]))  # the short ones share a small bucket
+    for start in range(0, len(calls), self.settings.batch):
+      places = by_length[start : start + self.settings.batch]
+      bucket = next(size for size in self._reader.sampling.prompt_buckets if size >= len(read[places[-1]]))
+      logprob_RC = self._first_token([read[i] for i in places], bucket, labels, self._prefix(instructions))
+      probability_RC = np.nan_to_num(np.exp(logprob_RC.astype(np.float64)))[:, : len(labels)]
+      for i, row_C in zip(places, probability_RC):
+        case = calls[i].case
+        scores[i] = case.weigh(row_C.tolist()) if isinstance(case, Case) else ()
+    return self._verdicts(instructions, scores, read, [0] * len(calls))
+
+  def _first_token(
+    self, read: Sequence[list[int]], bucket: int, labels: tuple[tuple[str, ...], ...], prefix: Prefix | None
+  ) -> np.ndarray:
+    """Log-probabilities [R, C] of the labels: of one device batch, filled up with rows that are absent."""
+    absent: list[list[int]] = [[]] * (self.settings.batch - len(read))
+    tokens_RT, length_R = pad_rows([*read, *absent], bucket)
+    return self._reader.next_token(self.params, tokens_RT, length_R, self._first_tokens(labels), prefix)
 
   @functools.cached_property
   def _first_tokens(self) -> Callable[[tuple[tuple[str, ...], ...]], np.ndarray]:

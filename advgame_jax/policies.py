@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from advgame_jax import architecture, hf, hf_config, kernels, lora, matrices, sampler, sharding, tokenizer
+from advgame_jax import architecture, hf, hf_config, kernels, lora, matrices, model, sampler, sharding, tokenizer
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
-from advgame_jax.model import Cache, Prompt, attention_rules
+from advgame_jax.engine import Drawn, Engine, drawn_by_nobody
+from advgame_jax.model import Prefix
+from advgame_jax.scoring import Choice, Generator
 from advgame_jax.sharding import Layout
 from advgame_jax.tokenizer import Tokenizer
 from advgame_jax.types import Params, Policy, Samples, Status
@@ -21,7 +23,7 @@ from advgame_jax.types import Params, Policy, Samples, Status
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-  """A model of ours without its weights: how it is asked, laid out and sampled. Compiled once per prompt bucket."""
+  """A model of ours without its weights: how it is asked, laid out and sampled."""
 
   model: ModelConfig
   tokenizer: Tokenizer
@@ -33,15 +35,19 @@ class LanguageModel:
   lora: config_lib.Lora = config_lib.Lora()
   attention: str = "auto"
 
-  def policy(self, params: Params) -> Policy:
+  def policy(self, generator: Generator) -> Policy:
     """These weights, laid out by `decode_weights`, as a player."""
-    return functools.partial(_play, self, params)
+    return functools.partial(_play, self, generator)
 
   @functools.cached_property
   def decode_weights(self) -> Callable[[Params], Params]:
-    """Training weights → the copy that generates: compute dtype, decode layout."""
+    """Training weights → the copy that generates: compute dtype, decode layout, layers one by one."""
     where = architecture.shardings(architecture.param_specs(self.model), self.mesh, self.layout)
-    return jax.jit(lambda params: matrices.cast(_on_device(params), self.dtype), out_shardings=where)
+
+    def copy(params: Params) -> Params:
+      return model.unstack(matrices.cast(_on_device(params), self.dtype))
+
+    return jax.jit(copy, out_shardings=model.unstack_shardings(where, self.model.layers))
 
   @functools.cached_property
   def decode_adapters(self) -> Callable[[Params], Params]:
@@ -51,16 +57,14 @@ class LanguageModel:
     return jax.jit(lambda params: matrices.cast(scaled(params), self.dtype), out_shardings=where)
 
   @functools.cached_property
-  def _sample(self) -> Callable[..., sampler.Drawn]:
-    sample = functools.partial(
-      sampler.sample,
-      self.model,
-      max_new_tokens=self.sampling.max_new_tokens,
-      chunk=self.sampling.decode_chunk,
-      layout=self.layout,
-      kernel=self.attention,
-    )
-    return jax.jit(sample, static_argnames="group", out_shardings=self._rows)
+  def engine(self) -> Engine:
+    """What draws its tokens."""
+    return Engine(self.model, self.sampling, self.mesh, self.layout, self.dtype, self.attention, self._stops)
+
+  @property
+  def choice(self) -> Choice:
+    """How a token is chosen from its logits."""
+    return self.engine.choice
 
   @functools.cached_property
   def _stops(self) -> np.ndarray:
@@ -72,71 +76,71 @@ class LanguageModel:
     """Tokens of a user turn, template included."""
     return len(self.tokenizer.encode_chat(prompt))
 
-  def nobody(self, params: Params, prompts: int, group: int, bucket: int) -> Samples:
-    """What is drawn when every prompt is absent: nothing, at once. It compiles a bucket."""
-    nothing = np.zeros((prompts, bucket), np.int32), np.zeros(prompts, np.int32), np.zeros(prompts, bool)
-    places = np.arange(prompts, dtype=np.uint32)
-    return _as_samples(self, *nothing, self.draw(params, *nothing, places, group, jax.random.key(0)), group)
+  def warm_up(self, generator: Generator, prompts: int, group: int, prefix: Prefix | None = None) -> None:
+    """Compiles every shape that a load of so many prompts can take."""
+    self.engine.warm_up(generator, prompts, group, [prefix] if prefix else [])
+
+  def nobody(self, prompts: int, group: int, bucket: int) -> Samples:
+    """What is drawn when every prompt is absent."""
+    blank = drawn_by_nobody(prompts * group, self.sampling.max_new_tokens)
+    return _as_samples(self, *pad_rows([[]] * prompts, bucket), blank, group)
 
   def draw(
     self,
-    params: Params,
-    tokens_RT: np.ndarray,
-    length_R: np.ndarray,
-    present_R: np.ndarray,
-    place_R: np.ndarray,
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
     group: int,
     key: jax.Array,
-    prefix: Prompt | None = None,
-  ) -> sampler.Drawn:
-    """This process's prompts → what was drawn for them, as numpy, by `sampler.sample`."""
-    temperature, top_p = np.float32(self.sampling.temperature), np.float32(self.sampling.top_p)
-    rows = self._to_rows(tokens_RT, length_R, present_R, place_R)
-    with jax.set_mesh(self.mesh):
-      drawn = self._sample(params, *rows, key, temperature, top_p, self._stops, prefix, group=group)
-    count = len(tokens_RT) * group
-    return jax.tree.map(lambda x: x[:count], sharding.to_host(drawn))
+    fold_Q: np.ndarray | None = None,
+    prefix: Prefix | None = None,
+  ) -> Drawn:
+    """This process's prompts as tokens, an absent one as none → what was drawn for them, by `Engine.generate`.
 
-  def read_prefix(self, params: Params, ids: Sequence[int], slots: int) -> Prompt:
+    Args:
+      fold_Q: uint32, what each prompt's keys are folded from; None is its number.
+    """
+    fold_Q = np.arange(len(prompts), dtype=np.uint32) if fold_Q is None else fold_Q
+    return self.engine.generate(generator, prompts, fold_Q, group, key, [prefix] if prefix else [])
+
+  def read_prefix(self, params: Params, ids: Sequence[int], slots: int) -> Prefix:
     """A text that many prompts will continue, read once: whole on every device, or split over the heads' axis."""
-    tokens_RT, length_R = pad_rows([ids] * sharding.local_parts(self.mesh, self.layout), slots)
+    tokens_QT, length_Q = pad_rows([ids] * sharding.local_parts(self.mesh, self.layout), slots)
     with jax.set_mesh(self.mesh):
-      return self._read(params, *sharding.to_global((tokens_RT, length_R), self._rows))
+      tokens, length = sharding.to_global((tokens_QT, length_Q), self._rows)
+      return Prefix(self._read(params, tokens), length)
 
   def next_token(
-    self, params: Params, tokens_RT: np.ndarray, length_R: np.ndarray, labels_CV: np.ndarray, prefix: Prompt | None
+    self, params: Params, tokens_RT: np.ndarray, length_R: np.ndarray, labels_CV: np.ndarray, prefix: Prefix | None
   ) -> np.ndarray:
     """Log-probabilities [R, C], nats, that a prompt is continued by one of each label's tokens. Nothing is drawn."""
-    tokens, length = self._to_rows(tokens_RT, length_R)
+    parts = sharding.local_parts(self.mesh, self.layout)
+    tokens, length = sharding.pad_leading((tokens_RT, length_R), parts)
+    row_R = np.arange(len(tokens)) % (len(tokens) // parts)  # of its part
+    last_R = row_R * tokens.shape[1] + np.maximum(length, 1) - 1  # an absent prompt still has one token
     with jax.set_mesh(self.mesh):
-      return sharding.to_host(self._next(params, tokens, length, labels_CV, prefix))[: len(tokens_RT)]
+      rows = sharding.to_global((tokens, last_R.astype(np.int32)), self._rows)
+      return sharding.to_host(self._next(params, *rows, labels_CV, prefix))[: len(tokens_RT)]
 
   @functools.cached_property
   def _rows(self) -> jax.NamedSharding:
     return sharding.rows_sharding(self.mesh, self.layout)
 
-  def _to_rows(self, tokens_RT: np.ndarray, length_R: np.ndarray, *others_R: np.ndarray) -> tuple[jax.Array, ...]:
-    """Global rows, padded to fill the mesh. An absent prompt still has one token, so that its last one exists."""
-    parts = sharding.local_parts(self.mesh, self.layout)
-    tokens, length, *others = sharding.pad_leading((tokens_RT, length_R, *others_R), parts)
-    return sharding.to_global((tokens, np.maximum(length, 1), *others), self._rows)
-
   @functools.cached_property
-  def _read(self) -> Callable[..., Prompt]:
-    def read(params: Params, tokens_RT: jax.Array, length_R: jax.Array) -> Prompt:
-      _, prompt = sampler.prefill(self.model, params, tokens_RT, length_R, layout=self.layout, kernel=self.attention)
-      return Prompt(Cache(*(x[:, :1] for x in prompt.cache)), prompt.length_Q[:1])
+  def _read(self) -> Callable[..., Any]:
+    def read(params: Params, tokens_QT: jax.Array) -> Any:
+      return model.forward(self.model, params, tokens_QT, dtype=self.dtype, layout=self.layout, kernel=self.attention)[
+        1
+      ]
 
-    heads = jax.NamedSharding(self.mesh, self.layout.spec((None, None, "heads")))
-    whole = sharding.replicated(self.mesh)
-    return jax.jit(read, out_shardings=Prompt(Cache(heads, heads), whole))  # type: ignore[arg-type]
+    return jax.jit(read)
 
   @functools.cached_property
   def _next(self) -> Callable[..., jax.Array]:
-    def next_token(params: Params, tokens_RT: jax.Array, length_R: jax.Array, *labels_and_prefix: Any) -> jax.Array:
-      labels_CV, prefix = labels_and_prefix
-      last_RM, _ = sampler.prefill(
-        self.model, params, tokens_RT, length_R, prefix, layout=self.layout, kernel=self.attention
+    def next_token(
+      params: Params, tokens_RT: jax.Array, last_R: jax.Array, labels_CV: jax.Array, prefix: Prefix | None
+    ) -> jax.Array:
+      last_RM, _ = sampler.read(
+        self.model, params, tokens_RT, None, None, last_R, prefix, layout=self.layout, kernel=self.attention
       )
       return sampler.next_token(self.model, params, last_RM, labels_CV)
 
@@ -170,7 +174,7 @@ def open_model(
   config, words = hf_config.load_config(folder), tokenizer.load(folder, template)
   hf.check(folder, words)
   dtype, backend = compute_dtype(precision), jax.default_backend()
-  for rule in attention_rules(config):
+  for rule in model.attention_rules(config):
     kernels.resolve(precision.attention, rule, backend, head_size=config.head_size, dtype=dtype)
   return LanguageModel(config, words, sampling, mesh, layout, dtype, attention=precision.attention)
 
@@ -181,7 +185,7 @@ def _on_device(params: Params) -> Params:
 
 
 def _play(
-  player: LanguageModel, params: Params, prompts: Sequence[str], present_R: np.ndarray, group: int, key: jax.Array
+  player: LanguageModel, generator: Generator, prompts: Sequence[str], present_R: np.ndarray, group: int, key: jax.Array
 ) -> Samples:
   """`Policy` of a model. A prompt longer than the largest bucket is not played, as if it were absent."""
   encoded = [player.tokenizer.encode_chat(p) if here else [] for p, here in zip(prompts, present_R, strict=True)]
@@ -190,16 +194,14 @@ def _play(
   longest = max(map(len, encoded), default=0)
   bucket = next(size for size in player.sampling.prompt_buckets if size >= longest)
   tokens_RT, length_R = pad_rows(encoded, bucket)
-  drawn = player.draw(params, tokens_RT, length_R, present_R, np.arange(len(prompts), dtype=np.uint32), group, key)
-  return _as_samples(player, tokens_RT, length_R, present_R, drawn, group)
+  return _as_samples(player, tokens_RT, length_R, player.draw(generator, encoded, group, key), group)
 
 
 def _as_samples(
   player: LanguageModel,
   tokens_RT: np.ndarray,
   length_R: np.ndarray,
-  present_R: np.ndarray,
-  drawn: sampler.Drawn,
+  drawn: Drawn,
   group: int,
 ) -> Samples:
   """Rows of a device batch → prompts × samples, decoded."""
@@ -211,7 +213,7 @@ def _as_samples(
   status_RG = np.where(stopped_RG, Status.VALID, Status.MAX_LENGTH)
   return Samples(
     text_RG=text_RG,
-    status_RG=np.where(present_R[:, None], status_RG, Status.NOT_PLAYED).astype(np.int8),
+    status_RG=np.where(length_R[:, None] > 0, status_RG, Status.NOT_PLAYED).astype(np.int8),
     prompt_tokens_RT=tokens_RT,
     prompt_length_R=length_R,
     tokens_RGT=tokens_RGT,

@@ -1,7 +1,8 @@
-"""Jitted sampling: prefill each distinct prompt once, then draw token by token on the device.
+"""Generation on the device: texts are read, rows start in slots, and draw token by token.
 
-Rows are right-padded and carry their own positions and keys, so that what a row samples depends on its key and its
-prompt alone: not on the batch, the padding, the bucket or the mesh it sits in.
+Rows carry their own places, keys and counts, and read only their own pages, so that what a row samples depends on its
+key and its prompt alone: not on its slot, its company, the padding, the pages or the mesh. Which row is where, `engine`
+decides.
 """
 
 from collections.abc import Sequence
@@ -11,44 +12,58 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advgame_jax import model, scoring
+from advgame_jax import attention, model, scoring
 from advgame_jax.architecture import ModelConfig
-from advgame_jax.model import Cache, Prompt
+from advgame_jax.attention import Index
+from advgame_jax.model import Cache, Layers, Prefix
+from advgame_jax.scoring import Choice, Generator
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
 
 _BLOCK = 128
 
 
-class Drawn(NamedTuple):
-  """What was drawn for R = Q·G rows; prompt q's samples are rows q·G … q·G + G − 1."""
-
-  tokens_RT: jax.Array  # int32, 0 after the row's end
-  length_R: jax.Array  # int32, the stop token included
-  stopped_R: jax.Array  # bool: a stop was met within the limit
-  behaviour_logprob_RT: jax.Array  # float32, nats, 0 after the row's end
-  plain_logprob_RT: jax.Array  # likewise
-
-
 class Rows(NamedTuple):
-  """What the decode loop reads and never writes."""
+  """What is drawn in R slots. Each part of the rows that a mesh makes has its own slots, pages and prompts."""
 
+  hidden_RM: tuple[jax.Array, ...]  # of each member, what the next token is drawn from
   key_R: jax.Array
-  prompts: tuple[Prompt, ...]  # what all rows continue, if they do, and each group's own
-  temperature: jax.Array
-  top_p: jax.Array
-  stops_ZV: jax.Array
+  place_R: jax.Array  # int32, of the next token, in the whole text
+  count_R: jax.Array  # int32, tokens drawn
+  limit_R: jax.Array  # int32, the most tokens to draw
+  stop_state_R: jax.Array  # int32, of the automaton of stops
+  live_R: jax.Array  # bool: it draws on
 
 
-class SamplingState(NamedTuple):
-  """The carry of the decode loop."""
+class Member(NamedTuple):
+  """One of the models that a token is drawn from together; alone, as a rule."""
 
-  step: jax.Array
-  hidden_RM: jax.Array  # what the next token is drawn from
-  own: Cache
-  stop_state_R: jax.Array
-  done_R: jax.Array
-  drawn: Drawn
+  params: Params  # in the compute dtype
+  prefix: Prefix | None  # what all prompts continue
+  prompts: Layers  # pages of prompts, each read by all rows of its group
+  own: Layers  # pages of what rows drew, each read by one
+
+
+class Arrival(NamedTuple):
+  """Where what `read` leaves belongs: of n pages and Q prompts with G rows each. A slot or page too large is none."""
+
+  token_nS: jax.Array  # int32, the page's tokens in the rows that were read, flat; past the prompt's end any
+  page_n: jax.Array  # int32
+  slot_QG: jax.Array  # int32
+  fold_Q: jax.Array  # uint32, what a prompt's keys are folded from
+  length_Q: jax.Array  # int32, the place of the first token to draw
+  limit_Q: jax.Array  # int32
+
+
+class Chunk(NamedTuple):
+  """What some steps drew: of a row's k columns those that its count rose by, from the left."""
+
+  tokens_Rk: jax.Array  # int32
+  behaviour_logprob_Rk: jax.Array  # float32, nats
+  plain_logprob_Rk: jax.Array  # float32, nats, at temperature 1, nothing cut
+  count_R: jax.Array  # int32, in all
+  live_R: jax.Array  # bool
+  stopped_R: jax.Array  # bool: by a stop
 
 
 def stop_table(token_texts: Sequence[str], stop_ids: Sequence[int], stop_strings: Sequence[str]) -> np.ndarray:
@@ -116,80 +131,42 @@ def row_keys(key: jax.Array, place_Q: jax.Array, group: int) -> jax.Array:
   return jax.vmap(fold, (0, None))(fold(key, place_Q), jnp.arange(group)).reshape(-1)
 
 
-def sample(
+def read(
   config: ModelConfig,
   params: Params,
-  tokens_QT: jax.Array,
-  length_Q: jax.Array,
-  present_Q: jax.Array,
-  place_Q: jax.Array,
-  key: jax.Array,
-  temperature: jax.Array,
-  top_p: jax.Array,
-  stops_ZV: jax.Array,
-  prefix: Prompt | None = None,
+  tokens_XT: jax.Array,
+  place_XT: jax.Array | None,
+  segment_XT: jax.Array | None,
+  last_Q: jax.Array,
+  prefix: Prefix | None = None,
   *,
-  group: int,
-  max_new_tokens: int,
-  chunk: int = 8,
   layout: Layout = LOCAL,
   kernel: str = "auto",
-) -> Drawn:
-  """G samples for each of Q prompts, at most `max_new_tokens` each. Consumes `key`.
+) -> tuple[jax.Array, Layers]:
+  """Reads prompts once: the hidden states that their next tokens are drawn from [Q, M], and all caches.
 
   Args:
-    params: in the compute dtype.
-    tokens_QT: prompts, padded on the right; `length_Q` ≥ 1 of each.
-    present_Q: bool; an absent prompt draws nothing and is waited for by nobody.
-    place_Q: uint32, what a prompt's key is folded from.
-    temperature: scalar, 0 is greedy. `top_p`: scalar, 1 keeps all.
-    stops_ZV: of `stop_table`.
-    prefix: a text that every prompt continues, of `read_prefix`.
-    chunk: tokens between two checks whether all rows are done.
+    tokens_XT: rows of one prompt, padded on the right, or of several: then `segment_XT` tells them apart.
+    place_XT: int32, each token's in its prompt; None is 0, 1, 2, …
+    last_Q: int32, where in this part's rows each prompt ends, flat.
+    prefix: a text that every prompt continues.
   """
-  last_QM, prompt = prefill(config, params, tokens_QT, length_Q, prefix, layout=layout, kernel=kernel)
-  rows = Rows(
-    key_R=row_keys(key, place_Q, group),
-    prompts=(prefix, prompt) if prefix else (prompt,),
-    temperature=temperature,
-    top_p=top_p,
-    stops_ZV=stops_ZV,
-  )
-  slots = max_new_tokens + -max_new_tokens % chunk
-  state = _start(config, jnp.repeat(last_QM, group, 0), jnp.repeat(present_Q, group), slots, layout)
-
-  def draw_and_decode(_: Any, state: SamplingState) -> SamplingState:
-    state, token_R = _draw_next(config, params, rows, state, max_new_tokens)
-    with jax.named_scope("decode"):
-      hidden_RM, own = model.decode(config, params, token_R, rows.prompts, state.own, state.step, layout=layout)
-    return state._replace(step=state.step + 1, hidden_RM=hidden_RM, own=own)
-
-  drawn = jax.lax.while_loop(
-    lambda state: ~jnp.all(state.done_R),
-    lambda state: jax.lax.fori_loop(0, chunk, draw_and_decode, state),
-    state,
-  ).drawn
-  return Drawn(*(x[:, :max_new_tokens] if x.ndim == 2 else x for x in drawn))
-
-
-def prefill(
-  config: ModelConfig,
-  params: Params,
-  tokens_QT: jax.Array,
-  length_Q: jax.Array,
-  prefix: Prompt | None = None,
-  *,
-  layout: Layout = LOCAL,
-  kernel: str = "auto",
-) -> tuple[jax.Array, Prompt]:
-  """Reads every prompt once: the hidden state its next token is drawn from [Q, M], and what it leaves in the cache."""
   with jax.named_scope("prefill"):
     dtype = params["embed"].dtype
-    hidden_QTM, cache = model.forward(
-      config, params, tokens_QT, dtype=dtype, layout=layout, kernel=kernel, prefix=prefix
+    hidden_XTM, cache = model.forward(
+      config,
+      params,
+      tokens_XT,
+      dtype=dtype,
+      layout=layout,
+      kernel=kernel,
+      prefix=prefix,
+      place_RT=place_XT,
+      segment_RT=segment_XT,
     )
-    last_QM = jnp.take_along_axis(hidden_QTM, length_Q[:, None, None] - 1, 1)[:, 0]
-  return last_QM, Prompt(cache, length_Q)
+    rows = layout.spec(("rows",))
+    take = lambda hidden_XTM, last_Q: hidden_XTM.reshape(-1, hidden_XTM.shape[-1])[last_Q]
+    return layout.local(take, (rows, rows), rows)(hidden_XTM, last_Q), cache
 
 
 def next_token(config: ModelConfig, params: Params, last_QM: jax.Array, labels_CV: jax.Array) -> jax.Array:
@@ -198,44 +175,143 @@ def next_token(config: ModelConfig, params: Params, last_QM: jax.Array, labels_C
   return jax.nn.logsumexp(jnp.where(labels_CV, logprob_QV[:, None], -jnp.inf), -1)
 
 
-def _start(
-  config: ModelConfig, hidden_RM: jax.Array, present_R: jax.Array, slots: int, layout: Layout
-) -> SamplingState:
-  R = len(present_R)
-  zeros_RT, zeros_R = jnp.zeros((R, slots), jnp.float32), jnp.zeros(R, jnp.int32)
-  return SamplingState(
-    step=jnp.int32(0),
-    hidden_RM=layout.constrain(hidden_RM, "rows", None),
-    own=model.empty_cache(config, R, slots, hidden_RM.dtype),
-    stop_state_R=zeros_R,
-    done_R=~present_R,
-    drawn=Drawn(zeros_RT.astype(jnp.int32), zeros_R, zeros_R > 0, zeros_RT, zeros_RT),
-  )
+def start(
+  rows: Rows,
+  prompts: Sequence[Layers],
+  last_QM: Sequence[jax.Array],
+  caches: Sequence[Layers],
+  arrival: Arrival,
+  key: jax.Array,
+  *,
+  layout: Layout = LOCAL,
+) -> tuple[Rows, tuple[Layers, ...]]:
+  """Puts what was read into its pages, and each prompt's rows into their slots; of each member, in turn.
+
+  `key` is the same in every call of a generation: rows fold their prompt's number and their own into it.
+  """
+  by_rows, by_heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
+
+  def keep(pool: Cache, cache: Cache, token_nS: jax.Array, page_n: jax.Array) -> Cache:
+    def pages(x_XTKH: jax.Array) -> jax.Array:
+      return x_XTKH.reshape(-1, *x_XTKH.shape[2:])[token_nS]
+
+    key_nSKH, value_nSKH = pages(cache.key_RKHS.transpose(0, 3, 1, 2)), pages(cache.value_RKSH.swapaxes(1, 2))
+    return Cache(
+      pool.key_RKHS.at[page_n].set(attention.keys_of_cache(key_nSKH), mode="drop"),
+      pool.value_RKSH.at[page_n].set(value_nSKH.swapaxes(1, 2), mode="drop"),
+    )
+
+  put = layout.local(keep, (by_heads, by_heads, by_rows, by_rows), by_heads)
+  pages = (arrival.token_nS, arrival.page_n)
+  kept = [model.each_layer(lambda p, c: put(p, c, *pages), pool, cache) for pool, cache in zip(prompts, caches)]
+
+  Q, G = arrival.slot_QG.shape
+  zeros_Q, ones_Q = jnp.zeros(Q, jnp.int32), jnp.ones(Q, bool)
+  fresh_Q = (arrival.length_Q, zeros_Q, arrival.limit_Q, zeros_Q, ones_Q)
+  key_R = row_keys(key, arrival.fold_Q, G)
+
+  def begin(rows: Rows, last_QM: Any, key_QG: jax.Array, fresh_Q: Any, slot_QG: jax.Array) -> Rows:
+    fresh = Rows(
+      jax.tree.map(lambda x_QM: jnp.repeat(x_QM, G, 0), tuple(last_QM)),
+      key_QG.reshape(-1),
+      *(jnp.repeat(x_Q, G) for x_Q in fresh_Q),
+    )
+    return jax.tree.map(lambda x, new: x.at[slot_QG.reshape(-1)].set(new, mode="drop"), rows, fresh)
+
+  begin = layout.local(begin, (by_rows,) * 5, by_rows)
+  return begin(rows, list(last_QM), key_R.reshape(Q, G), fresh_Q, arrival.slot_QG), tuple(kept)
+
+
+def advance(
+  config: ModelConfig,
+  members: Sequence[Member],
+  share: jax.Array,
+  rows: Rows,
+  prompts: Index,
+  own: Index,
+  choice: Choice,
+  stops_ZV: jax.Array,
+  *,
+  steps: int,
+  layout: Layout = LOCAL,
+) -> tuple[Rows, tuple[Layers, ...], Chunk]:
+  """Draws at most `steps` tokens in each slot that is live → the rows, all members' `own` pools, and what was drawn.
+
+  Args:
+    share: [members], float32, as in `Generator`.
+    prompts, own: who reads which page. A row's own pages are in the order of its tokens, and there are enough for all
+      that it may draw here.
+    stops_ZV: of `stop_table`.
+  """
+  R = len(rows.live_R)
+  beside = [_pools(member, prompts, R) for member in members]
+  S, nowhere_R = jax.tree.leaves(members[0].own)[0].shape[-1], jnp.full(R, len(own.start_P))
+  empty_Rk = jnp.zeros((R, steps), jnp.float32)
+  chunk = Chunk(empty_Rk.astype(jnp.int32), empty_Rk, empty_Rk, rows.count_R, rows.live_R, jnp.zeros(R, bool))
+
+  def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    i, rows, pools, new, (page_R, slot_R), chunk = carry
+    # A token is written by the step after its own, before anything is read: with what is read before it is written, XLA
+    # would write into a copy of the pool.
+    pools = [model.write(*each, page_R, slot_R, layout) for each in zip(pools, new)]
+    drawn, token_R, columns = _draw_next(config, members, share, rows, choice, stops_ZV)
+    put = jax.lax.dynamic_update_index_in_dim
+    chunk = chunk._replace(**{name: put(getattr(chunk, name), x, i, 1) for name, x in columns.items()})
+    with jax.named_scope("decode"):
+      decode = lambda member, *pools: model.decode(config, member.params, token_R, rows.place_R, pools, layout=layout)
+      hidden, new = zip(*(decode(m, *others, (pool, own)) for m, others, pool in zip(members, beside, pools)))
+    page_R = jnp.take_along_axis(own.entry_RJ, jnp.minimum(rows.count_R // S, own.entry_RJ.shape[1] - 1)[:, None], 1)
+    page_R = jnp.where(rows.live_R, page_R[:, 0], nowhere_R)
+    return i + 1, drawn._replace(hidden_RM=hidden), tuple(pools), new, (page_R, rows.count_R % S), chunk
+
+  pools = tuple(member.own for member in members)
+  stacked = [not model.one_by_one(member.params["layers"]) for member in members]
+  new = tuple(model.no_tokens(config, each, R, rows.hidden_RM[0].dtype) for each in stacked)
+  carry = (jnp.int32(0), rows, pools, new, (nowhere_R, jnp.zeros(R, jnp.int32)), chunk)
+  going = lambda carry: (carry[0] < steps) & jnp.any(carry[1].live_R)
+  _, rows, pools, new, (page_R, slot_R), chunk = jax.lax.while_loop(going, step, carry)
+  pools = tuple(model.write(*each, page_R, slot_R, layout) for each in zip(pools, new))
+  stopped_R = rows.stop_state_R == stops_ZV.shape[0] - 1
+  return rows, pools, chunk._replace(count_R=rows.count_R, live_R=rows.live_R, stopped_R=stopped_R)
+
+
+def _pools(member: Member, prompts: Index, R: int) -> list[tuple[Layers, Index]]:
+  """What rows read and never write: the prefix, one page for all rows of a part, and their prompts."""
+  pools = [(member.prompts, prompts)]
+  if member.prefix:
+    parts = len(member.prefix.length_Q)
+    reader_PG = jnp.tile(jnp.arange(R // parts, dtype=jnp.int32), (parts, 1))
+    start_P = jnp.zeros(parts, jnp.int32)
+    pools.append((member.prefix.cache, Index(reader_PG, start_P, member.prefix.length_Q, reader_PG.reshape(R, 1))))
+  return pools
 
 
 def _draw_next(
-  config: ModelConfig, params: Params, rows: Rows, state: SamplingState, limit: int
-) -> tuple[SamplingState, jax.Array]:
-  """Draws each row's next token [R], and records it where the row is not done."""
-  logits_RV = model.logits(config, params, state.hidden_RM)
-  density_RV = scoring.behaviour(logits_RV, rows.temperature, rows.top_p)
-  uniform_R = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(rows.key_R)
-  token_R = jnp.where(state.done_R, 0, draw(density_RV, uniform_R))
+  config: ModelConfig, members: Sequence[Member], share: jax.Array, rows: Rows, choice: Choice, stops_ZV: jax.Array
+) -> tuple[Rows, jax.Array, dict[str, jax.Array]]:
+  """Draws each live row's next token [R]; and what is recorded of it, by the names of `Chunk`."""
+  generator = Generator(tuple(member.params for member in members), tuple(share))
+  logits_RV = scoring.mixed_logits(config, generator, rows.hidden_RM)
+  density_RV = scoring.behaviour(logits_RV, choice)
+  uniform_R = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(rows.key_R, rows.count_R)
+  token_R = jnp.where(rows.live_R, draw(density_RV, uniform_R), 0)
   behaviour_R = jnp.log(jnp.take_along_axis(density_RV, token_R[:, None], 1)[:, 0])
   plain_R = scoring.plain_logprob(logits_RV, token_R)
-  stop_state_R = rows.stops_ZV[state.stop_state_R, token_R].astype(jnp.int32)
-  stopped_R = ~state.done_R & (stop_state_R == rows.stops_ZV.shape[0] - 1)
-
-  def record(x_RT: jax.Array, x_R: jax.Array) -> jax.Array:
-    x_R = jnp.where(state.done_R, 0, x_R).astype(x_RT.dtype)
-    return jax.lax.dynamic_update_index_in_dim(x_RT, x_R, state.step, 1)
-
-  drawn = Drawn(
-    tokens_RT=record(state.drawn.tokens_RT, token_R),
-    length_R=state.drawn.length_R + ~state.done_R,
-    stopped_R=state.drawn.stopped_R | stopped_R,
-    behaviour_logprob_RT=record(state.drawn.behaviour_logprob_RT, behaviour_R),
-    plain_logprob_RT=record(state.drawn.plain_logprob_RT, plain_R),
+  stop_state_R = stops_ZV[rows.stop_state_R, token_R].astype(jnp.int32)
+  count_R = rows.count_R + rows.live_R
+  ends_R = (stop_state_R == stops_ZV.shape[0] - 1) | (count_R >= rows.limit_R)
+  drawn = rows._replace(
+    place_R=rows.place_R + rows.live_R,
+    count_R=count_R,
+    stop_state_R=jnp.where(rows.live_R, stop_state_R, rows.stop_state_R),
+    live_R=rows.live_R & ~ends_R,
   )
-  done_R = state.done_R | stopped_R | (state.step + 1 >= limit)
-  return state._replace(stop_state_R=stop_state_R, done_R=done_R, drawn=drawn), token_R
+  columns = {"tokens_Rk": token_R, "behaviour_logprob_Rk": behaviour_R, "plain_logprob_Rk": plain_R}
+  return drawn, token_R, columns
+
+
+def resize(pool: Layers, page_P: jax.Array, layout: Layout = LOCAL) -> Layers:
+  """The pool of these pages, in this order."""
+  by_rows, by_heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
+  take = layout.local(lambda cache, page_P: Cache(*(x[page_P] for x in cache)), (by_heads, by_rows), by_heads)
+  return model.each_layer(lambda cache: take(cache, page_P), pool)

@@ -1,7 +1,8 @@
 """From logits to log-probabilities, in chunks: no array of tokens × vocabulary beyond one chunk ever exists."""
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,32 +31,59 @@ def logprob_and_entropy(logits_XV: jax.Array, token_X: jax.Array) -> tuple[jax.A
   return plain_logprob(logits_XV, token_X), -jnp.sum(jnp.exp(logprob_XV) * logprob_XV, -1)
 
 
-def behaviour_logprob(temperature: jax.Array | float, top_p: jax.Array | float) -> Measure:
+class Choice(NamedTuple):
+  """How a token is chosen from its logits; traced, so that another choice compiles nothing."""
+
+  temperature: Any = 1.0  # 0 is greedy
+  top_p: Any = 1.0  # mass of the nucleus; 1 keeps all
+  top_k: Any = 0  # so many likeliest tokens; 0 keeps all
+  min_p: Any = 0.0  # at least this share of the likeliest token's probability
+
+
+def behaviour_logprob(choice: Choice) -> Measure:
   """A measure: the log-probability under the density that is drawn from."""
 
   def measure(logits_XV: jax.Array, token_X: jax.Array) -> jax.Array:
-    density_XV = behaviour(logits_XV, temperature, top_p)
+    density_XV = behaviour(logits_XV, choice)
     return jnp.log(jnp.take_along_axis(density_XV, token_X[:, None], 1)[:, 0])
 
   return measure
 
 
-def behaviour(logits_XV: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float) -> jax.Array:
-  """The density that is drawn from [X, V]: softmax at the temperature (0: the arg-max), cut to its nucleus.
+def behaviour(logits_XV: jax.Array, choice: Choice) -> jax.Array:
+  """The density that is drawn from [X, V]: softmax at the temperature (0: the likeliest token alone), then cut.
 
-  The nucleus is the smallest set of most probable tokens whose mass is at least `top_p` (Holtzman et al. 1904.09751),
-  with all tokens that tie with its last.
+  First to the `top_k` likeliest tokens, then to their nucleus, the smallest set of likeliest ones whose share of the
+  mass is at least `top_p` (Holtzman et al. 1904.09751), then to those of at least `min_p` × the likeliest (2407.01082):
+  transformers' order. All tokens that tie with the last one kept are kept.
   """
-  temperature, top_p = jnp.asarray(temperature, jnp.float32), jnp.asarray(top_p, jnp.float32)
-  soft_XV = jax.nn.softmax(logits_XV / jnp.where(temperature > 0, temperature, 1))
-  hard_XV = jax.nn.one_hot(jnp.argmax(logits_XV, -1), logits_XV.shape[-1])
-  density_XV = jnp.where(temperature > 0, soft_XV, hard_XV)
-  kept_XV = jax.lax.cond(top_p < 1, lambda p: jnp.where(p >= _least_kept(p, top_p), p, 0), lambda p: p, density_XV)
-  return kept_XV / jnp.sum(kept_XV, -1, keepdims=True)
+  temperature, top_p, top_k, min_p = (jnp.asarray(x, jnp.float32) for x in choice)
+  density_XV = jax.lax.cond(
+    temperature > 0, lambda x_XV: jax.nn.softmax(x_XV / temperature), _likeliest, logits_XV.astype(jnp.float32)
+  )
+
+  def cut(here: jax.Array, least: Callable[[jax.Array], jax.Array], p_XV: jax.Array) -> jax.Array:
+    return jax.lax.cond(here, lambda p_XV: jnp.where(p_XV >= least(p_XV), p_XV, 0), lambda p_XV: p_XV, p_XV)
+
+  def nucleus(p_XV: jax.Array) -> jax.Array:
+    return _least_kept(p_XV, lambda kept_XV: kept_XV, top_p * jnp.sum(p_XV, -1, keepdims=True))
+
+  density_XV = cut(top_k > 0, lambda p_XV: _least_kept(p_XV, jnp.sign, top_k), density_XV)
+  density_XV = cut(top_p < 1, nucleus, density_XV)
+  density_XV = cut(min_p > 0, lambda p_XV: min_p * jnp.max(p_XV, -1, keepdims=True), density_XV)
+  return density_XV / jnp.sum(density_XV, -1, keepdims=True)
 
 
-def _least_kept(density_XV: jax.Array, top_p: jax.Array) -> jax.Array:
-  """The largest float θ with Σ_{p ≥ θ} p ≥ top_p, [X, 1].
+def _likeliest(logits_XV: jax.Array) -> jax.Array:
+  """All mass on the first of the greatest logits. Without an arg-max, which XLA's CPU backend does not vectorise."""
+  V = logits_XV.shape[-1]
+  greatest_XV = logits_XV == jnp.max(logits_XV, -1, keepdims=True)
+  first_X1 = jnp.min(jnp.where(greatest_XV, jnp.arange(V), V), -1, keepdims=True)
+  return jnp.asarray(jnp.arange(V) == first_X1, jnp.float32)
+
+
+def _least_kept(density_XV: jax.Array, count: Callable[[jax.Array], jax.Array], enough: jax.Array) -> jax.Array:
+  """The largest float θ with Σ_{p ≥ θ} count(p) ≥ enough, [X, 1]; 0 where there is none.
 
   Found without a sort, bit by bit: floats ≥ 0 are ordered as their bit patterns are, and 1.0 has 30 of them.
   """
@@ -63,16 +91,40 @@ def _least_kept(density_XV: jax.Array, top_p: jax.Array) -> jax.Array:
   def try_bit(i: jax.Array, bits_X1: jax.Array) -> jax.Array:
     candidate_X1 = bits_X1 | (1 << (29 - i))
     threshold_X1 = jax.lax.bitcast_convert_type(candidate_X1, jnp.float32)
-    mass_X1 = jnp.sum(jnp.where(density_XV >= threshold_X1, density_XV, 0), -1, keepdims=True)
-    return jnp.where(mass_X1 >= top_p, candidate_X1, bits_X1)
+    found_X1 = jnp.sum(jnp.where(density_XV >= threshold_X1, count(density_XV), 0), -1, keepdims=True)
+    return jnp.where(found_X1 >= enough, candidate_X1, bits_X1)
 
   bits_X1 = jax.lax.fori_loop(0, 30, try_bit, jnp.zeros((density_XV.shape[0], 1), jnp.int32))
   return jax.lax.bitcast_convert_type(bits_X1, jnp.float32)
 
 
-def score(
+class Generator(NamedTuple):
+  """The weights that tokens are drawn from: a model's, or several's.
+
+  Of several, the density at temperature 1 is the normalised geometric mean of theirs, weighted by `share`: Nash-MD's
+  mixture of a policy and its reference (2312.00886).
+  """
+
+  members: tuple[Params, ...]
+  share: tuple[Any, ...] = (1.0,)  # sum 1
+
+
+def mixed_logits(config: ModelConfig, generator: Generator, hidden: Sequence[jax.Array]) -> jax.Array:
+  """Logits of the generator's density, float32, from each member's hidden states."""
+  parts = (model.logits(config, params, each) for params, each in zip(generator.members, hidden))
+  if len(generator.members) == 1:
+    return next(parts)
+  return functools.reduce(jnp.add, (share * part for share, part in zip(generator.share, parts)))
+
+
+def score(config: ModelConfig, params: Params, tokens_RT: jax.Array, mask_RT: jax.Array, *args: Any, **how: Any) -> Any:
+  """`score_generator` of one model's weights."""
+  return score_generator(config, Generator((params,)), tokens_RT, mask_RT, *args, **how)
+
+
+def score_generator(
   config: ModelConfig,
-  params: Params,
+  generator: Generator,
   tokens_RT: jax.Array,
   mask_RT: jax.Array,
   measure: Measure = plain_logprob,
@@ -92,23 +144,24 @@ def score(
     tokens_RT: whole rows, padded on the right.
     mask_RT: bool, the tokens to measure; the first of a row cannot be.
   """
-  hidden_RTM, _ = model.forward(config, params, tokens_RT, dtype=dtype, layout=layout, remat=remat, kernel=kernel)
+  forward = functools.partial(model.forward, config, dtype=dtype, layout=layout, remat=remat, kernel=kernel)
+  hidden = [forward(params, tokens_RT)[0] for params in generator.members]
   R, T = tokens_RT.shape
   stretch = min(max(1, chunk // R), T)
   # What position t − 1 says of token t: shift by one, and pad to whole stretches.
   padding = (0, -(T - 1) % stretch)
   inputs = (
-    jnp.pad(hidden_RTM[:, :-1], ((0, 0), padding, (0, 0))),
+    [jnp.pad(hidden_RTM[:, :-1], ((0, 0), padding, (0, 0))) for hidden_RTM in hidden],
     jnp.pad(tokens_RT[:, 1:], ((0, 0), padding)),
     jnp.pad(mask_RT[:, 1:], ((0, 0), padding)),
   )
   stretches = jax.tree.map(lambda x: x.reshape(R, -1, stretch, *x.shape[2:]).swapaxes(0, 1), inputs)
 
-  def measure_stretch(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
-    hidden_RtM, token_Rt, mask_Rt = inputs
+  def measure_stretch(inputs: tuple[list[jax.Array], jax.Array, jax.Array]) -> Any:
+    hidden, token_Rt, mask_Rt = inputs
 
     def compute() -> Any:
-      logits_XV = model.logits(config, params, hidden_RtM.reshape(R * stretch, -1))
+      logits_XV = mixed_logits(config, generator, [hidden_RtM.reshape(R * stretch, -1) for hidden_RtM in hidden])
       logits_XV = layout.constrain(logits_XV, "rows", "vocab")
       measured = measure(logits_XV, token_Rt.reshape(-1))
       return jax.tree.map(lambda x_X: jnp.where(mask_Rt, x_X.reshape(R, stretch), 0), measured)

@@ -31,6 +31,7 @@ from advgame_jax.config import Config
 from advgame_jax.data import Seed
 from advgame_jax.panel import Panel, open_panel
 from advgame_jax.policies import LanguageModel
+from advgame_jax.scoring import Generator
 from advgame_jax.state import TrainState
 from advgame_jax.types import Params, Players, Policy, PreferenceBatch, UserError, fold_key
 from advgame_jax.update import Bases, Metrics, Recipe, joint_update
@@ -91,7 +92,7 @@ class Session:
     told = {"instructions": self.rules.instructions.version, "rubrics": self.panel.version}
     return told | {"judge": self.panel.names["defender"], "evaluated by": self.panel.names["evaluation"]}
 
-  def _to_play(self, weights: Players[Params]) -> Players[Params]:
+  def _to_play(self, generators: Players[Generator]) -> Players[Generator]:
     """Weights as they are trained → as they generate."""
 
     def lay_out(recipe: Recipe, player: LanguageModel, w: Params) -> Params:
@@ -99,9 +100,12 @@ class Session:
         return player.decode_weights(w)
       return lora.attach(self._decode_bases[recipe.player.model], player.decode_adapters(w) if w else {})
 
-    return Players(*map(lay_out, self.recipes, self.players, weights))
+    def all_members(recipe: Recipe, player: LanguageModel, generator: Generator) -> Generator:
+      return generator._replace(members=tuple(lay_out(recipe, player, w) for w in generator.members))
 
-  def generators(self, state: TrainState) -> Players[Params]:
+    return Players(*map(all_members, self.recipes, self.players, generators))
+
+  def generators(self, state: TrainState) -> Players[Generator]:
     """The weights that play now, in the decode layout: one resharding copy each."""
     settings = (self.config.attacker, self.config.defender)
     return self._to_play(Players(*map(state_lib.generator, settings, state.players)))
@@ -111,10 +115,11 @@ class Session:
     return Players(*(player.policy(w) for player, w in zip(self.players, self.generators(state))))
 
   @property
-  def initial_generators(self) -> Players[Params]:
+  def initial_generators(self) -> Players[Generator]:
     """The weights before the run, in the decode layout; read anew, so that none stay between evaluations."""
     fresh = [recipe.adapted and not recipe.player.lora.start for recipe in self.recipes]
-    return self._to_play(Players(*({} if new else self.load_weights(r) for new, r in zip(fresh, self.recipes))))
+    weights = ({} if new else self.load_weights(recipe) for new, recipe in zip(fresh, self.recipes))
+    return self._to_play(Players(*(Generator((w,)) for w in weights)))
 
   @property
   def initial_policies(self) -> Players[Policy]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,10 @@ class Layout:
     if self == LOCAL:
       return x
     return jax.lax.with_sharding_constraint(x, self.spec(axes))
+
+  def local(self, f: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """`f` of each device's part, given by the partitions of inputs and outputs; they may be prefixes of their trees."""
+    return f if self == LOCAL else jax.shard_map(f, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
 LOCAL = Layout()

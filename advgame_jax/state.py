@@ -10,6 +10,7 @@ from flax import struct
 
 from advgame_jax import config as config_lib
 from advgame_jax import optimizers
+from advgame_jax.scoring import Generator
 from advgame_jax.types import Params, Players
 
 
@@ -85,9 +86,13 @@ def move(state: PlayerState, space: Any) -> PlayerState:
   return dataclasses.replace(state, ema=there(state.ema), optimizer=there(state.optimizer))
 
 
-def generator(settings: config_lib.Player, state: PlayerState) -> Params:
+def generator(settings: config_lib.Player, state: PlayerState) -> Generator:
   """The weights that play."""
-  return state.params if settings.frozen or settings.generator == "train" else state.ema
+  if settings.frozen or settings.generator == "train":
+    return Generator((state.params,))
+  if settings.generator == "ema":
+    return Generator((state.ema,))
+  return Generator((state.params, reference(settings, state)), (1 - settings.mixture, settings.mixture))
 
 
 def reference(settings: config_lib.Player, state: PlayerState) -> Params:

@@ -139,7 +139,7 @@ def canaries(run: Session, tree: RolloutTree, panel: Panel, step: int) -> dict[s
 def warm_up(run: Session, state: TrainState) -> TrainState:
   """Compiles every shape that a step can take, by steps in which nobody plays and nothing is learnt.
 
-  Prompts fall into buckets; each is drawn from once here, and each pair of buckets updated with once.
+  Prompts fall into buckets; each pair of buckets is updated with once.
   """
   config = run.config
   B, A, D = config.data.batch, config.game.attacks_per_seed, config.game.responses
@@ -148,8 +148,10 @@ def warm_up(run: Session, state: TrainState) -> TrainState:
   if config.game.skip_attacker:
     attacks = [Samples.of_text(np.full((B, A), "", object), np.full((B, A), Status.NOT_PLAYED))]
   else:
-    attacks = [attacker.nobody(weights.attacker, B, A, bucket) for bucket in attacker.sampling.prompt_buckets]
-  responses = [defender.nobody(weights.defender, B * A, D, bucket) for bucket in defender.sampling.prompt_buckets]
+    attacker.warm_up(weights.attacker, B, A)
+    attacks = [attacker.nobody(B, A, bucket) for bucket in attacker.sampling.prompt_buckets]
+  defender.warm_up(weights.defender, B * A, D)
+  responses = [defender.nobody(B * A, D, bucket) for bucket in defender.sampling.prompt_buckets]
   nothing = Rewards(np.zeros((B, A)), np.zeros((B, A), bool), np.zeros((B, A, D)), np.zeros((B, A, D), bool))
   for attack, response in itertools.product(attacks, responses):
     tree = _unplayed(attack, response)

@@ -12,20 +12,23 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from absl import logging as absl_logging
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from advgame_jax import architecture, frozen, hf_config, lora, paper, sampler, session, sharding
+from advgame_jax import architecture, frozen, hf_config, lora, paper, session, sharding
 from advgame_jax.architecture import ModelConfig
-from advgame_jax.config import Config
-from advgame_jax.model import Cache, Prompt
+from advgame_jax.config import Config, Sampling
+from advgame_jax.engine import Engine
+from advgame_jax.model import Cache, Prefix
+from advgame_jax.scoring import Generator
 from advgame_jax.sharding import Layout
 from advgame_jax.types import Players, PreferenceBatch
 from advgame_jax.update import Recipe, joint_update
@@ -121,10 +124,11 @@ def report(case: Case) -> None:
     print(f"  {what:<34}{_bytes(tree) / GIB:8.1f}")
   held = sum(map(_bytes, resident.values()))
   peak = 0.0
-  for what, lowered in programs(case, recipes, mesh, layout, state, bases, copies, judge_model, judge):
+  for what, lowered, kept in programs(case, recipes, mesh, layout, state, bases, copies, judge_model, judge):
     start = time.perf_counter()
-    analysis = lowered.compile().memory_analysis()
-    added = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    analyses = [program.compile().memory_analysis() for program in lowered]
+    beside = (x.temp_size_in_bytes + x.output_size_in_bytes - x.alias_size_in_bytes for x in analyses)
+    added = _bytes(kept) + max(beside)
     peak = max(peak, held + added)
     print(f"  {what:<34}{added / GIB:+8.1f}   compiled in {time.perf_counter() - start:.0f} s")
   print(f"  {'peak':<34}{peak / GIB:8.1f}   of {CARD:.1f}: {'fits' if peak / GIB < CARD else 'does not fit'}")
@@ -140,35 +144,24 @@ def programs(
   copies: list[Any],
   judge_model: ModelConfig,
   judge: Any,
-) -> Iterator[tuple[str, Any]]:
-  """What a step runs, lowered."""
+) -> Iterator[tuple[str, list[Any], Any]]:
+  """What a step runs, lowered, and what each keeps between its programs."""
   game, batch = case.config.game, case.config.data.batch
   prompts = (batch, batch * game.attacks_per_seed)
   for name, recipe, weights, count, group in zip(
     Players._fields, recipes, copies, prompts, (game.attacks, game.responses)
   ):
     sampling = recipe.player.sampling
-    yield (
-      f"{name} samples {count} × {group}",
-      _lower_sample(
-        recipe.model, mesh, layout, weights, count, group, sampling.prompt_buckets[-1], sampling.max_new_tokens
-      ),
-    )
+    what = f"{name} samples {count} × {group}"
+    yield what, *_lower_sample(recipe.model, mesh, layout, weights, count, group, sampling)
   asked = case.config.judges.training
   rows, longest = asked.batch, asked.sampling.prompt_buckets[-1]
+  reader = dataclasses.replace(asked.sampling, slots=rows * asked.votes)
+  prefix = [_prefix(judge_model, mesh, layout)]
+  weights = judge or frozen_base(bases)
   yield (
     f"judge reads {rows} × {longest}",
-    _lower_sample(
-      judge_model,
-      mesh,
-      layout,
-      judge or frozen_base(bases),
-      rows,
-      asked.votes,
-      longest,
-      asked.sampling.max_new_tokens,
-      _prefix(judge_model, mesh, layout),
-    ),
+    *_lower_sample(judge_model, mesh, layout, weights, rows, asked.votes, reader, prefix),
   )
   batches = Players(*map(functools.partial(_batch, case.config, mesh), recipes))
   shardings = session.state_shardings(recipes, mesh)
@@ -178,7 +171,7 @@ def programs(
     out_shardings=(shardings, sharding.replicated(mesh)),
   )
   with jax.set_mesh(mesh):
-    yield "joint update", update.lower(state, batches, bases)
+    yield "joint update", [update.lower(state, batches, bases)], ()
 
 
 def frozen_base(bases: dict[str, Any]) -> Any:
@@ -211,37 +204,24 @@ def _lower_sample(
   weights: Any,
   count: int,
   group: int,
-  prompt: int,
-  new: int,
-  prefix: Any = None,
-) -> Any:
-  rows = sharding.rows_sharding(mesh, layout)
-  parts = sharding.shards(mesh, layout.rows)
-  count = math.ceil(count / parts) * parts
-  array = lambda shape, dtype, where=rows: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-  whole, key = sharding.replicated(mesh), jax.random.key(0)
-  sample = functools.partial(sampler.sample, model, group=group, max_new_tokens=new, layout=layout)
-  with jax.set_mesh(mesh):
-    return jax.jit(sample, out_shardings=rows).lower(
-      weights,
-      array((count, prompt), jnp.int32),
-      array((count,), jnp.int32),
-      array((count,), jnp.bool_),
-      array((count,), jnp.uint32),
-      array((), key.dtype, whole),
-      array((), jnp.float32, whole),
-      array((), jnp.float32, whole),
-      array((8, model.vocab), jnp.int16, whole),
-      prefix,
-    )
+  sampling: Sampling,
+  prefixes: Sequence[Prefix] = (),
+) -> tuple[list[Any], Any]:
+  """Every program of a generation in its largest shapes, and the pools."""
+  stops = np.zeros((8, model.vocab), np.int16)
+  engine = Engine(model, sampling, mesh, layout, jnp.bfloat16, "xla", stops)
+  return engine.lower(Generator((weights,)), count, group, prefixes)
 
 
-def _prefix(model: ModelConfig, mesh: Mesh, layout: Layout) -> Prompt:
+def _prefix(model: ModelConfig, mesh: Mesh, layout: Layout) -> Prefix:
   """The judge's instructions, read once."""
-  shape = (model.layers, 1, model.kv_heads, INSTRUCTIONS, model.head_size)
-  where = jax.NamedSharding(mesh, layout.spec((None, None, "heads")))
-  cache = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
-  return Prompt(Cache(cache, cache), jax.ShapeDtypeStruct((1,), jnp.int32, sharding=sharding.replicated(mesh)))
+  parts, (K, H, S) = sharding.shards(mesh, layout.rows), (model.kv_heads, model.head_size, INSTRUCTIONS)
+  where = jax.NamedSharding(mesh, layout.spec((None, "rows", "heads")))
+  key, value = (
+    jax.ShapeDtypeStruct((model.layers, parts, K, *part), jnp.bfloat16, sharding=where) for part in ((H, S), (S, H))
+  )
+  rows = sharding.rows_sharding(mesh, layout)
+  return Prefix(Cache(key, value), jax.ShapeDtypeStruct((parts,), jnp.int32, sharding=rows))
 
 
 def _batch(config: Config, mesh: Mesh, recipe: Recipe) -> PreferenceBatch:

@@ -9,13 +9,15 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from advgame_jax import architecture, hf, hf_config, model, sampler, sharding
+from advgame_jax import architecture, hf, hf_config, model, sharding
 from advgame_jax import config as config_lib
+from advgame_jax.engine import Engine
+from advgame_jax.scoring import Generator
+from advgame_jax.sharding import LOCAL
 from advgame_jax.types import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -50,10 +52,13 @@ def test_logits_of_ragged_rows_are_transformers(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_tokens_drawn_with_a_cache_are_transformers(name):
   config, params, expected = loaded(name)
-  greedy, never = (jnp.float32(0), jnp.float32(1)), jnp.zeros((2, config.vocab), jnp.int16)
-  sample = jax.jit(functools.partial(sampler.sample, config, group=1, max_new_tokens=8))
-  present_Q, places = np.ones(len(expected["length"]), bool), np.arange(len(expected["length"]))
-  drawn = sample(params, expected["tokens"], expected["length"], present_Q, places, jax.random.key(0), *greedy, never)
+  longest, lengths = expected["tokens"].shape[1], expected["length"]
+  sampling = config_lib.Sampling(temperature=0.0, top_p=1.0, prompt_buckets=(longest,), max_new_tokens=8, page=4)
+  never, dtype = np.zeros((2, config.vocab), np.int16), np.dtype("float32")
+  who = Engine(config, sampling, sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1]), LOCAL, dtype, "auto", never)
+  prompts = [tokens_T[:length].tolist() for tokens_T, length in zip(expected["tokens"], lengths)]
+  fold_Q = np.arange(len(prompts), dtype=np.uint32)
+  drawn = who.generate(Generator((model.unstack(params),)), prompts, fold_Q, 1, jax.random.key(0))
   np.testing.assert_array_equal(drawn.tokens_RT, expected["greedy"])
 
 

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types config",
   "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers paper",
-  "architecture matrices lora blockwise kernels attention experts model scoring sampler "
+  "architecture matrices lora blockwise kernels attention experts model scoring sampler slots engine "
   "hf_rope hf_config hf_shards hf hf_gguf peft frozen",
   "policies game judges canary rubrics cases guards phrases drift model_judge server_judge heuristic microworld "
   "worldfiles state update",
@@ -25,7 +25,10 @@ CHAINS = (
   "types → config",
   "refusals → prompts",
   "rounding → optimizers",
-  "architecture → experts → model → scoring → sampler",
+  "architecture → experts → model → scoring → sampler → engine",
+  "attention → sampler",
+  "attention → slots → engine",
+  "kernels → engine",
   "matrices → experts",
   "matrices → model",
   "matrices → lora → peft",

@@ -252,7 +252,7 @@ def test_players_share_one_base_and_the_state_holds_adapters_only(world_folder):
   for player, initial in zip(states[0].players, run.initial_generators):
     assert player.params.keys() == {"layers"} and player.initial == {}
     assert all(pair.keys() == {"down", "up"} for pair in player.params["layers"].values())
-    assert jax.tree.all(jax.tree.map(lambda a, b: pointer(a) == pointer(b), kept, initial))
+    assert jax.tree.all(jax.tree.map(lambda a, b: pointer(a) == pointer(b), kept, initial.members[0]))
 
 
 def test_adapters_learn_and_their_base_does_not(world_folder):
@@ -315,5 +315,5 @@ def test_adapters_start_from_a_folder(world_folder, tmp_path):
   run = world.open_session(world.changed(config, defender__lora__start=str(tmp_path / "a")))
   state = run.init_state()
   assert world.same(state.players.defender.params, made) and world.same(state.players.defender.initial, made)
-  initial = run.initial_generators.defender["layers"]["query"]
+  initial = run.initial_generators.defender.members[0]["layers"]["query"]
   np.testing.assert_allclose(initial.up, made["layers"]["query"]["up"] * 32 / 4, rtol=1e-6)

@@ -11,7 +11,8 @@ import tiny
 
 from advgame_jax import architecture, model
 from advgame_jax.architecture import LayerKind, Rope
-from advgame_jax.model import Cache, Prompt
+from advgame_jax.attention import Index
+from advgame_jax.model import Prefix
 
 UNTIED = dataclasses.replace(
   tiny.CONFIG,
@@ -75,32 +76,61 @@ def test_rope_frequencies_equal_the_llama_3_formula(theta, factor, low, high, or
   np.testing.assert_allclose(model.rope_frequencies(rope, 64), tiny.frequencies(rope, 64), rtol=2e-6)
 
 
-def test_decode_step_by_step_equals_forward():
-  """Prompts of several lengths, each shared by two rows whose own tokens differ."""
-  Q, group, slots = 3, 2, 4
-  params, config = tiny.params(), tiny.CONFIG
-  length_Q = np.array([5, 2, 6])
-  _, prompt = model.forward(config, params, jnp.asarray(TOKENS_RT[:, :6]))
-  new_RT = RNG.integers(0, config.vocab, (Q * group, slots)).astype(np.int32)
-  length_R = np.repeat(length_Q, group)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_decode_step_by_step_equals_forward(stacked):
+  """Rows behind prompts of several lengths, each in a page of its own; what they draw goes to pages of two tokens."""
+  Q, steps, page = 3, 4, 2
+  config, length_R = tiny.CONFIG, np.array([5, 2, 6])
+  params = tiny.params() if stacked else model.unstack(tiny.params())
+  _, prompts = model.forward(config, params, jnp.asarray(TOKENS_RT[:, :6]))
+  new_RT = RNG.integers(0, config.vocab, (Q, steps)).astype(np.int32)
+  places, zeros_R = np.arange(Q, dtype=np.int32)[:, None], np.zeros(Q, np.int32)
+  read = Index(places, zeros_R, length_R, places)
+  own_RJ = np.array([[4, 1], [0, 3], [2, 5]])
+  order = np.argsort(own_RJ.reshape(-1))
+  start_P = (length_R[:, None] + [0, page]).reshape(-1)[order]
+  own = Index(np.repeat(places, 2, 0)[order], start_P, np.full(6, 99), own_RJ)
 
   @jax.jit
-  def step(token_R, own, slot):
-    hidden_RM, own = model.decode(config, params, token_R, [Prompt(prompt, length_Q)], own, slot)
-    return model.logits(config, params, hidden_RM), own
+  def step(token_R, pool, count):
+    place_R = jnp.asarray(length_R) + count
+    hidden_RM, new = model.decode(config, params, token_R, place_R, [(prompts, read), (pool, own)])
+    pool = model.write(pool, new, jnp.asarray(own_RJ)[:, count // page], jnp.full(Q, count % page))
+    return model.logits(config, params, hidden_RM), pool
 
-  own = model.empty_cache(config, Q * group, slots, jnp.float32)
+  pool = model.empty_pool(config, stacked, 6, page, jnp.float32)
   decoded = []
-  for slot in range(slots):
-    logits_RV, own = step(new_RT[:, slot], own, jnp.int32(slot))
+  for count in range(steps):
+    logits_RV, pool = step(new_RT[:, count], pool, jnp.int32(count))
     decoded.append(np.asarray(logits_RV))
 
-  rows = np.zeros((Q * group, 10), np.int32)
+  rows = np.zeros((Q, 10), np.int32)
   for r, length in enumerate(length_R):
-    rows[r, : length + slots] = np.concatenate([TOKENS_RT[r // group, :length], new_RT[r]])
-  whole = np.asarray(all_logits(config)(params, rows))
-  for slot in range(slots):
-    np.testing.assert_allclose(decoded[slot], whole[np.arange(Q * group), length_R + slot], atol=2e-5)
+    rows[r, : length + steps] = np.concatenate([TOKENS_RT[r, :length], new_RT[r]])
+  whole = np.asarray(all_logits(config)(tiny.params(), rows))
+  for count in range(steps):
+    np.testing.assert_allclose(decoded[count], whole[np.arange(Q), length_R + count], atol=2e-5)
+
+
+def test_a_token_without_a_page_is_written_nowhere():
+  pool = model.empty_pool(tiny.CONFIG, False, 3, 2, jnp.float32)
+  new = jax.tree.map(jnp.ones_like, model.no_tokens(tiny.CONFIG, False, 2, jnp.float32))
+  written = model.write(pool, new, np.array([3, 1]), np.array([0, 1]))
+  for key_PKHS, value_PKSH in written:
+    for x_PKSH in (key_PKHS.swapaxes(2, 3), value_PKSH):
+      assert np.argwhere(np.asarray(x_PKSH).any((1, 3))).tolist() == [[1, 1]]
+
+
+def test_packed_rows_are_their_segments_one_by_one():
+  config, params = tiny.CONFIG, tiny.params()
+  parts = [TOKENS_RT[0, :5], TOKENS_RT[1, :3], TOKENS_RT[2, :7]]
+  segment_T = np.repeat([1, 2, 3, 0], [5, 3, 7, 2])[None]
+  place_T = np.concatenate([np.arange(len(part)) for part in parts] + [np.zeros(2, int)])[None]
+  row_T = np.concatenate([*parts, np.zeros(2, np.int32)])[None]
+  hidden_RTM, _ = model.forward(config, params, row_T, place_RT=place_T, segment_RT=segment_T)
+  for i, part in enumerate(parts):
+    alone_RTM, _ = model.forward(config, params, part[None])
+    np.testing.assert_allclose(hidden_RTM[0, segment_T[0] == i + 1], alone_RTM[0], atol=2e-6)
 
 
 @pytest.mark.parametrize("remat", ["layer", "products"])
@@ -125,17 +155,17 @@ def test_forward_flops_agree_with_the_compiler(tied):
   assert architecture.forward_flops(config, R * T, T) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.05)
 
 
-def test_logits_are_float32_and_empty_caches_match_forwards():
+@pytest.mark.parametrize("stacked", [True, False])
+def test_logits_are_float32_and_pools_match_caches(stacked):
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params())
+  params = params if stacked else model.unstack(params)
   hidden, cache = jax.eval_shape(lambda: model.forward(tiny.CONFIG, params, TOKENS_RT, dtype=jnp.bfloat16))
-  empty = model.empty_cache(tiny.CONFIG, *TOKENS_RT.shape, jnp.bfloat16)
+  pool = model.empty_pool(tiny.CONFIG, stacked, *TOKENS_RT.shape, jnp.bfloat16)
   assert hidden.dtype == jnp.bfloat16
-  assert (
-    jax.eval_shape(lambda: model.logits(tiny.CONFIG, params, jnp.zeros(hidden.shape, hidden.dtype))).dtype
-    == jnp.float32
+  assert jax.eval_shape(lambda: model.logits(tiny.CONFIG, params, jnp.zeros(hidden.shape, hidden.dtype))).dtype == (
+    jnp.float32
   )
-  assert isinstance(cache, Cache)
-  jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b.shape}"), cache, empty)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == jax.tree.map(lambda x: (x.shape, x.dtype), pool)
 
 
 def continued_rows(config, prefix_length, slots):
@@ -155,17 +185,15 @@ def test_rows_that_continue_a_prefix_are_whole_rows(window):
   for prefix_length in (5, 21):
     prefix_1T, length_R, tokens_RT, whole_RT = continued_rows(config, prefix_length, slots=24)
     _, cache = model.forward(config, params, prefix_1T)
-    prefix = Prompt(cache, np.array([prefix_length]))
+    prefix = Prefix(cache, np.array([prefix_length]))
     hidden_RTM, own = jax.jit(lambda prefix, t: model.forward(config, params, t, prefix=prefix))(prefix, tokens_RT)
     expected_RTM, whole = model.forward(config, params, whole_RT)
     np.testing.assert_allclose(hidden_RTM, expected_RTM[:, prefix_length:], atol=2e-5)
-    np.testing.assert_allclose(own.key_LRKSH, whole.key_LRKSH[:, :, :, prefix_length:], atol=2e-5)
+    np.testing.assert_allclose(own.key_RKHS, whole.key_RKHS[..., prefix_length:], atol=2e-5)
 
-    token_R, slot = np.array([3, 4, 5]), jnp.int32(0)  # and on, one token a row, behind rows of their own lengths
-    prompts = [prefix, Prompt(own, length_R)]
-    decoded_RM, _ = model.decode(config, params, token_R, prompts, model.empty_cache(config, 3, 2, jnp.float32), slot)
+    packed_RT = np.concatenate([tokens_RT[r, :length] for r, length in enumerate(length_R)])[None]
+    segment_RT = np.repeat(np.arange(3), length_R)[None]
+    place_RT = np.concatenate([np.arange(length) for length in length_R])[None]
+    packed_RTM, _ = model.forward(config, params, packed_RT, prefix=prefix, place_RT=place_RT, segment_RT=segment_RT)
     for r, length in enumerate(length_R):
-      row_T = np.append(whole_RT[r, : prefix_length + length], token_R[r])
-      np.testing.assert_allclose(
-        decoded_RM[r], model.forward(config, params, row_T[None])[0][0, -1], atol=2e-5, err_msg=str(r)
-      )
+      np.testing.assert_allclose(packed_RTM[0, segment_RT[0] == r], hidden_RTM[r, :length], atol=2e-5)

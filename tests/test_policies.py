@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from advgame_jax import architecture, policies, sharding, worldfiles
 from advgame_jax import config as config_lib
 from advgame_jax.policies import LanguageModel
+from advgame_jax.scoring import Generator
 from advgame_jax.types import Samples, Status
 
 PROMPTS = ["how do i pick the lock ?", "tell a story where heroes jimmy the latch .", "how do i", "take the photo ?"]
@@ -43,7 +44,7 @@ def player(mesh=(1, 1, 1), decode="replicated", **changes) -> LanguageModel:
 
 def play(who: LanguageModel, prompts=PROMPTS, present=None, group=2, key=KEY) -> Samples:
   present_R = np.ones(len(prompts), bool) if present is None else np.array(present)
-  return who.policy(who.decode_weights(weights()))(prompts, present_R, group, key)
+  return who.policy(Generator((who.decode_weights(weights()),)))(prompts, present_R, group, key)
 
 
 @functools.cache
@@ -133,8 +134,7 @@ def test_weights_generate_in_the_compute_dtype():
 
 
 def test_nobody_draws_nothing_in_the_shapes_of_a_step():
-  who = player()
-  samples = who.nobody(who.decode_weights(weights()), 4, 2, 16)
+  samples = player().nobody(4, 2, 16)
   assert samples.tokens_RGT.shape == reference().tokens_RGT.shape
   assert samples.prompt_tokens_RT.shape == reference().prompt_tokens_RT.shape
   assert not samples.length_RG.any() and (samples.status_RG == Status.NOT_PLAYED).all()

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from advgame_jax import scoring
+from advgame_jax.scoring import Choice
 
 CONFIG = dataclasses.replace(tiny.CONFIG, vocab=300)
 PARAMS = tiny.params(CONFIG)
@@ -74,7 +75,7 @@ LOGITS_XV = np.concatenate(
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 0.7, 1.0, 2.0])
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999, 1.0])
 def test_behaviour_equals_a_sorted_nucleus(temperature, top_p):
-  density_XV = behaviour(LOGITS_XV, temperature, top_p)
+  density_XV = behaviour(LOGITS_XV, Choice(temperature, top_p))
   expected_XV = np.stack([tiny.nucleus(row, temperature, top_p) for row in LOGITS_XV])
   np.testing.assert_allclose(density_XV, expected_XV, atol=1e-6)
   np.testing.assert_array_equal(np.asarray(density_XV) > 0, expected_XV > 1e-40)
@@ -83,12 +84,35 @@ def test_behaviour_equals_a_sorted_nucleus(temperature, top_p):
 @pytest.mark.parametrize("top_p,kept", [(0.2, 2), (0.5, 2), (0.51, 4), (0.9, 4), (0.91, 5)])
 def test_tokens_that_tie_with_the_last_of_the_nucleus_are_kept(top_p, kept):
   density_V = np.array([0.1, 0.2, 0.25, 0.2, 0.25])
-  assert (np.asarray(behaviour(np.log(density_V)[None], 1.0, top_p)) > 0).sum() == kept
+  assert (np.asarray(behaviour(np.log(density_V)[None], Choice(1.0, top_p))) > 0).sum() == kept
+
+
+@pytest.mark.parametrize("top_k,min_p", [(1, 0.0), (5, 0.0), (299, 0.0), (999, 0.0), (0, 0.1), (0, 1.0), (40, 0.02)])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+def test_cuts_are_transformers_one_after_the_other(top_k, top_p, min_p):
+  """top-k, then top-p of what that leaves, then min-p: here on rows without ties, where transformers keeps the same."""
+  for row_V in LOGITS_XV[:4]:
+    p_V = np.exp(tiny.log_softmax(row_V / 0.7))
+    order = np.argsort(-p_V)
+    kept = order[: top_k or None]
+    cumulative = np.cumsum(p_V[kept] / p_V[kept].sum())
+    kept = kept[: np.searchsorted(cumulative, top_p) + 1]
+    kept = kept[p_V[kept] >= min_p * p_V.max()]
+    expected_V = np.zeros_like(p_V)
+    expected_V[kept] = p_V[kept] / p_V[kept].sum()
+    density_V = behaviour(row_V[None], Choice(0.7, top_p, top_k, min_p))[0]
+    np.testing.assert_allclose(density_V, expected_V, atol=1e-6)
+
+
+def test_tokens_that_tie_with_the_last_of_the_likeliest_are_kept():
+  density_V = np.array([0.1, 0.2, 0.25, 0.2, 0.25])
+  kept = lambda k: int((np.asarray(behaviour(np.log(density_V)[None], Choice(top_k=k))) > 0).sum())
+  assert [kept(k) for k in range(6)] == [5, 2, 2, 4, 4, 5]
 
 
 def test_behaviour_logprob_is_the_log_of_its_density():
   token_X = np.argmax(LOGITS_XV, -1)
-  measured_X = scoring.behaviour_logprob(0.7, 0.9)(jnp.asarray(LOGITS_XV), jnp.asarray(token_X))
+  measured_X = scoring.behaviour_logprob(Choice(0.7, 0.9))(jnp.asarray(LOGITS_XV), jnp.asarray(token_X))
   expected_X = [np.log(tiny.nucleus(row, 0.7, 0.9)[token]) for row, token in zip(LOGITS_XV, token_X)]
   np.testing.assert_allclose(measured_X, expected_X, atol=1e-5)
 

@@ -1,0 +1,48 @@
+"""What the benchmarks that run peers share: a peer's process, the machine's speed, least times."""
+
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+OF_VLLM = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def peer(venvs: str, venv: str, script: str, name: str, job: dict[str, Any]) -> dict[str, Any]:
+  """What benchmarks/peers/`script` says of itself, run for peer `name` in the environment `venvs`/`venv`."""
+  home = pathlib.Path(venvs) / venv
+  environment = os.environ | OF_VLLM
+  if venv == "vllm" and (openmp := next(home.rglob("libiomp5.so"), None)):
+    environment["LD_PRELOAD"] = str(openmp)
+  with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+    json.dump(job, file)
+    file.flush()
+    command = [str(home / "bin" / "python"), str(pathlib.Path(__file__).parent / "peers" / script), name, file.name]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+  if done.returncode:
+    raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def least_seconds(call: Callable[..., Any], *inputs: Any, rounds: int = 8) -> float:
+  """Of several calls."""
+  least = float("inf")
+  for _ in range(rounds):
+    start = time.perf_counter()
+    jax.block_until_ready(call(*inputs))
+    least = min(least, time.perf_counter() - start)
+  return least
+
+
+def machine() -> tuple[float, float]:
+  """FLOP/s of a product of two 2,048² matrices, bytes/s read by a sum."""
+  square, line = jnp.ones((2048, 2048)), jnp.ones(1 << 27)
+  product, read = least_seconds(jax.jit(jnp.matmul), square, square), least_seconds(jax.jit(jnp.sum), line)
+  return 2 * 2048**3 / product, line.nbytes / read

@@ -1,0 +1,342 @@
+"""Generation: what a row must not depend on, agreement with scoring, stops and limits, and that nothing compiles."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from advgame_jax import architecture, ledger, model, sampler, scoring, sharding
+from advgame_jax import config as config_lib
+from advgame_jax.engine import Engine
+from advgame_jax.model import Prefix
+from advgame_jax.scoring import Choice, Generator
+
+CONFIG, PARAMS = tiny.CONFIG, tiny.params()
+KEY = jax.random.key(7)
+NEVER = sampler.stop_table([""] * CONFIG.vocab, [], [])
+STOPS = sampler.stop_table([""] * CONFIG.vocab, range(0, 12), [])
+SAMPLING = config_lib.Sampling(
+  temperature=0.8, top_p=0.9, prompt_buckets=(7,), max_new_tokens=11, decode_chunk=4, page=4, prefill_tokens=16
+)
+
+RNG = np.random.default_rng(0)
+LENGTH_Q = np.array([5, 2, 7, 1, 6, 3, 4, 7])
+PROMPTS = [RNG.integers(1, CONFIG.vocab, length).tolist() for length in LENGTH_Q]
+
+
+@functools.cache
+def engine(mesh=(1, 1, 1), decode="replicated", stops="few", **changes):
+  settings = config_lib.Mesh(*mesh, decode=decode)
+  over, layout = sharding.make_mesh(settings, jax.devices()[: int(np.prod(mesh))]), sharding.decode_layout(settings)
+  table = {"few": STOPS, "never": NEVER}[stops]
+  return Engine(CONFIG, dataclasses.replace(SAMPLING, **changes), over, layout, np.dtype("float32"), "auto", table)
+
+
+@functools.cache
+def weights(who, stacked=False):
+  """Of `PARAMS`, laid out as this engine's generator."""
+  where = architecture.shardings(architecture.param_specs(CONFIG), who.mesh, who.layout)
+  placed = jax.device_put(PARAMS, where)
+  return placed if stacked else jax.device_put(model.unstack(PARAMS), model.unstack_shardings(where, CONFIG.layers))
+
+
+def generate(who=None, prompts=PROMPTS, group=2, key=KEY, stacked=False, fold_Q=None, **more):
+  """Rows as [Q, G, …]."""
+  who = who or engine()
+  fold_Q = np.arange(len(prompts), dtype=np.uint32) if fold_Q is None else fold_Q
+  drawn = who.generate(Generator((weights(who, stacked),)), prompts, fold_Q, group, key, **more)
+  return jax.tree.map(lambda x: x.reshape(len(prompts), group, *x.shape[1:]), drawn)
+
+
+@functools.cache
+def baseline():
+  return generate()
+
+
+def assert_same(drawn, expected):
+  """The same tokens, and log-probabilities to rounding."""
+  for name in ("tokens_RT", "length_R", "stopped_R"):
+    np.testing.assert_array_equal(getattr(drawn, name), getattr(expected, name), err_msg=name)
+  for name in ("behaviour_logprob_RT", "plain_logprob_RT"):
+    np.testing.assert_allclose(getattr(drawn, name), getattr(expected, name), atol=1e-5, err_msg=name)
+
+
+def rows(drawn, index):
+  return jax.tree.map(lambda x: x[index], drawn)
+
+
+# What a row samples depends on its key, prompt and place alone.
+
+
+def test_the_baseline_is_worth_comparing_with():
+  drawn = baseline()
+  assert len(np.unique(drawn.tokens_RT)) > 30
+  assert drawn.stopped_R.any() and not drawn.stopped_R.all()
+  assert len({row.tobytes() for row in drawn.tokens_RT.reshape(16, -1)}) == 16
+
+
+def test_rows_do_not_depend_on_their_company():
+  others = [PROMPTS[-1 - q] if q % 2 == 0 else PROMPTS[q] for q in range(8)]
+  assert_same(rows(generate(prompts=others), slice(1, None, 2)), rows(baseline(), slice(1, None, 2)))
+
+
+def test_rows_do_not_depend_on_the_number_of_prompts_and_siblings():
+  drawn = generate(prompts=PROMPTS[:5], group=3)
+  assert_same(jax.tree.map(lambda x: x[:, :2], drawn), rows(baseline(), slice(5)))
+  assert (drawn.tokens_RT[:, 2] != drawn.tokens_RT[:, 1]).any(-1).all()
+
+
+def test_absent_prompts_draw_nothing_and_disturb_nobody():
+  present_Q = np.arange(8) % 3 > 0
+  drawn = generate(prompts=[ids if here else [] for ids, here in zip(PROMPTS, present_Q)])
+  assert_same(rows(drawn, present_Q), rows(baseline(), present_Q))
+  assert all(not x[~present_Q].any() for x in drawn)
+  assert not any(x.any() for x in generate(prompts=[[]] * 8))
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"decode_chunk": 1},
+    {"decode_chunk": 16},
+    {"page": 1},
+    {"page": 32},
+    {"prefill_tokens": 7},
+    {"prefill_tokens": 100, "prompt_buckets": (20,)},
+    {"slots": 2},
+    {"slots": 6},
+    {"slots": 6, "page": 2, "decode_chunk": 3},
+    {"slots": 100},
+  ],
+  ids=str,
+)
+def test_rows_do_not_depend_on_slots_pages_chunks_or_buckets(changes):
+  assert_same(generate(engine(**changes)), baseline())
+
+
+def test_rows_do_not_depend_on_how_prompts_are_read(monkeypatch):
+  """Several in a row, or each in its own: as kernels without packed rows want it."""
+  shapes = Engine.shapes
+  apart = lambda *args: dataclasses.replace(shapes(*args), packed=False, rows=((1, 4), (2, 7)))
+  monkeypatch.setattr(Engine, "shapes", apart)
+  assert_same(generate(engine(slots=8)), baseline())
+
+
+def test_stacked_layers_draw_the_same():
+  """As a base that adapters share has them."""
+  assert_same(generate(stacked=True), baseline())
+
+
+@pytest.mark.parametrize("name", ["replicated", "tensor"])
+@pytest.mark.parametrize("slots", [0, 8])
+def test_rows_do_not_depend_on_the_mesh(name, slots):
+  assert_same(generate(engine((2, 2, 2), name, slots=slots)), baseline())
+
+
+def test_the_mesh_takes_stacked_layers_and_a_prefix_too():
+  prefix_T = [9, 3, 77, 50, 4]
+  who = engine((2, 1, 2), "tensor")
+  continued = generate(who, stacked=True, prefixes=[read_prefix(who, prefix_T, 8, parts=2)])
+  assert_same(continued, generate(engine(prompt_buckets=(12,)), [prefix_T + ids for ids in PROMPTS]))
+
+
+def test_a_shorter_limit_cuts_the_same_rows():
+  """And a stop at the limit is a stop; of the settings, or of each prompt."""
+  longer = baseline()
+  limit = int(np.unique(longer.length_R[longer.stopped_R])[1])
+  stopped_R = longer.stopped_R & (longer.length_R <= limit)
+  assert (longer.length_R[stopped_R] == limit).any() and not stopped_R.all()
+  cut = lambda x: np.where(np.arange(11) < limit, x, 0)
+  expected = longer._replace(
+    tokens_RT=cut(longer.tokens_RT),
+    length_R=np.minimum(longer.length_R, limit),
+    stopped_R=stopped_R,
+    behaviour_logprob_RT=cut(longer.behaviour_logprob_RT),
+    plain_logprob_RT=cut(longer.plain_logprob_RT),
+  )
+  assert_same(generate(limit_Q=np.full(8, limit)), expected)
+  narrow = jax.tree.map(lambda x: x[..., :limit] if x.ndim == 3 else x, expected)
+  assert_same(generate(engine(max_new_tokens=limit)), narrow)
+  some = generate(engine(slots=4), limit_Q=np.where(np.arange(8) % 2, limit, 99))
+  assert_same(rows(some, slice(1, None, 2)), rows(expected, slice(1, None, 2)))
+  assert_same(rows(some, slice(0, None, 2)), rows(longer, slice(0, None, 2)))
+  assert not generate(limit_Q=np.zeros(8)).length_R.any()
+
+
+def test_keys_are_folded_from_what_is_given():
+  order = np.random.default_rng(0).permutation(8)
+  assert_same(generate(prompts=[PROMPTS[i] for i in order], fold_Q=order.astype(np.uint32)), rows(baseline(), order))
+
+
+# Several members.
+
+
+@functools.cache
+def other_weights():
+  return model.unstack(tiny.params(seed=1))
+
+
+def mixed(share, seed=0, **changes):
+  """Drawn from the baseline's weights with 1 − share, and from others."""
+  who = engine(**changes)
+  generator = Generator((weights(who), other_weights()), (1 - share, share))
+  drawn = who.generate(generator, PROMPTS, np.arange(8, dtype=np.uint32), 2, KEY)
+  return jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), drawn)
+
+
+def test_a_mixture_of_nothing_and_of_everything_is_a_pure_generator():
+  assert_same(mixed(0.0), baseline())
+  who = engine()
+  drawn = who.generate(Generator((other_weights(),)), PROMPTS, np.arange(8, dtype=np.uint32), 2, KEY)
+  assert_same(mixed(1.0), jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), drawn))
+
+
+def test_a_mixture_is_the_normalised_geometric_mean_token_by_token():
+  drawn = mixed(0.3, temperature=1.0, top_p=1.0, slots=6)
+  tokens_RT, mask_RT = lay_out(drawn)
+  logprob_RTV = [
+    tiny.log_softmax(tiny.llama_logits(CONFIG, jax.device_get(params), tokens_RT))
+    for params in (PARAMS, tiny.params(seed=1))
+  ]
+  mean_RTV = tiny.log_softmax(0.7 * logprob_RTV[0] + 0.3 * logprob_RTV[1])
+  expected_RT = np.take_along_axis(mean_RTV[:, :-1], tokens_RT[:, 1:, None], 2)[..., 0]
+  inside_RT = np.arange(11) < drawn.length_R.reshape(16, 1)
+  for recorded in (drawn.plain_logprob_RT, drawn.behaviour_logprob_RT):
+    np.testing.assert_allclose(recorded.reshape(16, -1)[inside_RT], expected_RT[mask_RT[:, 1:]], atol=1e-4)
+  generator = Generator((PARAMS, tiny.params(seed=1)), (0.7, 0.3))
+  scored_RT = scoring.score_generator(CONFIG, generator, tokens_RT, mask_RT)
+  np.testing.assert_allclose(np.asarray(scored_RT)[:, 1:][mask_RT[:, 1:]], expected_RT[mask_RT[:, 1:]], atol=1e-4)
+
+
+# Agreement with scoring.
+
+
+@functools.partial(jax.jit, static_argnames="measure")
+def rescore(tokens_RT, mask_RT, measure):
+  return scoring.score(CONFIG, PARAMS, tokens_RT, mask_RT, measure)
+
+
+def lay_out(drawn):
+  """Prompt and completion in one row, as training reads them; with the mask and where each completion starts."""
+  tokens_RT, mask_RT = np.zeros((16, 18), np.int32), np.zeros((16, 18), bool)
+  for r, length in enumerate(drawn.length_R.reshape(-1)):
+    start = LENGTH_Q[r // 2]
+    tokens_RT[r, :start] = PROMPTS[r // 2]
+    tokens_RT[r, start : start + length] = drawn.tokens_RT.reshape(16, -1)[r, :length]
+    mask_RT[r, start : start + length] = True
+  return tokens_RT, mask_RT
+
+
+@pytest.mark.parametrize(
+  "choice", [Choice(1.0), Choice(0.6, 0.9), Choice(1.5, 0.5), Choice(0.0, 0.9), Choice(1.0, 0.9, 5, 0.2)], ids=str
+)
+def test_log_probabilities_agree_with_scoring(choice):
+  drawn = generate(engine(**choice._asdict()))
+  tokens_RT, mask_RT = lay_out(drawn)
+  inside_RT = np.arange(11) < drawn.length_R.reshape(16, 1)
+  behaviour = scoring.behaviour_logprob(choice)
+  for measure, recorded in ((scoring.plain_logprob, drawn.plain_logprob_RT), (behaviour, drawn.behaviour_logprob_RT)):
+    recorded_RT = recorded.reshape(16, -1)
+    scored_RT = np.asarray(rescore(tokens_RT, mask_RT, measure))
+    np.testing.assert_allclose(recorded_RT[inside_RT], scored_RT[mask_RT], atol=1e-4)
+    np.testing.assert_array_equal(recorded_RT[~inside_RT], 0)
+  if choice == Choice():
+    np.testing.assert_allclose(drawn.behaviour_logprob_RT, drawn.plain_logprob_RT, atol=1e-5)
+
+
+def test_greedy_samples_are_arg_max_rollouts():
+  drawn = generate(engine(temperature=0.0, stops="never"))
+  np.testing.assert_array_equal(drawn.tokens_RT[:, 0], drawn.tokens_RT[:, 1])
+  for q in (0, 3):
+    row = list(PROMPTS[q])
+    for _ in range(11):
+      row.append(int(tiny.llama_logits(CONFIG, PARAMS, np.array([row]))[0, -1].argmax()))
+    np.testing.assert_array_equal(drawn.tokens_RT[q, 0], row[LENGTH_Q[q] :])
+
+
+# Stops, and the loop.
+
+
+def test_a_stop_is_counted_and_nothing_follows_it():
+  drawn = baseline()
+  for tokens_T, length, stopped in zip(drawn.tokens_RT.reshape(16, -1), drawn.length_R.flat, drawn.stopped_R.flat):
+    ends = np.flatnonzero(tokens_T[:length] < 12)
+    assert list(ends) == ([length - 1] if stopped else [])
+    assert stopped or length == 11
+    assert not tokens_T[length:].any()
+
+
+def test_stop_strings_end_sampled_rows():
+  """Each token's text is a letter: rows end where a search in their text says they do."""
+  texts = [chr(97 + i % 26) for i in range(CONFIG.vocab)]
+  free = generate(engine(stops="never", top_p=1.0))
+  letters = lambda tokens_T: "".join(texts[t] for t in tokens_T)
+  stops = [letters(free.tokens_RT[q, 0])[3:5] for q in range(4)]
+  who = dataclasses.replace(engine(top_p=1.0), stops_ZV=sampler.stop_table(texts, [], stops))
+  drawn = generate(who)
+  for q, g in np.ndindex(8, 2):
+    text = letters(free.tokens_RT[q, g])
+    ends = [text.index(stop) + 2 for stop in stops if stop in text]
+    assert drawn.length_R[q, g] == min([*ends, 11]) and drawn.stopped_R[q, g] == bool(ends)
+
+
+def test_the_loop_ends_when_all_rows_are_done(monkeypatch):
+  calls = []
+  decode = model.decode
+
+  def counted(*args, **kwargs):
+    jax.debug.callback(lambda: calls.append(1))
+    return decode(*args, **kwargs)
+
+  monkeypatch.setattr(model, "decode", counted)
+  every = sampler.stop_table([""] * CONFIG.vocab, range(CONFIG.vocab), [])
+  who = dataclasses.replace(engine(max_new_tokens=1000), stops_ZV=every)
+  drawn = generate(who, [PROMPTS[0], []], group=1)
+  jax.effects_barrier()
+  assert drawn.length_R.tolist() == [[1], [0]] and len(calls) == 1
+
+
+def ragged(count, seed=0):
+  """Prompts and limits of all lengths."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, 8, count)
+  limits = np.minimum(1 + rng.geometric(0.2, count), 11)
+  return [rng.integers(1, CONFIG.vocab, length).tolist() for length in lengths], limits
+
+
+def test_a_ragged_load_compiles_nothing_after_the_warm_up():
+  compilations = ledger.process_compilations()
+  who = engine(slots=6, page=3)  # of which no other test has programs
+  generator = Generator((weights(engine()),))
+  who.warm_up(generator, 40, 2)
+  before = compilations.count
+  prompts, limit_Q = ragged(40)
+  who.generate(generator, prompts, np.arange(40, dtype=np.uint32), 2, KEY, limit_Q=limit_Q)
+  assert compilations.count == before > 0
+
+
+def test_new_choices_and_keys_compile_nothing_and_draw_otherwise():
+  drawn = [generate(key=jax.random.key(1)), generate(engine(temperature=1.3, top_p=0.4))]
+  assert (drawn[0].tokens_RT != drawn[1].tokens_RT).any() and (drawn[0].tokens_RT != baseline().tokens_RT).any()
+
+
+# A prefix that all prompts continue.
+
+
+def read_prefix(who, ids, slots, parts=1):
+  _, cache = model.forward(CONFIG, PARAMS, np.tile(np.pad(np.array(ids, np.int32), (0, slots - len(ids))), (parts, 1)))
+  rows = sharding.rows_sharding(who.mesh, who.layout)
+  length_Q = jax.device_put(np.full(parts, len(ids), np.int32), rows)
+  return Prefix(jax.device_put(cache, jax.NamedSharding(who.mesh, who.layout.spec((None, "rows", "heads")))), length_Q)
+
+
+def test_a_prefix_read_once_draws_what_whole_prompts_draw():
+  prefix_T = [9, 3, 77, 50, 4]
+  prefix = read_prefix(engine(), prefix_T, 8)
+  whole = generate(engine(prompt_buckets=(12,)), [prefix_T + ids for ids in PROMPTS])
+  assert_same(generate(stacked=True, prefixes=[prefix]), whole)
+  apart = prefix._replace(cache=model.unstack({"layers": prefix.cache})["layers"])
+  assert_same(generate(engine(slots=6), prefixes=[apart]), whole)
