@@ -262,7 +262,7 @@ def test_a_judge_of_the_players_base_shares_its_memory(folder):
 
 def test_warming_up_leaves_nothing_to_compile_for_the_judges(folder):
   run = world.open_session(game_of(folder))
-  recorder, _ = world.play(run, 3)
+  recorder, _ = world.play(run, 3, train.warm_up(run, run.init_state()))
   assert recorder.compilations[1] == recorder.compilations[2]
 
 
