@@ -98,6 +98,7 @@ def _forward(
     new = (new_highest_RKx, total_RKx, output_RKxH * shrink_RKx[..., None] + read_RKxH)
     return tuple(_write(x, part, i, x_size) for x, part in zip(carry, new))
 
+  step = _where_met(segment_RS, size, step)
   empty_RKX = jnp.zeros(query_RKXH.shape[:3])
   carry = (empty_RKX + _LEAST, empty_RKX, jnp.zeros(query_RKXH.shape))
   highest_RKX, total_RKX, output_RKXH = _over_pairs(rule, size, key_RKSH.shape[2], step, carry)
@@ -132,6 +133,7 @@ def _backward(rule: Rule, size: int, kept: Any, slope_RKXH: jax.Array) -> tuple[
     )
 
   R, K, S, H = key_RKSH.shape
+  step = _where_met(segment_RS, size, step)
   carry = (jnp.zeros(query_RKXH.shape), jnp.zeros((R, K, H, S)), jnp.zeros((R, K, H, S)))
   query_slope_RKXH, *slopes_RKHS = _over_pairs(rule, size, S, step, carry)
   slopes = (query_slope_RKXH, *(x.swapaxes(2, 3) for x in slopes_RKHS))
@@ -162,6 +164,21 @@ def _logits(
     query_segment_Rx = jnp.repeat(_read(segment_RS, i, size, 1), group, axis=1)
     seen = seen & (query_segment_Rx[:, None, :, None] == _read(segment_RS, j, size, 1)[:, None, None, :])
   return logits_RKxs, seen
+
+
+def _where_met(segment_RS: jax.Array | None, size: int, step: Callable[..., Any]) -> Callable[..., Any]:
+  """The step, left out for blocks of packed rows whose segments' ranges are apart: they see nothing of each other."""
+  if segment_RS is None:
+    return step
+
+  def where_met(carry: Any, i: Any, j: Any) -> Any:
+    least_R2, most_R2 = (
+      jnp.stack([of(_read(segment_RS, block, size, 1), 1) for block in (i, j)], 1) for of in (jnp.min, jnp.max)
+    )
+    met = jnp.any(jnp.max(least_R2, 1) <= jnp.min(most_R2, 1))
+    return jax.lax.cond(met, lambda carry: step(carry, i, j), lambda carry: carry, carry)
+
+  return where_met
 
 
 def _over_pairs(rule: Rule, size: int, length: int, step: Callable[..., Any], carry: Any) -> Any:

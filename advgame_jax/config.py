@@ -385,6 +385,9 @@ class Config(Settings):
   max_bad_steps: int = setting(
     3, "stop after this many steps in a row without finite gradients", at_least=1, identity=False
   )
+  overlap: bool = setting(
+    False, "play each step while the one before it is judged and learnt, by weights one step older; on one device"
+  )
   game: Game = part(Game)
   attacker: Player = part(Player, think=True)
   defender: Player = part(Player)

@@ -8,6 +8,7 @@ kill is lost with the steps that are played again.
 import contextlib
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
@@ -55,6 +56,14 @@ def process_compilations() -> Compilations:
   return counter
 
 
+class _Timers(threading.local):
+  """A thread's open timers, the innermost last, and when it was last settled."""
+
+  def __init__(self) -> None:
+    self.open: list[Work] = []
+    self.since = 0.0
+
+
 class Ledger:
   """Counts what a run spends on `devices` devices, those of all processes together."""
 
@@ -62,8 +71,7 @@ class Ledger:
     self._devices = devices
     self._clock = clock
     self._spent = {work: Spent() for work in WORKS}
-    self._open: list[Work] = []
-    self._since = 0.0
+    self._lock, self._timers = threading.Lock(), _Timers()
     self._compiled_before = dataclasses.replace(process_compilations())
     self._compiled_earlier = Compilations()
 
@@ -71,26 +79,29 @@ class Ledger:
   def timed(self, role: Work) -> Iterator[None]:
     """Counts the time of its block as `role`'s, less that of timers opened inside it.
 
-    JAX returns before the device is done: fetch or block on the result inside the block.
+    JAX returns before the device is done: fetch or block on the result inside the block. Threads have timers of their
+    own: what two do at the same time counts twice.
     """
     self._settle()
-    self._open.append(role)
+    self._timers.open.append(role)
     try:
       yield
     finally:
       self._settle()
-      self._open.pop()
+      self._timers.open.pop()
 
   def _settle(self) -> None:
-    now = self._clock()
-    if self._open:
-      seconds = now - self._since
-      self._spent[self._open[-1]].add(Spent(seconds=seconds, device_seconds=seconds * self._devices))
-    self._since = now
+    now, timers = self._clock(), self._timers
+    if timers.open:
+      seconds = now - timers.since
+      with self._lock:
+        self._spent[timers.open[-1]].add(Spent(seconds=seconds, device_seconds=seconds * self._devices))
+    timers.since = now
 
   def add(self, role: Work, tokens: int = 0, flops: float = 0.0) -> None:
     """Counts tokens and floating-point operations as `role`'s."""
-    self._spent[role].add(Spent(tokens=int(tokens), flops=float(flops)))
+    with self._lock:
+      self._spent[role].add(Spent(tokens=int(tokens), flops=float(flops)))
 
   def spent(self, role: Work) -> Spent:
     """What `role` has spent so far, a running timer not included."""

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from advgame_jax import architecture, canary, judges, update
-from advgame_jax.ledger import Ledger, Work
+from advgame_jax.ledger import GENERATE, Ledger, Work
 from advgame_jax.panel import Panel
 from advgame_jax.policies import LanguageModel
 from advgame_jax.session import Session
@@ -37,14 +37,16 @@ class Asked:
   questions: int = 0
   unreadable: int = 0  # answers without a verdict, those that were asked again included
 
+  def __add__(self, other: "Asked") -> "Asked":
+    return Asked(self.questions + other.questions, self.unreadable + other.unreadable)
+
   def scalars(self) -> dict[str, float]:
     rate = self.unreadable / self.questions if self.questions else float("nan")
     return {"judge/questions": float(self.questions), "judge/unreadable": rate}
 
 
-def metered(run: Session, policies: Players[Policy], ledger: Ledger) -> tuple[Policy, Policy, Panel, Asked]:
-  """The players and the judges, their time, tokens and failures counted."""
-  asked = Asked()
+def metered_players(run: Session, policies: Players[Policy], ledger: Ledger) -> Players[Policy]:
+  """The players, their time and tokens counted."""
 
   def meter(policy: Policy, player: LanguageModel, work: Work) -> Policy:
     def play(prompts: Sequence[str], present_R: np.ndarray, group: int, key: jax.Array) -> Samples:
@@ -55,8 +57,15 @@ def metered(run: Session, policies: Players[Policy], ledger: Ledger) -> tuple[Po
 
     return play
 
+  return Players(*map(meter, policies, run.players, GENERATE))
+
+
+def metered_judges(run: Session, ledger: Ledger) -> tuple[Panel, Asked]:
+  """The judges, their time, tokens and failures counted."""
+  asked = Asked()
+
   @functools.cache
-  def meter_judge(judge: Judge) -> Judge:
+  def meter(judge: Judge) -> Judge:
     def ask(questions: Sequence[Question]) -> Sequence[Verdict]:
       with ledger.timed("judge"):
         verdicts = judge(questions)
@@ -67,15 +76,8 @@ def metered(run: Session, policies: Players[Policy], ledger: Ledger) -> tuple[Po
 
     return judge if judge is judges.nobody else ask
 
-  attacker, defender = run.players
-  faithfulness, *players = map(meter_judge, (run.panel.faithfulness, run.panel.defender, run.panel.attacker))
-  panel = run.panel._replace(faithfulness=faithfulness, defender=players[0], attacker=players[1])
-  return (
-    meter(policies.attacker, attacker, "attacker generate"),
-    meter(policies.defender, defender, "defender generate"),
-    panel,
-    asked,
-  )
+  faithfulness, *players = map(meter, (run.panel.faithfulness, run.panel.defender, run.panel.attacker))
+  return run.panel._replace(faithfulness=faithfulness, defender=players[0], attacker=players[1]), asked
 
 
 def generated(player: LanguageModel, samples: Samples) -> tuple[int, float]:

@@ -181,6 +181,9 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
   validation_seeds = data.load(config.data.validation, "validation", config.data.duplicates)
   data.check_disjoint(train_seeds, validation_seeds)
   mesh = sharding.make_mesh(config.mesh, devices)
+  if config.overlap and mesh.size > 1:
+    # Two threads would hand the devices their programs in different orders, and collectives would wait for each other.
+    raise UserError(f"overlap is on and the mesh has {mesh.size} devices; allowed: one device, or overlap=False")
   players = Players(_language_model(config, mesh, "attacker"), _language_model(config, mesh, "defender"))
   recipes = make_recipes(config)
   session = Session(

@@ -3,6 +3,7 @@
 seeds → attacks → responses → judgments → rewards → preference pairs → joint update → checkpoint, report
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -11,6 +12,7 @@ import pathlib
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +24,18 @@ from advgame_jax.panel import Panel
 from advgame_jax.report import Reporter
 from advgame_jax.session import Session
 from advgame_jax.state import TrainState
-from advgame_jax.types import Category, Players, Rewards, RolloutTree, Samples, SeedBatch, Status, UserError, fold_key
+from advgame_jax.types import (
+  Category,
+  Players,
+  Policy,
+  Rewards,
+  RolloutTree,
+  Samples,
+  SeedBatch,
+  Status,
+  UserError,
+  fold_key,
+)
 
 log = logging.getLogger(__name__)
 
@@ -80,34 +93,60 @@ def _loop(
   seed_batches = data.SeedBatches(run.train_seeds, config.data, config.seed)
   evaluator = evaluate.Evaluator(run)
   state = warm_up(run, state)
-  objective = None
-  for step in range(int(state.step), config.steps + 1):
-    if stop.is_set():
-      return state, objective, False
-    if step % config.evaluation.every == 0 or step == config.steps:
-      with ledger.timed("evaluate"):
-        values = dict(evaluator(state))
-      reporter.evaluation(step, values)
-      objective = evaluate.objective(values)
-    if step == config.steps:
-      break
-    if step % config.checkpoint.every == 0:
-      checkpoints.save(state, ledger.state_dict(), objective)
-    state = play_and_learn(run, state, step, seed_batches[step], ledger, reporter)
-    objective = None
+  objective, ahead = None, None
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    for step in range(int(state.step), config.steps + 1):
+      if stop.is_set():
+        return state, objective, False
+      if step % config.evaluation.every == 0 or step == config.steps:
+        with ledger.timed("evaluate"):
+          values = dict(evaluator(state))
+        reporter.evaluation(step, values)
+        objective = evaluate.objective(values)
+      if step == config.steps:
+        break
+      if step % config.checkpoint.every == 0:
+        checkpoints.save(state, ledger.state_dict(), objective)
+      before, policies = ledger.scalars(), run.policies(state)
+      played = ahead.result() if ahead else play(run, policies, step, seed_batches[step], ledger)
+      ahead = None
+      if plays_ahead(config, step):
+        ahead = thread.submit(play, run, policies, step + 1, seed_batches[step + 1], ledger)
+      state = learn(run, state, step, played, ledger, reporter, before)
+      objective = None
   return state, objective, True
 
 
-def play_and_learn(
-  run: Session, state: TrainState, step: int, seeds: SeedBatch, ledger: Ledger, reporter: Reporter
-) -> TrainState:
-  """One step. `state` is donated. All its draws come from (config.seed, step)."""
+class Played(NamedTuple):
+  """A step's rollouts, and what a judge was asked about them so far."""
+
+  tree: RolloutTree
+  asked: metrics.Asked
+
+
+def play(run: Session, policies: Players[Policy], step: int, seeds: SeedBatch, ledger: Ledger) -> Played:
+  """The rollouts of a step. All their draws come from (config.seed, step)."""
   config, key = run.config, jax.random.fold_in(jax.random.key(run.config.seed), step)
-  before = ledger.scalars()
   with ledger.timed("other"):
-    attacker, defender, panel, asked = metrics.metered(run, run.policies(state), ledger)
+    attacker, defender = metrics.metered_players(run, policies, ledger)
+    panel, asked = metrics.metered_judges(run, ledger)
     faithfulness_judge = functools.partial(judges.ask, panel.faithfulness, retries=config.judges.retries)
-    tree = game.play(run.rules, seeds, attacker, defender, faithfulness_judge, key)
+    return Played(game.play(run.rules, seeds, attacker, defender, faithfulness_judge, key), asked)
+
+
+def learn(
+  run: Session,
+  state: TrainState,
+  step: int,
+  played: Played,
+  ledger: Ledger,
+  reporter: Reporter,
+  before: Mapping[str, float],
+) -> TrainState:
+  """Judges a step's rollouts and updates both players. `state` is donated. `before`: the ledger's, before the step."""
+  config, tree = run.config, played.tree
+  with ledger.timed("other"):
+    panel, asked = metrics.metered_judges(run, ledger)
     judgments = judges.judge(config.judges, tree, panel.players, fold_key(config.seed, step))
     reward = rewards.assign_rewards(judgments)
     batch = preferences.select_comparisons(config.loss, tree, reward, row_tokens(run, tree))
@@ -117,11 +156,29 @@ def play_and_learn(
         reporter.transcript(step, tree, judgments, reward, run.versions)
       learnt = jax.device_get(learnt)
   ledger.add("update", *metrics.trained(run, batch))
-  scalars = metrics.of_play(tree, judgments, reward) | asked.scalars() | canaries(run, tree, panel, step)
+  told = (played.asked + asked).scalars()
+  scalars = metrics.of_play(tree, judgments, reward) | told | canaries(run, tree, panel, step)
   scalars |= {name: float(value) for name, value in learnt.items()}
   reporter.write(step, scalars | metrics.rates(before, ledger.scalars()))
   _check_gradients(config, step, scalars)
   return state
+
+
+def play_and_learn(
+  run: Session, state: TrainState, step: int, seeds: SeedBatch, ledger: Ledger, reporter: Reporter
+) -> TrainState:
+  """One step by itself."""
+  before = ledger.scalars()
+  played = play(run, run.policies(state), step, seeds, ledger)
+  return learn(run, state, step, played, ledger, reporter, before)
+
+
+def plays_ahead(config: Config, step: int) -> bool:
+  """Whether the next step's rollouts are played while this one learns, by the weights before it.
+
+  Not the step after a checkpoint: so a run that goes on from there plays what it would have played.
+  """
+  return config.overlap and step + 1 < config.steps and (step + 1) % config.checkpoint.every != 0
 
 
 def canaries(run: Session, tree: RolloutTree, panel: Panel, step: int) -> dict[str, float]:

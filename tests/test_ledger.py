@@ -1,4 +1,5 @@
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,27 @@ def test_a_block_that_raises_is_still_counted_and_closed():
     clock.now += 2
   assert ledger.spent("update").seconds == 1
   assert ledger.spent("judge").seconds == 2
+
+
+def test_threads_have_timers_of_their_own():
+  """What two do at the same time counts for both."""
+  clock = Clock()
+  both = Ledger(1, clock)
+  inside, done = threading.Event(), threading.Event()
+
+  def work():
+    with both.timed("judge"):
+      inside.set()
+      done.wait()
+
+  thread = threading.Thread(target=work)
+  with both.timed("update"):
+    thread.start()
+    inside.wait()
+    clock.now += 5.0
+    done.set()
+    thread.join()
+  assert both.spent("judge").seconds == both.spent("update").seconds == 5.0
 
 
 def test_totals_by_kind_of_token():

@@ -13,7 +13,7 @@ import optax
 import pytest
 import world
 
-from advgame_jax import microworld, scoring, train
+from advgame_jax import checkpoint, data, ledger, microworld, scoring, train
 from advgame_jax.microworld import Query
 from advgame_jax.types import Category, Players, Role, Status, UserError, Verdict
 
@@ -129,6 +129,18 @@ def test_every_loss_learns_from_every_source(world_folder, kind, attacker, defen
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(new))
 
 
+def test_a_mixture_plays_and_learns(world_folder):
+  """The Defender's tokens come from the geometric mean of its weights and their average, with a third of the latter."""
+  settings = {"defender__generator": "mixture", "defender__mixture": 1 / 3, "attacker__generator": "mixture"}
+  run = world.open_session(world.config(world_folder, **settings))
+  recorder, states = world.play(run, 2)
+  player, drawn = states[1].players.defender, recorder.trees[1].responses
+  mixed = scoring.Generator((player.params, player.ema), (2 / 3, 1 / 3))
+  assert drawn_from(run.players.defender, mixed, drawn) < 1e-4
+  assert drawn_from(run.players.defender, player.params, drawn) > 1e-3
+  assert not world.same(states[1].players.attacker.params, states[2].players.attacker.params)
+
+
 def test_gradients_that_are_not_finite_are_skipped_counted_and_stop_the_run(first):
   run, _, _ = first
   state = run.init_state()
@@ -170,8 +182,9 @@ def test_a_run_that_is_asked_to_stop_is_not_finished_until_it_is_evaluated(
   assert evaluated() == [0, 2] and (folder / "report.html").exists()
 
 
-def drawn_from(player, params, samples):
-  """How far the samples' log-probabilities are from those under `params`, at most, nats a token."""
+def drawn_from(player, weights, samples):
+  """How far the samples' log-probabilities are from those under parameters or a generator, at most, nats a token."""
+  generator = weights if isinstance(weights, scoring.Generator) else scoring.Generator((weights,))
   R, G, T = samples.tokens_RGT.shape
   prompt_RT = np.repeat(samples.prompt_tokens_RT, G, 0)
   start_R, length_R = np.repeat(samples.prompt_length_R, G), samples.length_RG.reshape(-1)
@@ -183,7 +196,7 @@ def drawn_from(player, params, samples):
     expected_RT[r, start : start + length] = samples.plain_logprob_RGT.reshape(-1, T)[r, :length]
   slots = np.arange(tokens_RT.shape[1])
   mask_RT = (slots >= start_R[:, None]) & (slots < (start_R + length_R)[:, None])
-  scored_RT = scoring.score(player.model, params, tokens_RT, mask_RT, scoring.plain_logprob, chunk=1024)
+  scored_RT = scoring.score_generator(player.model, generator, tokens_RT, mask_RT, scoring.plain_logprob, chunk=1024)
   return np.abs(np.where(mask_RT, np.asarray(scored_RT) - expected_RT, 0)).max()
 
 
@@ -211,6 +224,41 @@ def test_nothing_is_compiled_after_the_first_step(world_folder, tmp_path):
   longest = {line["step"]: len(line["seed"].split()) for line in read("transcript.jsonl")}
   assert list(longest.values()) == [7, 11] * 4  # words; the first bucket holds the seeds of 7
   assert [line["step"] for line in read("evaluations.jsonl")] == [0, 4, 8]
+
+
+def test_rollouts_played_ahead_are_one_step_old_and_never_older_than_a_checkpoint(world_folder, tmp_path):
+  """By hand: step 1 is played by the weights that played step 0, step 2 by its own, which a checkpoint holds."""
+  config = world.config(world_folder, steps=4, overlap=True, checkpoint__every=2)
+  run = world.open_session(config)
+  assert [train.plays_ahead(config, step) for step in range(4)] == [True, False, True, False]
+  batches, spent, recorder = (
+    data.SeedBatches(run.train_seeds, config.data, config.seed),
+    ledger.Ledger(1),
+    world.Recorder(),
+  )
+  state = run.init_state()
+  for step in range(4):
+    if step % 2 == 0:
+      policies = run.policies(state)
+    played = train.play(run, policies, step, batches[step], spent)
+    state = train.learn(run, state, step, played, spent, recorder, spent.scalars())
+
+  def finish():
+    train.train(config, str(tmp_path), devices=jax.devices()[:1])
+    return jax.device_get(checkpoint.Checkpoints(tmp_path, config).restore(run.abstract_state)[0])
+
+  whole = finish()
+  assert world.same(whole, jax.device_get(state))
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  assert world.same(finish(), whole)
+  apart = world.play(world.open_session(world.changed(config, overlap=False)), 4)[1][-1]
+  assert not world.same(apart.players.defender.params, whole.players.defender.params)
+
+
+def test_overlap_is_for_one_device(world_folder):
+  config = world.config(world_folder, overlap=True, mesh__data=2)
+  with pytest.raises(UserError, match=r"overlap is on and the mesh has 2 devices; allowed: one device"):
+    world.open_session(config, devices=2)
 
 
 def test_what_is_offloaded_learns_the_same_and_lies_in_the_host_s_memory(first):
