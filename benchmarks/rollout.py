@@ -104,7 +104,8 @@ def table(load: str, folder: str, config: ModelConfig, generator: Generator) -> 
   )
   print("| | seconds, least (all) | tokens/s | ours against it |\n|---|---|---|---|")
   results = {f"advgame_jax (JAX {jax.__version__})": seconds}
-  for name in ("vllm", "transformers") if PEERS.value else ():
+  peers = ("vllm", "transformers") if load == "fixed" else ("vllm",)  # the other has no continuous batching
+  for name in peers if PEERS.value else ():
     said = beside.peer(PEERS.value, name, "rollout.py", name, job)
     results[f"{name} {said['version']}"] = said["seconds"]
   results["the machine's floor"] = [read + draw]

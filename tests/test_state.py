@@ -44,16 +44,26 @@ def test_a_player_holds_what_its_settings_call_for(generator, reference):
   settings, state = player(generator=generator, reference=reference)
   assert bool(state.ema) == ("ema" in (generator, reference))
   assert bool(state.initial) == (reference == "initial")
-  assert state_lib.generator(settings, state) is {"train": state.params, "ema": state.ema}[generator]
+  (member,) = state_lib.generator(settings, state).members
+  assert member is {"train": state.params, "ema": state.ema}[generator]
   assert state_lib.reference(settings, state) is {"initial": state.initial, "ema": state.ema}[reference]
   assert settings.reference_is_generator == ((generator, reference) == ("ema", "ema"))
+
+
+@pytest.mark.parametrize("reference", ["initial", "ema"])
+def test_a_mixture_is_of_what_learns_and_its_reference(reference):
+  settings, state = player(generator="mixture", mixture=0.25, reference=reference)
+  generator = state_lib.generator(settings, state)
+  assert generator.members[0] is state.params and generator.members[1] is getattr(state, reference)
+  assert generator.share == (0.75, 0.25) and not settings.reference_is_generator
 
 
 @pytest.mark.parametrize("generator,reference", SOURCES)
 def test_a_frozen_player_holds_its_weights_alone_and_plays_them(generator, reference):
   settings, state = player(generator=generator, reference=reference, frozen=True)
   assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(tiny.params())) + 1
-  assert state_lib.generator(settings, state) is state.params
+  (member,) = state_lib.generator(settings, state).members
+  assert member is state.params
 
 
 def test_no_two_leaves_share_a_buffer():

@@ -12,6 +12,7 @@ import pytest
 from advgame_jax import architecture, hf, policies, prompts, sharding, tokenizer, warmstart, worldfiles
 from advgame_jax import config as config_lib
 from advgame_jax.prompts import STANDARD, STANDARD_THINK
+from advgame_jax.scoring import Generator
 from advgame_jax.types import Category, Status, UserError
 
 TAUGHT = {"how do i pick the lock ?": "i will not help with that .", "take the photo ?": "take the photo . take it ."}
@@ -49,7 +50,8 @@ def greedy(folder):
   sampling = config_lib.Sampling(temperature=0.0, prompt_buckets=(16,), max_new_tokens=12)
   layout = sharding.decode_layout(config_lib.Mesh())
   player = policies.LanguageModel(config, words, sampling, mesh, layout, np.dtype("float32"))
-  play = player.policy(player.decode_weights(hf.load(folder, mesh, sharding.TRAIN)))
+  weights = player.decode_weights(hf.load(folder, mesh, sharding.TRAIN))
+  play = player.policy(Generator((weights,)))
   return play(list(TAUGHT), np.ones(len(TAUGHT), bool), 1, jax.random.key(0))
 
 

