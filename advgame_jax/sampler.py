@@ -94,20 +94,22 @@ def stop_table(token_texts: Sequence[str], stop_ids: Sequence[int], stop_strings
   return table_SV
 
 
-def draw(density_RV: jax.Array, uniform_R: jax.Array) -> jax.Array:
-  """The token at quantile `uniform` of each row's density: an inverse CDF in two levels, blocks and their tokens.
+def draw(weight_RV: jax.Array, uniform_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The token at quantile `uniform` of each row's weights, and their sum.
 
+  An inverse CDF in two levels, blocks and their tokens.
   Exact in distribution with one random number a row, where a Gumbel draw needs one per word of the vocabulary. A token
-  of probability 0 is never drawn.
+  of weight 0 is never drawn.
   """
-  R, V = density_RV.shape
-  density_RbX = jnp.pad(density_RV, ((0, 0), (0, -V % _BLOCK))).reshape(R, -1, _BLOCK)
-  mass_Rb = jnp.sum(density_RbX, -1)
-  rest_R = uniform_R * jnp.sum(mass_Rb, -1)
+  R, V = weight_RV.shape
+  weight_RbX = jnp.pad(weight_RV, ((0, 0), (0, -V % _BLOCK))).reshape(R, -1, _BLOCK)
+  mass_Rb = jnp.sum(weight_RbX, -1)
+  total_R = jnp.sum(mass_Rb, -1)
+  rest_R = uniform_R * total_R
   block_R, before_R = _quantile(mass_Rb, rest_R)
-  inside_RX = jnp.take_along_axis(density_RbX, block_R[:, None, None], 1)[:, 0]
+  inside_RX = jnp.take_along_axis(weight_RbX, block_R[:, None, None], 1)[:, 0]
   token_R, _ = _quantile(inside_RX, rest_R - before_R)
-  return block_R * _BLOCK + token_R
+  return block_R * _BLOCK + token_R, total_R
 
 
 def _quantile(mass_RX: jax.Array, target_R: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -292,11 +294,13 @@ def _draw_next(
   """Draws each live row's next token [R]; and what is recorded of it, by the names of `Chunk`."""
   generator = Generator(tuple(member.params for member in members), tuple(share))
   logits_RV = scoring.mixed_logits(config, generator, rows.hidden_RM)
-  density_RV = scoring.behaviour(logits_RV, choice)
+  weight_RV = scoring.behaviour_weight(logits_RV, choice)
   uniform_R = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(rows.key_R, rows.count_R)
-  token_R = jnp.where(rows.live_R, draw(density_RV, uniform_R), 0)
-  behaviour_R = jnp.log(jnp.take_along_axis(density_RV, token_R[:, None], 1)[:, 0])
-  plain_R = scoring.plain_logprob(logits_RV, token_R)
+  token_R, total_R = draw(weight_RV, uniform_R)
+  token_R = jnp.where(rows.live_R, token_R, 0)
+  at_token = lambda x_RV: jnp.take_along_axis(x_RV, token_R[:, None], 1)[:, 0]
+  behaviour_R = jnp.log(at_token(weight_RV) / total_R)
+  plain_R = at_token(logits_RV) - jax.nn.logsumexp(logits_RV, -1)
   stop_state_R = stops_ZV[rows.stop_state_R, token_R].astype(jnp.int32)
   count_R = rows.count_R + rows.live_R
   ends_R = (stop_state_R == stops_ZV.shape[0] - 1) | (count_R >= rows.limit_R)

@@ -57,33 +57,43 @@ def behaviour(logits_XV: jax.Array, choice: Choice) -> jax.Array:
   mass is at least `top_p` (Holtzman et al. 1904.09751), then to those of at least `min_p` × the likeliest (2407.01082):
   transformers' order. All tokens that tie with the last one kept are kept.
   """
+  weight_XV = behaviour_weight(logits_XV, choice)
+  return weight_XV / jnp.sum(weight_XV, -1, keepdims=True)
+
+
+def behaviour_weight(logits_XV: jax.Array, choice: Choice) -> jax.Array:
+  """`behaviour` times what makes its greatest value 1: cheaper by some passes over the vocabulary.
+
+  What costs is decided by the settings as they come; each decision gives a number a row, so that no branch copies the
+  vocabulary.
+  """
+  X, V = logits_XV.shape
   temperature, top_p, top_k, min_p = (jnp.asarray(x, jnp.float32) for x in choice)
-  density_XV = jax.lax.cond(
-    temperature > 0, lambda x_XV: jax.nn.softmax(x_XV / temperature), _likeliest, logits_XV.astype(jnp.float32)
-  )
-
-  def cut(here: jax.Array, least: Callable[[jax.Array], jax.Array], p_XV: jax.Array) -> jax.Array:
-    return jax.lax.cond(here, lambda p_XV: jnp.where(p_XV >= least(p_XV), p_XV, 0), lambda p_XV: p_XV, p_XV)
-
-  def nucleus(p_XV: jax.Array) -> jax.Array:
-    return _least_kept(p_XV, lambda kept_XV: kept_XV, top_p * jnp.sum(p_XV, -1, keepdims=True))
-
-  density_XV = cut(top_k > 0, lambda p_XV: _least_kept(p_XV, jnp.sign, top_k), density_XV)
-  density_XV = cut(top_p < 1, nucleus, density_XV)
-  density_XV = cut(min_p > 0, lambda p_XV: min_p * jnp.max(p_XV, -1, keepdims=True), density_XV)
-  return density_XV / jnp.sum(density_XV, -1, keepdims=True)
+  soft, cuts = temperature > 0, (top_k > 0) | (top_p < 1) | (min_p > 0)
+  highest_X1 = jnp.max(logits_XV, -1, keepdims=True)
+  first = lambda: jnp.min(jnp.where(logits_XV == highest_X1, jnp.arange(V), V), -1, keepdims=True)
+  first_X1 = jax.lax.cond(soft, lambda: jnp.zeros((X, 1), jnp.int32), first)
+  heated_XV = jnp.exp((logits_XV - highest_X1) / jnp.where(soft, temperature, 1))
+  weight_XV = jnp.where(soft, heated_XV, jnp.arange(V) == first_X1)
+  threshold = lambda: _threshold(weight_XV, top_p, top_k, min_p)
+  threshold_X1 = jax.lax.cond(soft & cuts, threshold, lambda: jnp.zeros((X, 1), jnp.float32))
+  return jnp.where(weight_XV >= threshold_X1, weight_XV, 0)
 
 
-def _likeliest(logits_XV: jax.Array) -> jax.Array:
-  """All mass on the first of the greatest logits. Without an arg-max, which XLA's CPU backend does not vectorise."""
-  V = logits_XV.shape[-1]
-  greatest_XV = logits_XV == jnp.max(logits_XV, -1, keepdims=True)
-  first_X1 = jnp.min(jnp.where(greatest_XV, jnp.arange(V), V), -1, keepdims=True)
-  return jnp.asarray(jnp.arange(V) == first_X1, jnp.float32)
+def _threshold(weight_XV: jax.Array, top_p: jax.Array, top_k: jax.Array, min_p: jax.Array) -> jax.Array:
+  """The least weight that is kept, [X, 1], of weights whose greatest is 1."""
+  of_top_k = lambda: _least_kept(weight_XV, jnp.sign, top_k)
+  least_X1 = jax.lax.cond(top_k > 0, of_top_k, lambda: jnp.zeros((len(weight_XV), 1), jnp.float32))
+
+  def of_nucleus() -> jax.Array:
+    kept_XV = jnp.where(weight_XV >= least_X1, weight_XV, 0)
+    return _least_kept(kept_XV, lambda weight_XV: weight_XV, top_p * jnp.sum(kept_XV, -1, keepdims=True))
+
+  return jnp.maximum(jax.lax.cond(top_p < 1, of_nucleus, lambda: least_X1), min_p)
 
 
-def _least_kept(density_XV: jax.Array, count: Callable[[jax.Array], jax.Array], enough: jax.Array) -> jax.Array:
-  """The largest float θ with Σ_{p ≥ θ} count(p) ≥ enough, [X, 1]; 0 where there is none.
+def _least_kept(weight_XV: jax.Array, count: Callable[[jax.Array], jax.Array], enough: jax.Array) -> jax.Array:
+  """The largest float θ with Σ_{w ≥ θ} count(w) ≥ enough, [X, 1]; 0 where there is none.
 
   Found without a sort, bit by bit: floats ≥ 0 are ordered as their bit patterns are, and 1.0 has 30 of them.
   """
@@ -91,10 +101,10 @@ def _least_kept(density_XV: jax.Array, count: Callable[[jax.Array], jax.Array], 
   def try_bit(i: jax.Array, bits_X1: jax.Array) -> jax.Array:
     candidate_X1 = bits_X1 | (1 << (29 - i))
     threshold_X1 = jax.lax.bitcast_convert_type(candidate_X1, jnp.float32)
-    found_X1 = jnp.sum(jnp.where(density_XV >= threshold_X1, count(density_XV), 0), -1, keepdims=True)
+    found_X1 = jnp.sum(jnp.where(weight_XV >= threshold_X1, count(weight_XV), 0), -1, keepdims=True)
     return jnp.where(found_X1 >= enough, candidate_X1, bits_X1)
 
-  bits_X1 = jax.lax.fori_loop(0, 30, try_bit, jnp.zeros((density_XV.shape[0], 1), jnp.int32))
+  bits_X1 = jax.lax.fori_loop(0, 30, try_bit, jnp.zeros((weight_XV.shape[0], 1), jnp.int32))
   return jax.lax.bitcast_convert_type(bits_X1, jnp.float32)
 
 

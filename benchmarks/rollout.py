@@ -1,12 +1,12 @@
 """Generation beside its peers, the same work in one run: python benchmarks/rollout.py [--model=…] [--peers=FOLDER]
 
-Two loads, float32, temperature 1, top-p 0.9, every row drawing exactly as many tokens as it is told: `fixed`, 32
+Two loads, float32, temperature 1, every row drawing exactly as many tokens as it is told: `fixed`, 32
 prompts of 64 tokens and 64 new ones each; `ragged`, 256 prompts of 16–256 tokens and 8–256 new ones drawn long-tailed,
 through 32 slots. Without --model, a random Llama of 15.5M parameters. Peers run in environments of their own, one
 after the other: `benchmarks/peers/install.sh FOLDER transformers vllm` makes them.
 
 The floor is what the machine needs at best: all products at the speed of one of two 2,048² matrices, or all weights and
-keys once per token at the speed of a copy, whichever is slower; both measured in the same run. `--load=linear` draws
+keys once per token at the speed of a sum, whichever is slower; both measured in the same run. `--load=linear` draws
 32 to 1,024 prompts instead and writes docs/rollout.png.
 """
 
@@ -32,6 +32,7 @@ from advgame_jax.scoring import Generator
 MODEL = flags.DEFINE_string("model", "", "Hugging Face folder; empty is a random Llama of 15.5M parameters.")
 PEERS = flags.DEFINE_string("peers", "", "Folder of the peers' environments; empty runs none.")
 LOAD = flags.DEFINE_enum("load", "both", ["fixed", "ragged", "both", "linear"], "The work.")
+TOP_P = flags.DEFINE_float("top_p", 0.9, "Of the draw, at temperature 1; at 1 peers need not sort the vocabulary.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds timed, after one for warmth; the least counts.")
 SMALL = ModelConfig(
   vocab=49_152, width=256, layers=4, heads=8, kv_heads=4, head_size=32, feed_forward=688, tied=True, max_positions=2048
@@ -48,7 +49,7 @@ def work(load: str, folder: str, vocab: int) -> dict[str, Any]:
     lengths = random.integers(16, 257, count)
     limits = np.clip(np.exp(random.normal(3.7, 0.9, count)), 8, 256).astype(int)
   prompts = [random.integers(100, vocab, length).tolist() for length in lengths]
-  how = {"temperature": 1.0, "top_p": 0.9, "slots": 32, "rounds": ROUNDS.value}
+  how = {"temperature": 1.0, "top_p": TOP_P.value, "slots": 32, "rounds": ROUNDS.value}
   return {"model": folder, "prompts": prompts, "limits": limits.tolist(), **how}
 
 

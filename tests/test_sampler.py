@@ -13,7 +13,7 @@ ONE = np.nextafter(np.float32(1), np.float32(0))  # the largest uniform
 
 # The draw.
 
-draw = jax.jit(sampler.draw)
+draw = jax.jit(lambda weight_RV, uniform_R: sampler.draw(weight_RV, uniform_R)[0])
 
 
 def follow(density_V, draws=200_000, drawn_from=None):
