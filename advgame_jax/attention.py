@@ -46,12 +46,18 @@ def causal(
     return kernels.splash(query_RTNH, key_RTKH, value_RTKH, rule, segment_RT, layout=layout)
   if chosen == "cudnn":
     return kernels.cudnn(query_RTNH, key_RTKH, value_RTKH, rule)
-  return blockwise.causal(query_RTNH, key_RTKH, value_RTKH, rule, segment_RT)
+  # A row that is not finite stays so by its own queries, and spoils no other segment.
+  return blockwise.causal(query_RTNH, key_RTKH, finite(value_RTKH) if packed else value_RTKH, rule, segment_RT)
 
 
 def keys_of_cache(key_RTKH: jax.Array) -> jax.Array:
   """[R, T, K, H] → [R, K, H, T], as caches hold them: products of few queries with them need not turn them."""
   return key_RTKH.transpose(0, 2, 3, 1)
+
+
+def finite(x: jax.Array) -> jax.Array:
+  """0 in the place of what is not finite: what a row does not see has weight 0, and 0 × NaN is NaN."""
+  return jnp.where(jnp.isfinite(x), x, 0)
 
 
 class Segment(NamedTuple):
@@ -98,7 +104,7 @@ def continued(
     own_RtT = (age_tT >= 0) & (age_tT < window) & (segment_Rt[:, :, None] == segment_RT[:, None])
     near_QgtS = (place_Rt[:, :, None] - jnp.arange(S) < window).reshape(Q, R // Q, t, S)
     before = prefix._replace(mask_QgTS=prefix.mask_QgTS & near_QgtS)
-    return attend(query_RtNH, [before, Segment(key_RKHT, value_RKTH, own_RtT[:, None])], rule)
+    return attend(query_RtNH, [before, Segment(key_RKHT, finite(value_RKTH), own_RtT[:, None])], rule)
 
   starts = jnp.arange(0, T, t)
   read_XRtNH = jax.lax.map(block, (starts, *map(in_blocks, (query_RTNH, place_RT, segment_RT))))
@@ -236,11 +242,11 @@ def _of_rows(index: Index, of_pages: Sequence[jax.Array]) -> Sequence[jax.Array]
   """[P, K, G·n, …] of the pages → [R, J, K, n, …] of each row's, weightless where it has no more."""
   P, G = index.reader_PG.shape
 
-  def take(x_PKX: jax.Array) -> jax.Array:
+  def take(x_PKX: jax.Array, nothing: float) -> jax.Array:
     K, X, *rest = x_PKX.shape[1:]
     x_PGKn = x_PKX.reshape(P, K, G, X // G, *rest).swapaxes(1, 2).reshape(P * G, K, X // G, *rest)
-    return x_PGKn[jnp.maximum(index.entry_RJ, 0)]
+    there_RJ = (index.entry_RJ >= 0).reshape(*index.entry_RJ.shape, *(1,) * (x_PGKn.ndim - 1))
+    return jnp.where(there_RJ, x_PGKn[jnp.maximum(index.entry_RJ, 0)], nothing)
 
-  highest_RJKn, *others = map(take, of_pages)
-  there_RJ11 = (index.entry_RJ >= 0)[..., None, None]
-  return [jnp.where(there_RJ11, highest_RJKn, jnp.finfo(jnp.float32).min), *others]
+  nothing = (float(jnp.finfo(jnp.float32).min), 0.0, 0.0)
+  return [take(x_PKX, value) for x_PKX, value in zip(of_pages, nothing)]

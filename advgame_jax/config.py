@@ -99,13 +99,15 @@ class Optimizer(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(Settings):
-  """How a player's tokens are drawn, and the static lengths they are drawn into."""
+  """How a player's tokens are drawn, and the sizes that are compiled for."""
 
   temperature: float = setting(0.6, "0 is greedy", at_least=0)
   top_p: float = setting(0.9, "mass of the nucleus; 1 keeps all", above=0, at_most=1)
   top_k: int = setting(0, "so many likeliest tokens; 0 keeps all", at_least=0)
   min_p: float = setting(0.0, "least share of the likeliest token's probability; 0 keeps all", at_least=0, at_most=1)
-  prompt_buckets: tuple[int, ...] = setting((512,), "prompt lengths to compile for, tokens, ascending", at_least=1)
+  prompt_buckets: tuple[int, ...] = setting(
+    (512,), "lengths that training rows' prompts are padded to, tokens, ascending; a prompt fits the last", at_least=1
+  )
   max_new_tokens: int = setting(2048, "a completion longer than this is MAX_LENGTH", at_least=1)
   decode_chunk: int = setting(8, "tokens drawn between two checks which rows have finished", at_least=1)
   slots: int = setting(0, "rows drawn at once, the others wait until some have finished; 0 is all", at_least=0)

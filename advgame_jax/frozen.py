@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from advgame_jax import architecture, hf
+from advgame_jax import architecture, hf, model
 from advgame_jax.architecture import ModelConfig, ParamSpec
 from advgame_jax.config import MATRICES
 from advgame_jax.matrices import Int8, quantise
@@ -31,6 +31,21 @@ def load(folder: str, mesh: Mesh, layout: Layout, dtype: Any, int8: bool) -> Par
     narrow = functools.partial(quantise, stacked=specs[name].stacked, inputs=specs[name].inputs)
     layers[name] = jax.jit(narrow, out_shardings=where[name])(params["layers"].pop(name))
   return {**params, "layers": layers}
+
+
+def one_by_one(params: Params) -> Params:
+  """`model.unstack` of weights that only generate, a matrix at a time: at most one is there twice.
+
+  The layers of `params` are taken out of it on the way.
+  """
+  layers, apart = params["layers"], {}
+  for name in list(layers):
+    stack = layers.pop(name)
+    where = jax.tree.map(lambda x: jax.NamedSharding(x.sharding.mesh, jax.P(*x.sharding.spec[1:])), stack)
+    count = len(jax.tree.leaves(stack)[0])
+    apart[name] = jax.jit(model.apart, out_shardings=(where,) * count)(stack)
+  count = len(next(iter(apart.values())))
+  return {**params, "layers": tuple({name: each[layer] for name, each in apart.items()} for layer in range(count))}
 
 
 def shardings(config: ModelConfig, mesh: Mesh, layout: Layout, int8: bool) -> Any:

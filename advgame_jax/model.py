@@ -219,7 +219,7 @@ def _over_layers(
   if not one_by_one(layers):
     return jax.lax.scan(step, x, (layers, kinds, more))
   given = []
-  for layer, kind, part in zip(layers, _apart(kinds), more or [None] * len(layers)):
+  for layer, kind, part in zip(layers, apart(kinds), more or [None] * len(layers)):
     x, kept = step(x, (layer, kind, part))
     given.append(kept)
   return x, tuple(given)
@@ -237,7 +237,7 @@ def each_layer(f: Callable[..., Any], *layers: Layers) -> Layers:
 
 def unstack(params: Params) -> Params:
   """The parameters with their layers one by one."""
-  return {**params, "layers": _apart(params["layers"])}
+  return {**params, "layers": apart(params["layers"])}
 
 
 def unstack_shardings(where: Any, count: int) -> Any:
@@ -246,7 +246,7 @@ def unstack_shardings(where: Any, count: int) -> Any:
   return {**where, "layers": (jax.tree.map(drop, where["layers"]),) * count}
 
 
-def _apart(stacked: Any) -> tuple[Any, ...]:
+def apart(stacked: Any) -> tuple[Any, ...]:
   """A tree of arrays with a leading L → L trees."""
   take = lambda place: jax.tree.map(lambda x: x[place], stacked)
   return tuple(map(take, range(len(jax.tree.leaves(stacked)[0]))))
@@ -340,7 +340,7 @@ def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layou
   def write(cache: Cache, new: Cache, page_R: jax.Array, slot_R: jax.Array) -> Cache:
     return Cache(
       cache.key_RKHS.at[page_R, :, :, slot_R].set(new.key_RKHS[..., 0], mode="drop"),
-      cache.value_RKSH.at[page_R, :, slot_R].set(new.value_RKSH[:, :, 0], mode="drop"),
+      cache.value_RKSH.at[page_R, :, slot_R].set(attention.finite(new.value_RKSH[:, :, 0]), mode="drop"),
     )
 
   rows, heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))

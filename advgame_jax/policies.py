@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from advgame_jax import architecture, hf, hf_config, kernels, lora, matrices, model, sampler, sharding, tokenizer
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
-from advgame_jax.engine import Drawn, Engine, drawn_by_nobody
+from advgame_jax.engine import Drawn, Engine, Load, drawn_by_nobody
 from advgame_jax.model import Prefix
 from advgame_jax.scoring import Choice, Generator
 from advgame_jax.sharding import Layout
@@ -100,7 +100,7 @@ class LanguageModel:
       fold_Q: uint32, what each prompt's keys are folded from; None is its number.
     """
     fold_Q = np.arange(len(prompts), dtype=np.uint32) if fold_Q is None else fold_Q
-    return self.engine.generate(generator, prompts, fold_Q, group, key, [prefix] if prefix else [])
+    return self.engine.generate(Load(generator, prompts, fold_Q, group, key, (prefix,) if prefix else ()))
 
   def read_prefix(self, params: Params, ids: Sequence[int], slots: int) -> Prefix:
     """A text that many prompts will continue, read once: whole on every device, or split over the heads' axis."""

@@ -200,7 +200,7 @@ def start(
     key_nSKH, value_nSKH = pages(cache.key_RKHS.transpose(0, 3, 1, 2)), pages(cache.value_RKSH.swapaxes(1, 2))
     return Cache(
       pool.key_RKHS.at[page_n].set(attention.keys_of_cache(key_nSKH), mode="drop"),
-      pool.value_RKSH.at[page_n].set(value_nSKH.swapaxes(1, 2), mode="drop"),
+      pool.value_RKSH.at[page_n].set(attention.finite(value_nSKH.swapaxes(1, 2)), mode="drop"),
     )
 
   put = layout.local(keep, (by_heads, by_heads, by_rows, by_rows), by_heads)

@@ -84,7 +84,8 @@ class Session:
     if folder in self.bases and mesh == self.config.mesh and int8 == (self.config.precision.frozen == "int8"):
       return self._decode_bases[folder]
     over = sharding.make_mesh(mesh, list(self.mesh.devices.flat))
-    return frozen.load(folder, over, sharding.decode_layout(mesh), policies.compute_dtype(self.config.precision), int8)
+    dtype = policies.compute_dtype(self.config.precision)
+    return frozen.one_by_one(frozen.load(folder, over, sharding.decode_layout(mesh), dtype, int8))
 
   @property
   def versions(self) -> dict[str, str]:
@@ -106,7 +107,7 @@ class Session:
     return Players(*map(all_members, self.recipes, self.players, generators))
 
   def generators(self, state: TrainState) -> Players[Generator]:
-    """The weights that play now, in the decode layout: one resharding copy each."""
+    """The weights that play now, in the decode layout: one resharding copy of each member."""
     settings = (self.config.attacker, self.config.defender)
     return self._to_play(Players(*map(state_lib.generator, settings, state.players)))
 

@@ -46,21 +46,25 @@ class Shapes:
     """Pages that so many tokens of one text take."""
     return -(-tokens // self.page)
 
-  def pack(self, lengths: Sequence[int], shape: tuple[int, int]) -> list[tuple[int, int]] | None:
-    """(row, first token) of each prompt, in order, the first row that has room; None if there is none."""
+  def pack(self, lengths: Sequence[int], shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """(row, first token) of each prompt, in order, the first row that has room; as far as there is one."""
     used, places = [0] * shape[0], []
     for length in lengths:
       row = next((r for r, n in enumerate(used) if n + length <= shape[1] and (self.packed or not n)), None)
       if row is None:
-        return None
+        break
       places.append((row, used[row]))
       used[row] += length
     return places
 
-  def fitting(self, lengths_of_parts: Sequence[Sequence[int]]) -> tuple[int, int] | None:
-    """The least shape that takes these prompts of each part."""
-    fits = (shape for shape in self.rows if all(self.pack(lengths, shape) is not None for lengths in lengths_of_parts))
-    return next(fits, None)
+  def fits(self, lengths: Sequence[int]) -> bool:
+    """Whether some shape takes these prompts together."""
+    return any(len(self.pack(lengths, shape)) == len(lengths) for shape in self.rows)
+
+  def fitting(self, lengths_of_parts: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The least shape that takes the prompts of every part; some shape does."""
+    takes = lambda shape: all(len(self.pack(lengths, shape)) == len(lengths) for lengths in lengths_of_parts)
+    return next(shape for shape in self.rows if takes(shape))
 
 
 @dataclasses.dataclass
@@ -124,11 +128,11 @@ class Part:
     self.shapes = shapes
     self.free = list(range(shapes.slots))
     self.rows: dict[int, Row] = {}
-    self.prompts, self.own = Pages(), Pages()
+    self.prompt_pages, self.own_pages = Pages(), Pages()
 
   def admit(self, prompt: Prompt) -> None:
     """Pages for a prompt and slots for its rows."""
-    prompt.pages = self.prompts.take(self.shapes.pages_of(len(prompt.ids)))
+    prompt.pages = self.prompt_pages.take(self.shapes.pages_of(len(prompt.ids)))
     for sample in range(self.shapes.group):
       self.rows[heapq.heappop(self.free)] = Row(prompt, sample)
 
@@ -140,15 +144,15 @@ class Part:
     """Pages for all that the rows may draw in so many steps."""
     for row in self.rows.values():
       most = min(row.count + steps, row.prompt.limit)
-      row.pages += self.own.take(self.shapes.pages_of(most) - len(row.pages))
+      row.pages += self.own_pages.take(self.shapes.pages_of(most) - len(row.pages))
 
   def leave(self, slot: int) -> None:
     """A row is finished; with the last of its group the prompt goes too."""
     row = self.rows.pop(slot)
     heapq.heappush(self.free, slot)
-    self.own.give(row.pages)
+    self.own_pages.give(row.pages)
     if not any(other.prompt is row.prompt for other in self.rows.values()):
-      self.prompts.give(row.prompt.pages)
+      self.prompt_pages.give(row.prompt.pages)
 
   def prompt_index(self, pool: int, before: int) -> Index:
     """Who reads which prompt's page. `before`: tokens of the prefix."""

@@ -18,6 +18,8 @@ OF_VLLM = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "4",
 def peer(venvs: str, venv: str, script: str, name: str, job: dict[str, Any]) -> dict[str, Any]:
   """What benchmarks/peers/`script` says of itself, run for peer `name` in the environment `venvs`/`venv`."""
   home = pathlib.Path(venvs) / venv
+  if not (home / "bin" / "python").is_file():
+    raise SystemExit(f"there is no environment {home}; benchmarks/peers/install.sh {venvs} {venv} makes it")
   environment = os.environ | OF_VLLM
   if venv == "vllm" and (openmp := next(home.rglob("libiomp5.so"), None)):
     environment["LD_PRELOAD"] = str(openmp)

@@ -70,7 +70,7 @@ class Game:
     prompts = getattr(self.prompts, name)
     weights = self.unstack(getattr(self.state.players, name).params)
     fold_Q = np.arange(len(prompts), dtype=np.uint32)
-    drawn = self.engine.generate(Generator((weights,)), prompts, fold_Q, COMPLETIONS, key)
+    drawn = self.engine.generate(engine.Load(Generator((weights,)), prompts, fold_Q, COMPLETIONS, key))
     split = lambda x: x.reshape(len(prompts), COMPLETIONS, *x.shape[1:])
     tokens_RGT = split(drawn.tokens_RT)
     padded_RT = np.array([ids + [0] * (self.longest - len(ids)) for ids in prompts], np.int32)
@@ -122,7 +122,7 @@ def main(_: list[str]) -> None:
   device = jax.devices()[0].device_kind
   print(f"{MODEL.value} twice, {rows} completions of {NEW.value} tokens, {device}, {os.cpu_count()} cores, float32")
   results = {f"advgame_jax (JAX {jax.__version__})": ours(ids)}
-  least = min(*results.values())
+  (least,) = map(min, results.values())
   for name in ("trl", "trl-grpo") if PEERS.value else ():
     version, seconds = peer(name, prompts, longest)
     results[f"{name} {version}"] = seconds

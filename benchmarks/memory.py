@@ -27,7 +27,7 @@ from advgame_jax import architecture, frozen, hf_config, lora, paper, session, s
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.config import Config, Sampling
 from advgame_jax.engine import Engine
-from advgame_jax.model import Cache, Prefix
+from advgame_jax.model import Cache, Prefix, unstack, unstack_shardings
 from advgame_jax.scoring import Generator
 from advgame_jax.sharding import Layout
 from advgame_jax.types import Players, PreferenceBatch
@@ -191,7 +191,10 @@ def _frozen(model: ModelConfig, mesh: Mesh, layout: Layout) -> Any:
 def _decode(recipe: Recipe, mesh: Mesh, layout: Layout, bases: Any) -> Any:
   """What a player generates with."""
   if not recipe.adapted:
-    return _frozen(recipe.model, mesh, layout)
+    stacked, count = _frozen(recipe.model, mesh, layout), recipe.model.layers
+    where = unstack_shardings(jax.tree.map(lambda x: x.sharding, stacked), count)
+    shape = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.tree.map(shape, jax.eval_shape(unstack, stacked), where)
   where = architecture.shardings(recipe.specs, mesh, layout)
   shape = lambda spec, place: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=place)
   return lora.attach(bases[recipe.player.model], jax.tree.map(shape, recipe.specs, where))
@@ -207,7 +210,7 @@ def _lower_sample(
   sampling: Sampling,
   prefixes: Sequence[Prefix] = (),
 ) -> tuple[list[Any], Any]:
-  """Every program of a generation in its largest shapes, and the pools."""
+  """Every program of a generation in every shape, and the largest pools."""
   stops = np.zeros((8, model.vocab), np.int16)
   engine = Engine(model, sampling, mesh, layout, jnp.bfloat16, "xla", stops)
   return engine.lower(Generator((weights,)), count, group, prefixes)

@@ -26,7 +26,7 @@ from absl import app, flags
 from advgame_jax import architecture, hf, ledger, model, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.config import Mesh, Sampling
-from advgame_jax.engine import Engine
+from advgame_jax.engine import Engine, Load
 from advgame_jax.scoring import Generator
 
 MODEL = flags.DEFINE_string("model", "", "Hugging Face folder; empty is a random Llama of 15.5M parameters.")
@@ -64,13 +64,13 @@ def ours(job: dict[str, Any], config: ModelConfig, generator: Generator) -> tupl
   )
   mesh, never = sharding.make_mesh(Mesh(), jax.devices()[:1]), np.zeros((2, config.vocab), np.int16)
   engine = Engine(config, sampling, mesh, sharding.LOCAL, np.dtype("float32"), "auto", never)
-  load = (job["prompts"], np.arange(len(job["prompts"]), dtype=np.uint32), 1)
+  fold_Q, limit_Q = np.arange(len(job["prompts"]), dtype=np.uint32), np.array(job["limits"])
   compilations, start = ledger.process_compilations(), time.perf_counter()
   engine.warm_up(generator, len(job["prompts"]), 1)
   warm, before, seconds = time.perf_counter() - start, compilations.count, []
   for key in range(job["rounds"] + 1):
     start = time.perf_counter()
-    drawn = engine.generate(generator, *load, jax.random.key(key), limit_Q=np.array(job["limits"]))
+    drawn = engine.generate(Load(generator, job["prompts"], fold_Q, 1, jax.random.key(key), limit_Q=limit_Q))
     seconds.append(time.perf_counter() - start)
     assert drawn.length_R.tolist() == job["limits"]
   return seconds[1:], compilations.count - before, warm
@@ -109,15 +109,10 @@ def table(load: str, folder: str, config: ModelConfig, generator: Generator) -> 
   for name in peers if PEERS.value else ():
     said = beside.peer(PEERS.value, name, "rollout.py", name, job)
     results[f"{name} {said['version']}"] = said["seconds"]
-  results["the machine's floor"] = [read + draw]
-  for name, each in results.items():
-    every = (
-      f" ({', '.join(f'{s:.2f}' for s in each)})" if len(each) > 1 else f" ({read:.2f} reading, {draw:.2f} drawing)"
-    )
-    print(
-      f"| {name} | {min(each):.2f} ({every}) | {tokens / min(each):.0f} | {min(each) / min(seconds):.2f} × |",
-      flush=True,
-    )
+  lines = [(name, min(each), ", ".join(f"{s:.2f}" for s in each)) for name, each in results.items()]
+  lines.append(("the machine's floor", read + draw, f"{read:.2f} reading, {draw:.2f} drawing"))
+  for name, least, every in lines:
+    print(f"| {name} | {least:.2f} ({every}) | {tokens / least:.0f} | {least / min(seconds):.2f} × |", flush=True)
 
 
 def plot(folder: str, config: ModelConfig, generator: Generator) -> None:

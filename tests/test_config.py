@@ -87,7 +87,7 @@ def test_every_bound_holds_at_its_edge(path, field):
      "mean temperature? allowed here: decode_chunk, max_new_tokens, min_p, page, prefill_tokens, prompt_buckets, "
      "slots, temperature, top_k, top_p"),
     ({"xyzzy": 1}, "there is no setting config.xyzzy: allowed here: attacker, checkpoint, data, defender, evaluation, "
-     "game, judges, loss, max_bad_steps, mesh, precision, report, seed, steps"),
+     "game, judges, loss, max_bad_steps, mesh, overlap, precision, report, seed, steps"),
     ({"loss": {"kind": "ppo"}}, "config.loss.kind is 'ppo'; allowed: one of 'dpo', 'ipo', 'grpo'"),
     ({"steps": True}, "config.steps is True; allowed: a whole number"),
     ({"steps": 1.5}, "config.steps is 1.5; allowed: a whole number"),

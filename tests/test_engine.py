@@ -10,9 +10,10 @@ import tiny
 
 from advgame_jax import architecture, ledger, model, sampler, scoring, sharding
 from advgame_jax import config as config_lib
-from advgame_jax.engine import Engine
+from advgame_jax.engine import Engine, Load
 from advgame_jax.model import Prefix
 from advgame_jax.scoring import Choice, Generator
+from advgame_jax.types import UserError
 
 CONFIG, PARAMS = tiny.CONFIG, tiny.params()
 KEY = jax.random.key(7)
@@ -47,7 +48,7 @@ def generate(who=None, prompts=PROMPTS, group=2, key=KEY, stacked=False, fold_Q=
   """Rows as [Q, G, …]."""
   who = who or engine()
   fold_Q = np.arange(len(prompts), dtype=np.uint32) if fold_Q is None else fold_Q
-  drawn = who.generate(Generator((weights(who, stacked),)), prompts, fold_Q, group, key, **more)
+  drawn = who.generate(Load(Generator((weights(who, stacked),)), prompts, fold_Q, group, key, **more))
   return jax.tree.map(lambda x: x.reshape(len(prompts), group, *x.shape[1:]), drawn)
 
 
@@ -139,7 +140,7 @@ def test_rows_do_not_depend_on_the_mesh(name, slots):
 def test_the_mesh_takes_stacked_layers_and_a_prefix_too():
   prefix_T = [9, 3, 77, 50, 4]
   who = engine((2, 1, 2), "tensor")
-  continued = generate(who, stacked=True, prefixes=[read_prefix(who, prefix_T, 8, parts=2)])
+  continued = generate(who, stacked=True, prefixes=(read_prefix(who, prefix_T, 8, parts=2),))
   assert_same(continued, generate(engine(prompt_buckets=(12,)), [prefix_T + ids for ids in PROMPTS]))
 
 
@@ -183,14 +184,14 @@ def mixed(share, seed=0, **changes):
   """Drawn from the baseline's weights with 1 − share, and from others."""
   who = engine(**changes)
   generator = Generator((weights(who), other_weights()), (1 - share, share))
-  drawn = who.generate(generator, PROMPTS, np.arange(8, dtype=np.uint32), 2, KEY)
+  drawn = who.generate(Load(generator, PROMPTS, np.arange(8, dtype=np.uint32), 2, KEY))
   return jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), drawn)
 
 
 def test_a_mixture_of_nothing_and_of_everything_is_a_pure_generator():
   assert_same(mixed(0.0), baseline())
   who = engine()
-  drawn = who.generate(Generator((other_weights(),)), PROMPTS, np.arange(8, dtype=np.uint32), 2, KEY)
+  drawn = who.generate(Load(Generator((other_weights(),)), PROMPTS, np.arange(8, dtype=np.uint32), 2, KEY))
   assert_same(mixed(1.0), jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), drawn))
 
 
@@ -314,13 +315,51 @@ def test_a_ragged_load_compiles_nothing_after_the_warm_up():
   who.warm_up(generator, 40, 2)
   before = compilations.count
   prompts, limit_Q = ragged(40)
-  who.generate(generator, prompts, np.arange(40, dtype=np.uint32), 2, KEY, limit_Q=limit_Q)
+  who.generate(Load(generator, prompts, np.arange(40, dtype=np.uint32), 2, KEY, limit_Q=limit_Q))
   assert compilations.count == before > 0
 
 
 def test_new_choices_and_keys_compile_nothing_and_draw_otherwise():
-  drawn = [generate(key=jax.random.key(1)), generate(engine(temperature=1.3, top_p=0.4))]
+  baseline()
+  compilations = ledger.process_compilations()
+  before = compilations.count
+  drawn = [generate(key=jax.random.key(1)), generate(engine(temperature=1.3, top_p=0.4, top_k=9, min_p=0.1))]
+  assert compilations.count - before <= 1  # the key itself
   assert (drawn[0].tokens_RT != drawn[1].tokens_RT).any() and (drawn[0].tokens_RT != baseline().tokens_RT).any()
+
+
+def test_a_prompt_beyond_the_largest_bucket_is_refused():
+  with pytest.raises(UserError, match=r"a prompt has 8 tokens, sampling.prompt_buckets ends at 7; allowed"):
+    generate(prompts=[*PROMPTS[:7], [3] * 8])
+
+
+def test_what_is_kept_is_told_at_its_largest():
+  who = engine(slots=6, page=4)
+  lowered, (_, prompt_pools, own_pools) = who.lower(Generator((weights(who),)), 40, 2)
+  shapes = who.shapes(40, 2, prefix=False)
+  assert len(lowered) > 10
+  assert {len(cache.key_RKHS) for cache in prompt_pools[0]} == {shapes.prompt_pools[-1]} == {6}
+  assert {len(cache.key_RKHS) for cache in own_pools[0]} == {shapes.own_pools[-1]} == {18}
+
+
+def test_a_row_that_is_not_finite_spoils_no_other():
+  """Its own logits are NaN; those of its company, in the same row of tokens and in its pages afterwards, are not."""
+  spoiled = {**PARAMS, "head": PARAMS["embed"], "embed": PARAMS["embed"].copy()}
+  spoiled["embed"] = np.array(spoiled["embed"])
+  spoiled["embed"][PROMPTS[0][0]] = np.nan
+  config = dataclasses.replace(CONFIG, tied=False)
+  others = [q for q in range(1, 8) if PROMPTS[0][0] not in PROMPTS[q]]
+  prompts = [PROMPTS[0], *(PROMPTS[q] for q in others)]
+  for slots in (0, 2):
+    who = dataclasses.replace(engine(slots=slots, stops="never"), model=config)
+    draw = lambda params: who.generate(  # noqa: B023
+      Load(Generator((model.unstack(params),)), prompts, np.arange(len(prompts), dtype=np.uint32), 2, KEY)
+    )
+    drawn, sound = draw(spoiled), draw({**PARAMS, "head": PARAMS["embed"]})
+    fine_R = np.array([not np.isin(PROMPTS[0][0], row_T) for row_T in sound.tokens_RT])
+    fine_R[:2] = False
+    assert fine_R.sum() > 5 and not np.isfinite(drawn.plain_logprob_RT[:2]).all()
+    np.testing.assert_array_equal(drawn.tokens_RT[fine_R], sound.tokens_RT[fine_R])
 
 
 # A prefix that all prompts continue.
@@ -337,6 +376,6 @@ def test_a_prefix_read_once_draws_what_whole_prompts_draw():
   prefix_T = [9, 3, 77, 50, 4]
   prefix = read_prefix(engine(), prefix_T, 8)
   whole = generate(engine(prompt_buckets=(12,)), [prefix_T + ids for ids in PROMPTS])
-  assert_same(generate(stacked=True, prefixes=[prefix]), whole)
+  assert_same(generate(stacked=True, prefixes=(prefix,)), whole)
   apart = prefix._replace(cache=model.unstack({"layers": prefix.cache})["layers"])
-  assert_same(generate(engine(slots=6), prefixes=[apart]), whole)
+  assert_same(generate(engine(slots=6), prefixes=(apart,)), whole)

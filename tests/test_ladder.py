@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types config",
   "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers paper",
-  "architecture matrices lora blockwise kernels attention experts model scoring sampler slots engine "
+  "architecture matrices lora blockwise kernels attention experts model scoring sampler slots programs engine "
   "hf_rope hf_config hf_shards hf hf_gguf peft frozen",
   "policies game judges canary rubrics cases guards phrases drift model_judge server_judge heuristic microworld "
   "worldfiles state update",
@@ -25,7 +25,7 @@ CHAINS = (
   "types → config",
   "refusals → prompts",
   "rounding → optimizers",
-  "architecture → experts → model → scoring → sampler → engine",
+  "architecture → experts → model → scoring → sampler → programs → engine",
   "attention → sampler",
   "attention → slots → engine",
   "kernels → engine",
@@ -40,6 +40,7 @@ CHAINS = (
   "hf → peft",
   "hf_config → peft",
   "hf → frozen",
+  "model → frozen",
   "matrices → frozen",
   "architecture → frozen",
   "rubrics → cases → guards",

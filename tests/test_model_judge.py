@@ -238,7 +238,8 @@ def test_a_verdict_costs_what_was_read_for_it_and_written():
 def test_warming_up_compiles_all_that_is_asked():
   compilations = ledger.process_compilations()
   for readout in ("score", "probability"):
-    warm = judge(put=functools.partial(put, readout=readout), readout=readout)
+    sampling = dataclasses.replace(SETTINGS.sampling, page=24)  # of which no other test has programs
+    warm = judge(put=functools.partial(put, readout=readout), readout=readout, sampling=sampling)
     warm.warm_up()
     before = compilations.count
     warm([*QUESTIONS, QUESTIONS[0]._replace(texts=("x " * 200,))])

@@ -28,8 +28,8 @@ def transformers(work: dict) -> Callable[[], int]:
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
     how = {"temperature": work["temperature"], "top_p": work["top_p"], "top_k": 0, "do_sample": True, "pad_token_id": 0}
     with torch.inference_mode():
-      network.generate(tokens, attention_mask=mask, min_new_tokens=most, max_new_tokens=most, **how)
-    return sum(work["limits"][i] for i in rows)
+      drawn = network.generate(tokens, attention_mask=mask, min_new_tokens=most, max_new_tokens=most, **how)
+    return sum(min(work["limits"][i], drawn.shape[1] - width) for i in rows)
 
   return lambda: sum(map(batch, batches))
 
