@@ -134,8 +134,7 @@ class Engine:
     load = Load(generator, nothing, np.zeros(prompts, np.uint32), group, jax.random.key(0), tuple(prefixes))
     with jax.set_mesh(self.mesh):
       generation = _Generation(self, programs.dry(*self._programs(generator), lowered), load, before=0)
-      generation.try_all()
-    return lowered, (generation.rows, generation.prompt_pools, generation.own_pools)
+      return lowered, generation.try_all()
 
   @property
   def choice(self) -> Choice:
@@ -183,8 +182,8 @@ class _Generation:
       self._advance()
     return self.drawn
 
-  def try_all(self) -> None:
-    """Calls every program in every shape, with nobody in it."""
+  def try_all(self) -> Any:
+    """Calls every program in every shape, with nobody in it; what is kept at most."""
     shapes = self.shapes
     for pages in shapes.prompt_pools:
       self._resize_prompts(pages)
@@ -197,6 +196,12 @@ class _Generation:
       self._resize_own(one)
       self._resize_own(other)
     self._resize_own(shapes.own_pools[-1])
+    most = (self.rows, self.prompt_pools, self.own_pools)
+    if shapes.few < shapes.slots:
+      self._resize_own(shapes.own_pools[0])
+      self._gather()
+      self._run_chunk()
+    return most
 
   # Prompts arrive.
 
@@ -277,6 +282,8 @@ class _Generation:
 
   def _advance(self) -> None:
     """Some tokens of every row; what is finished leaves."""
+    if self.parts[0].slots > self.shapes.few and self._are_few():
+      self._gather()
     for part in self.parts:
       part.provide(self._step)
     needed = _least(self.shapes.own_pools, max(part.own_pages.top for part in self.parts))
@@ -286,7 +293,7 @@ class _Generation:
     self.idle += self._step * sum(len(part.free) for part in self.parts)
     chunk = sharding.to_host(self._run_chunk())
     for number, part in enumerate(self.parts):
-      self._collect(part, number * self.shapes.slots, chunk)
+      self._collect(part, number * part.slots, chunk)
 
   def _run_chunk(self) -> Chunk:
     before = self.before
@@ -312,10 +319,26 @@ class _Generation:
         drawn.stopped_R[place] = chunk.stopped_R[r]
         part.leave(slot)
 
-  # Pools grow and shrink.
+  # Pools grow and shrink, and the last rows move together.
+
+  def _are_few(self) -> bool:
+    """Whether no more than a few rows are left, of prompts that fit into the smallest pool."""
+    fits = lambda part: len(part.rows) <= self.shapes.few and part.prompt_pages.taken <= self.shapes.prompt_pools[0]
+    return not self.waiting and all(map(fits, self.parts))
+
+  def _gather(self) -> None:
+    """Moves the last rows into fewer slots, and their prompts into the smallest pool."""
+    few, pages = self.shapes.few, self.shapes.prompt_pools[0]
+    orders = [part.gather(few) for part in self.parts]
+    there = [(_padded(order, few), np.arange(few) < len(order)) for order in orders]
+    self.rows = self.programs.gather(self.rows, *self._to_device(there))
+    if self.prompt_size > pages:
+      orders = [part.prompt_pages.renumber([prompt.pages for prompt in part.prompts]) for part in self.parts]
+      (order,) = self._to_device([(_padded(order, pages),) for order in orders])
+      self.prompt_pools, self.prompt_size = self.programs.resize(self.prompt_pools, order), pages
 
   def _resize_prompts(self, pages: int) -> None:
-    """Prompts stay where they are: their pool only grows."""
+    """Prompts stay where they are: while some wait, their pool only grows."""
     if pages > self.prompt_size:
       same = np.minimum(np.arange(pages), self.prompt_size - 1).astype(np.int32)
       (order,) = self._to_device([(same,) for _ in self.parts])
@@ -326,8 +349,7 @@ class _Generation:
     if pages == self.own_size:
       return
     orders = [part.own_pages.renumber([row.pages for row in part.rows.values()]) for part in self.parts]
-    padded = [(np.pad(np.array(order, np.int32), (0, pages - len(order))),) for order in orders]
-    (order,) = self._to_device(padded)
+    (order,) = self._to_device([(_padded(order, pages),) for order in orders])
     self.own_pools = self.programs.resize(self.own_pools, order)
     self.own_size = pages
 
@@ -337,3 +359,8 @@ class _Generation:
 
 def _least(sizes: Sequence[int], needed: int) -> int:
   return next(size for size in sizes if size >= needed)
+
+
+def _padded(order: Sequence[int], count: int) -> np.ndarray:
+  """With zeros; what is beyond so many is new, and holds nothing yet."""
+  return np.pad(np.array(order[:count], np.int32), (0, max(0, count - len(order))))

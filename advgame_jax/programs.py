@@ -25,6 +25,7 @@ class Programs(NamedTuple):
   start: Callable[..., Any]  # as `sampler.start`; rows and pools are donated
   advance: Callable[..., Any]  # (params, prefixes, prompts, own, share, rows, …): own pools and rows are donated
   resize: Callable[..., Any]  # (pools, page_P)
+  gather: Callable[..., Rows]  # as `sampler.gather`
   by_rows: Callable[[np.ndarray], jax.Array]  # what the host has of this process's rows
   whole: Callable[[np.ndarray], jax.Array]  # what every device has
 
@@ -65,7 +66,7 @@ def compiled(
   resize = lambda pools, page_P: tuple(sampler.resize(pool, page_P, layout) for pool in pools)
   start = functools.partial(sampler.start, layout=layout)
   whole = sharding.replicated(mesh)
-  where = Programs(rows, pools, (rows, pools), (rows, pools), (rows, pools, rows), pools, rows, whole)  # type: ignore[arg-type]
+  where = Programs(rows, pools, (rows, pools), (rows, pools), (rows, pools, rows), pools, rows, rows, whole)  # type: ignore[arg-type]
   jitted = Programs(
     blank_rows=jax.jit(blank_rows, static_argnums=0, out_shardings=where.blank_rows),
     blank_pools=jax.jit(blank_pools, static_argnums=0, out_shardings=where.blank_pools),
@@ -73,6 +74,7 @@ def compiled(
     start=jax.jit(start, donate_argnums=(0, 1), out_shardings=where.start),
     advance=jax.jit(advance, donate_argnums=(3, 5), out_shardings=where.advance),
     resize=jax.jit(resize, out_shardings=where.resize),
+    gather=jax.jit(functools.partial(sampler.gather, layout=layout), out_shardings=where.gather),
     by_rows=lambda x: sharding.to_global(x, rows),
     whole=lambda x: jax.device_put(x, whole),
   )

@@ -319,3 +319,14 @@ def resize(pool: Layers, page_P: jax.Array, layout: Layout = LOCAL) -> Layers:
   by_rows, by_heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
   take = layout.local(lambda cache, page_P: Cache(*(x[page_P] for x in cache)), (by_heads, by_rows), by_heads)
   return model.each_layer(lambda cache: take(cache, page_P), pool)
+
+
+def gather(rows: Rows, slot_R: jax.Array, there_R: jax.Array, layout: Layout = LOCAL) -> Rows:
+  """The rows of these slots, as far as they are there, in fewer slots."""
+  by_rows = layout.spec(("rows",))
+
+  def take(rows: Rows, slot_R: jax.Array, there_R: jax.Array) -> Rows:
+    taken = jax.tree.map(lambda x: x[slot_R], rows)
+    return taken._replace(live_R=taken.live_R & there_R)
+
+  return layout.local(take, (by_rows,) * 3, by_rows)(rows, slot_R, there_R)

@@ -31,6 +31,11 @@ class Shapes:
     return self.slots // self.group
 
   @property
+  def few(self) -> int:
+    """Slots for the last rows of a load."""
+    return self.slots if self.slots < 8 else -(-self.slots // 4)
+
+  @property
   def prompt_pools(self) -> list[int]:
     """Sizes of the prompts' pool, pages, ascending."""
     most = self.lanes * self.prompt_pages
@@ -125,7 +130,7 @@ class Part:
   """The slots and pages of one part of the mesh's rows."""
 
   def __init__(self, shapes: Shapes) -> None:
-    self.shapes = shapes
+    self.shapes, self.slots = shapes, shapes.slots
     self.free = list(range(shapes.slots))
     self.rows: dict[int, Row] = {}
     self.prompt_pages, self.own_pages = Pages(), Pages()
@@ -139,6 +144,18 @@ class Part:
   def slots_of(self, prompt: Prompt) -> list[int]:
     """Of its samples in order, as long as all are there."""
     return [slot for slot, row in self.rows.items() if row.prompt is prompt]
+
+  @property
+  def prompts(self) -> list[Prompt]:
+    """Those of which rows are left."""
+    return list({row.prompt.number: row.prompt for row in self.rows.values()}.values())
+
+  def gather(self, slots: int) -> list[int]:
+    """Moves the rows into the first of so few slots, in their order; the slots they were in."""
+    before = sorted(self.rows)
+    self.rows = {new: self.rows[old] for new, old in enumerate(before)}
+    self.slots, self.free = slots, list(range(len(before), slots))
+    return before
 
   def provide(self, steps: int) -> None:
     """Pages for all that the rows may draw in so many steps."""
@@ -157,7 +174,7 @@ class Part:
   def prompt_index(self, pool: int, before: int) -> Index:
     """Who reads which prompt's page. `before`: tokens of the prefix."""
     shapes, G = self.shapes, self.shapes.group
-    index = _blank_index(pool, G, shapes.slots, shapes.prompt_pages)
+    index = _blank_index(pool, G, self.slots, shapes.prompt_pages)
     for slot, row in self.rows.items():
       pages = row.prompt.pages
       index.reader_PG[pages, row.sample] = slot
@@ -168,7 +185,7 @@ class Part:
 
   def own_index(self, pool: int, before: int) -> Index:
     """Who reads which page of what was drawn."""
-    index = _blank_index(pool, 1, self.shapes.slots, self.shapes.own_pages)
+    index = _blank_index(pool, 1, self.slots, self.shapes.own_pages)
     index.end_P[:] = np.iinfo(np.int32).max  # what is not yet drawn is the row's future
     for slot, row in self.rows.items():
       first = before + len(row.prompt.ids)

@@ -60,11 +60,11 @@ def ours(job: dict[str, Any]) -> tuple[list[float], list[float]]:
   now = state.TrainState(Players(*map(make, recipes)), jnp.int32(0))
   batch = batch_of(job)
   nobody = jax.tree.map(lambda x: x[:1] * 0, batch)
-  update = jax.jit(lambda now, batch: joint_update(recipes, now, Players(nobody, batch), {}), donate_argnums=0)
+  update = jax.jit(lambda now, batches: joint_update(recipes, now, batches, {}), donate_argnums=0)
   seconds, losses = [], []
   for _ in range(job["warm_up"] + job["steps"]):
     start = time.perf_counter()
-    now, metrics = update(now, batch)
+    now, metrics = update(now, Players(nobody, batch))
     losses.append(float(metrics["defender/loss"]))
     seconds.append(time.perf_counter() - start)
   return seconds[job["warm_up"] :], losses[job["warm_up"] :]

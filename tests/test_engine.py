@@ -111,6 +111,8 @@ def test_absent_prompts_draw_nothing_and_disturb_nobody():
     {"slots": 6},
     {"slots": 6, "page": 2, "decode_chunk": 3},
     {"slots": 100},
+    {"slots": 8},  # the last two rows move into slots of their own
+    {"slots": 12, "page": 2},
   ],
   ids=str,
 )
@@ -310,7 +312,7 @@ def ragged(count, seed=0):
 
 def test_a_ragged_load_compiles_nothing_after_the_warm_up():
   compilations = ledger.process_compilations()
-  who = engine(slots=6, page=3)  # of which no other test has programs
+  who = engine(slots=8, page=3)  # of which no other test has programs
   generator = Generator((weights(engine()),))
   who.warm_up(generator, 40, 2)
   before = compilations.count

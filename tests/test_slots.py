@@ -12,6 +12,7 @@ event = st.one_of(
   st.tuples(st.just("draw"), st.integers(1, 5)),
   st.tuples(st.just("leave"), st.integers(0, 5)),
   st.tuples(st.just("move"), st.just(0)),
+  st.tuples(st.just("gather"), st.just(0)),
 )
 
 
@@ -35,7 +36,12 @@ def test_no_page_and_no_slot_has_two_owners(events):
       order = part.own_pages.renumber([row.pages for row in part.rows.values()])
       assert all([order[page] for page in row.pages] == before[slot] for slot, row in part.rows.items())
 
-    prompts = {row.prompt.number: row.prompt for row in part.rows.values()}.values()
+    elif what == "gather":
+      before = dict(part.rows)
+      slots = part.gather(max(2, len(part.rows)))
+      assert [part.rows[new] is before[old] for new, old in enumerate(slots)] == [True] * len(before)
+
+    prompts = part.prompts
     of_prompts, own = (
       [page for pages in lists for page in pages]
       for lists in ([p.pages for p in prompts], [row.pages for row in part.rows.values()])
@@ -45,7 +51,7 @@ def test_no_page_and_no_slot_has_two_owners(events):
       (own, part.own_pages, SHAPES.own_pools),
     ):
       assert len(set(pages)) == len(pages) == book.taken and max(pages, default=0) < sizes[-1]
-    assert sorted([*part.free, *part.rows]) == list(range(6))
+    assert sorted([*part.free, *part.rows]) == list(range(part.slots))
     assert all(len(row.pages) >= SHAPES.pages_of(row.count) for row in part.rows.values())
 
     index = part.own_index(SHAPES.own_pools[-1], before=5)
