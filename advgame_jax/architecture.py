@@ -238,6 +238,12 @@ def forward_flops(config: ModelConfig, tokens: float, context: float) -> float:
   return sum(_forward_flops(config, tokens, context))
 
 
+def drawing_to_reading(config: ModelConfig) -> float:
+  """FLOPs of a token that is drawn to those of one that is only read, which needs no head."""
+  drawn = forward_flops(config, 1, 0)
+  return drawn / (drawn - 2 * config.vocab * config.width)
+
+
 def backward_flops(config: ModelConfig, tokens: float, context: float, *, frozen: bool) -> float:
   """FLOPs of the way back: twice the way there, but a frozen matrix passes gradients on and has none of its own."""
   matrices, attention = _forward_flops(config, tokens, context)

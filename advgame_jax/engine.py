@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from advgame_jax import architecture, kernels, model, programs, sharding
 from advgame_jax import config as config_lib
-from advgame_jax import kernels, model, programs, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index
 from advgame_jax.model import Prefix
@@ -210,9 +210,11 @@ class _Generation:
     while any(chosen := self._choose()):
       lengths = [[len(prompt.ids) for prompt in prompts] for prompts in chosen]
       shape = self.shapes.fitting(lengths)
-      # Reading costs the whole shape: what of it would be empty is weighed against slots that stand empty.
+      # Reading costs the whole shape: what of it would be empty is weighed against slots that stand empty, until then
+      # and for the next steps, by the products that each would cost.
       unused = shape[0] * shape[1] * len(self.parts) - sum(map(sum, lengths))
-      if self._live and self.idle + self._step * sum(len(part.free) for part in self.parts) < unused:
+      empty = self.idle + self._step * sum(len(part.free) for part in self.parts)
+      if self._live and empty * architecture.drawing_to_reading(self.engine.model) < unused:
         return
       self.idle = 0
       for part, prompts in zip(self.parts, chosen):

@@ -29,6 +29,7 @@ CHAINS = (
   "attention → sampler",
   "attention → slots → engine",
   "kernels → engine",
+  "architecture → engine",
   "matrices → experts",
   "matrices → model",
   "matrices → lora → peft",
