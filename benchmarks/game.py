@@ -6,6 +6,7 @@ worst of each prompt, DPO with the initial weights as reference. The peer is TRL
 and then on the Defender's; and its GRPO. `benchmarks/peers/install.sh FOLDER trl` makes its environment.
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -46,9 +47,9 @@ class Game:
     sampling = config.Sampling(temperature=1.0, top_p=0.9, prompt_buckets=(self.longest,), max_new_tokens=NEW.value)
     player = config.Player(model=MODEL.value, generator="train", reference="initial", optimizer=optimizer)
     self.loss, precision = config.Loss(kind="dpo", beta=BETA), config.Precision(remat="none")
-    self.recipes = session.make_recipes(
-      config.Config(attacker=player, defender=player, loss=self.loss, precision=precision)
-    )
+    settings = config.Config(attacker=player, defender=player, loss=self.loss, precision=precision)
+    local = functools.partial(dataclasses.replace, layout=sharding.LOCAL)
+    self.recipes = Players(*map(local, session.make_recipes(settings)))
     self.prompts, architecture = prompts, self.recipes.defender.model
     weights, mesh = hf.load(MODEL.value), sharding.make_mesh(config.Mesh(), jax.devices()[:1])
     make = lambda recipe: state.init_player(recipe.player, recipe.precision, recipe.optimizer, weights)

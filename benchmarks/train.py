@@ -5,6 +5,8 @@ recomputed, rows of one length, half of it prompt. Also what the backward pass c
 the scores alone. `benchmarks/peers/install.sh FOLDER trl tunix` makes the peers' environments.
 """
 
+import dataclasses
+import functools
 import os
 import sys
 import time
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from advgame_jax import architecture, config, hf, scoring, session, state
+from advgame_jax import architecture, config, hf, scoring, session, sharding, state
 from advgame_jax.types import Players, PreferenceBatch
 from advgame_jax.update import joint_update
 
@@ -54,7 +56,9 @@ def ours(job: dict[str, Any]) -> tuple[list[float], list[float]]:
   player = config.Player(model=MODEL.value, generator="train", reference="initial", optimizer=optimizer)
   frozen = config.Player(model=MODEL.value, frozen=True)
   loss, precision = config.Loss(kind="dpo", beta=BETA), config.Precision(remat="none")
-  recipes = session.make_recipes(config.Config(attacker=frozen, defender=player, loss=loss, precision=precision))
+  settings = config.Config(attacker=frozen, defender=player, loss=loss, precision=precision)
+  local = functools.partial(dataclasses.replace, layout=sharding.LOCAL)
+  recipes = Players(*map(local, session.make_recipes(settings)))
   weights = hf.load(MODEL.value)
   make = lambda recipe: state.init_player(recipe.player, recipe.precision, recipe.optimizer, weights)
   now = state.TrainState(Players(*map(make, recipes)), jnp.int32(0))
