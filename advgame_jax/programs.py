@@ -30,7 +30,7 @@ class Programs(NamedTuple):
   whole: Callable[[np.ndarray], jax.Array]  # what every device has
 
 
-@functools.lru_cache(maxsize=32)  # more than a run has; a process of many runs frees those of the first
+@functools.lru_cache(maxsize=16)  # more than a run has; a process of many runs frees those of the first
 def compiled(
   config: ModelConfig,
   mesh: Mesh,

@@ -1,6 +1,7 @@
 """Eight fake CPU devices, a compilation cache, and the world that the whole-run tests share."""
 
 import fcntl
+import gc
 import os
 import pathlib
 import subprocess
@@ -20,6 +21,21 @@ os.environ["PJRT_NPROC"] = "64"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "advgame_jax_test_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax  # noqa: E402  (reads the environment)
+
+from advgame_jax import programs  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_freed():
+  """Compiled programs map memory, of which Linux gives a process 65,530 pieces: one that has many frees them."""
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+    programs.compiled.cache_clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -163,15 +163,15 @@ def test_a_run_that_is_asked_to_stop_is_not_finished_until_it_is_evaluated(
 ):
   """SIGTERM comes while step `asked_at` − 1 is played, the last one included; the same call then ends the run."""
   config, folder = world.config(world_folder, steps=2, evaluation__every=2), tmp_path / "run"
-  play, stop = train.play_and_learn, threading.Event()
+  learn, stop = train.learn, threading.Event()
 
-  def play_and_stop(run, state, step, *rest):
+  def learn_and_stop(run, state, step, *rest):
     if step == asked_at - 1:
       stop.set()
-    return play(run, state, step, *rest)
+    return learn(run, state, step, *rest)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, "play_and_learn", play_and_stop)
+    patch.setattr(train, "learn", learn_and_stop)
     patch.setattr(train, "_stop_on_sigterm", lambda: stop)
     if asked_at == 0:
       stop.set()
