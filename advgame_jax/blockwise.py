@@ -172,11 +172,10 @@ def _where_met(segment_RS: jax.Array | None, size: int, step: Callable[..., Any]
     return step
 
   def where_met(carry: Any, i: Any, j: Any) -> Any:
-    least_R2, most_R2 = (
-      jnp.stack([of(_read(segment_RS, block, size, 1), 1) for block in (i, j)], 1) for of in (jnp.min, jnp.max)
-    )
-    met = jnp.any(jnp.max(least_R2, 1) <= jnp.min(most_R2, 1))
-    return jax.lax.cond(met, lambda carry: step(carry, i, j), lambda carry: carry, carry)
+    query_segment_Rs, key_segment_Rs = (_read(segment_RS, block, size, 1) for block in (i, j))
+    later_R = jnp.min(query_segment_Rs, 1) > jnp.max(key_segment_Rs, 1)
+    earlier_R = jnp.max(query_segment_Rs, 1) < jnp.min(key_segment_Rs, 1)
+    return jax.lax.cond(jnp.all(later_R | earlier_R), lambda carry: carry, lambda carry: step(carry, i, j), carry)
 
   return where_met
 

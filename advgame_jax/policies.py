@@ -127,12 +127,8 @@ class LanguageModel:
 
   @functools.cached_property
   def _read(self) -> Callable[..., Any]:
-    def read(params: Params, tokens_QT: jax.Array) -> Any:
-      return model.forward(self.model, params, tokens_QT, dtype=self.dtype, layout=self.layout, kernel=self.attention)[
-        1
-      ]
-
-    return jax.jit(read)
+    how = {"dtype": self.dtype, "layout": self.layout, "kernel": self.attention}
+    return jax.jit(lambda params, tokens_QT: model.forward(self.model, params, tokens_QT, **how)[1])
 
   @functools.cached_property
   def _next(self) -> Callable[..., jax.Array]:

@@ -93,6 +93,9 @@ class Game:
 
 def ours(prompts: Players[list[list[int]]]) -> list[float]:
   game, seconds = Game(prompts), []
+  weights = game.unstack(game.state.players.defender.params)
+  for part in prompts:
+    game.engine.warm_up(Generator((weights,)), len(part), COMPLETIONS)
   for number in range(STEPS.value + 1):
     start = time.perf_counter()
     game.step(number)
