@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from advgame_jax import architecture, kernels, model, programs, sharding
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index
-from advgame_jax.model import Prefix
+from advgame_jax.model import Layers, Prefix
 from advgame_jax.programs import Programs
 from advgame_jax.sampler import Arrival, Chunk
 from advgame_jax.scoring import Choice, Generator
@@ -120,16 +120,16 @@ class Engine:
     """Compiles every shape that a load of so many prompts can take, several at a time. Nothing runs."""
     lowered, _ = self.lower(generator, prompts, group, prefixes)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-      list(threads.map(lambda program: program.compile(), lowered))
+      list(threads.map(lambda program: program.compile(), itertools.chain(*lowered.values())))
 
   def lower(
     self, generator: Generator, prompts: int, group: int, prefixes: Sequence[Prefix] = ()
-  ) -> tuple[list[Any], Any]:
-    """Every program in every shape that a load of so many prompts can take; and what is kept between them at most.
+  ) -> tuple[dict[str, list[Any]], Any]:
+    """Every program, by its name in `Programs`, in every shape of such a load; and what is kept between them at most.
 
     Weights and prefixes may be abstract.
     """
-    lowered: list[Any] = []
+    lowered: dict[str, list[Any]] = {}
     nothing: list[list[int]] = [[]] * prompts
     load = Load(generator, nothing, np.zeros(prompts, np.uint32), group, jax.random.key(0), tuple(prefixes))
     with jax.set_mesh(self.mesh):
@@ -337,14 +337,14 @@ class _Generation:
     if self.prompt_size > pages:
       orders = [part.prompt_pages.renumber([prompt.pages for prompt in part.prompts]) for part in self.parts]
       (order,) = self._to_device([(_padded(order, pages),) for order in orders])
-      self.prompt_pools, self.prompt_size = self.programs.resize(self.prompt_pools, order), pages
+      self.prompt_pools, self.prompt_size = self._moved(self.prompt_pools, order), pages
 
   def _resize_prompts(self, pages: int) -> None:
     """Prompts stay where they are: while some wait, their pool only grows."""
     if pages > self.prompt_size:
       same = np.minimum(np.arange(pages), self.prompt_size - 1).astype(np.int32)
       (order,) = self._to_device([(same,) for _ in self.parts])
-      self.prompt_pools = self.programs.resize(self.prompt_pools, order)
+      self.prompt_pools = self._moved(self.prompt_pools, order)
       self.prompt_size = pages
 
   def _resize_own(self, pages: int) -> None:
@@ -352,8 +352,19 @@ class _Generation:
       return
     orders = [part.own_pages.renumber([row.pages for row in part.rows.values()]) for part in self.parts]
     (order,) = self._to_device([(_padded(order, pages),) for order in orders])
-    self.own_pools = self.programs.resize(self.own_pools, order)
+    self.own_pools = self._moved(self.own_pools, order)
     self.own_size = pages
+
+  def _moved(self, pools: tuple[Layers, ...], page_P: jax.Array) -> tuple[Layers, ...]:
+    """Pools of these pages, in this order. Array by array: two whole pools would be the most memory of a step."""
+
+    def move(program: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+      moved = program(x, page_P)
+      self.programs.free(x)
+      return moved
+
+    of = lambda pool: self.programs.resize_layer if model.one_by_one(pool) else self.programs.resize_stack
+    return tuple(jax.tree.map(functools.partial(move, of(pool)), pool) for pool in pools)
 
   def _to_device(self, of_parts: Sequence[Any]) -> list[jax.Array]:
     return [self.programs.by_rows(np.concatenate(arrays)) for arrays in zip(*of_parts)]

@@ -24,10 +24,12 @@ class Programs(NamedTuple):
   read: Callable[..., Any]  # of all members: (params, tokens_XT, place_XT, segment_XT, last_Q, prefixes)
   start: Callable[..., Any]  # as `sampler.start`; rows and pools are donated
   advance: Callable[..., Any]  # (params, prefixes, prompts, own, share, rows, …): own pools and rows are donated
-  resize: Callable[..., Any]  # (pools, page_P)
+  resize_stack: Callable[..., jax.Array]  # as `sampler.resize`, an array of all layers
+  resize_layer: Callable[..., jax.Array]  # an array of one
   gather: Callable[..., Rows]  # as `sampler.gather`
   by_rows: Callable[[np.ndarray], jax.Array]  # what the host has of this process's rows
   whole: Callable[[np.ndarray], jax.Array]  # what every device has
+  free: Callable[[jax.Array], None]  # what nobody needs any more
 
 
 @functools.lru_cache(maxsize=16)  # more than a run has; a process of many runs frees those of the first
@@ -63,38 +65,55 @@ def compiled(
     members = list(map(Member, params, prefixes, prompts, own))
     return sampler.advance(config, members, *others, steps=steps, layout=layout)
 
-  resize = lambda pools, page_P: tuple(sampler.resize(pool, page_P, layout) for pool in pools)
+  resize = functools.partial(sampler.resize, layout=layout)
   start = functools.partial(sampler.start, layout=layout)
   whole = sharding.replicated(mesh)
-  where = Programs(rows, pools, (rows, pools), (rows, pools), (rows, pools, rows), pools, rows, rows, whole)  # type: ignore[arg-type]
+  stack, layer = (_by_pages(mesh, layout, each) for each in (True, False))
+  started, advanced = (rows, pools), (rows, pools, rows)
+  where = Programs(rows, pools, started, started, advanced, stack, layer, rows, rows, whole, None)  # type: ignore[arg-type]
   jitted = Programs(
     blank_rows=jax.jit(blank_rows, static_argnums=0, out_shardings=where.blank_rows),
     blank_pools=jax.jit(blank_pools, static_argnums=0, out_shardings=where.blank_pools),
     read=jax.jit(read, out_shardings=where.read),
     start=jax.jit(start, donate_argnums=(0, 1), out_shardings=where.start),
     advance=jax.jit(advance, donate_argnums=(3, 5), out_shardings=where.advance),
-    resize=jax.jit(resize, out_shardings=where.resize),
+    resize_stack=jax.jit(resize, out_shardings=stack),
+    resize_layer=jax.jit(resize, out_shardings=layer),
     gather=jax.jit(functools.partial(sampler.gather, layout=layout), out_shardings=where.gather),
     by_rows=lambda x: sharding.to_global(x, rows),
     whole=lambda x: jax.device_put(x, whole),
+    free=lambda x: x.delete(),
   )
   return jitted, where
 
 
-def dry(programs: Any, where: Any, lowered: list[Any]) -> Programs:
-  """Programs that run nothing: each call is lowered, and gives the shapes of what it would give."""
+def dry(programs: Programs, where: Any, lowered: dict[str, list[Any]]) -> Programs:
+  """Programs that run nothing: a call of new shapes is lowered, under its name, and gives the shapes of its result."""
   place = lambda where, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-  def run_dry(program: Any, where: Any) -> Callable[..., Any]:
+  def run_dry(name: str) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
     def call(*args: Any) -> Any:
-      lowered.append(program.lower(*args))
-      outputs = lowered[-1].out_info
-      return jax.tree.map(lambda where, part: jax.tree.map(functools.partial(place, where), part), where, outputs)
+      leaves, tree = jax.tree.flatten(args)
+      shapes = (tree, *(getattr(x, "sharding", None) for x in leaves), *map(_abstract, leaves))
+      if shapes not in known:
+        program = getattr(programs, name).lower(*args)
+        lowered.setdefault(name, []).append(program)
+        placed = lambda where, part: jax.tree.map(functools.partial(place, where), part)
+        known[shapes] = jax.tree.map(placed, getattr(where, name), program.out_info)
+      return known[shapes]
 
     return call
 
-  *run, _, _ = map(run_dry, programs, where)
-  return Programs(*run, *(functools.partial(place, each) for each in (where.by_rows, where.whole)))
+  run: dict[str, Any] = {name: run_dry(name) for name in Programs._fields if hasattr(getattr(programs, name), "lower")}
+  put: dict[str, Any] = {name: functools.partial(place, getattr(where, name)) for name in ("by_rows", "whole")}
+  return Programs(**run, **put, free=lambda x: None)
+
+
+def _abstract(x: Any) -> Any:
+  """A number as it is, of an array what a program knows of it."""
+  return (x.shape, x.dtype) if hasattr(x, "shape") else x
 
 
 def _by_pages(mesh: Mesh, layout: Layout, stacked: bool) -> NamedSharding:

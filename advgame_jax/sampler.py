@@ -314,11 +314,11 @@ def _draw_next(
   return drawn, token_R, columns
 
 
-def resize(pool: Layers, page_P: jax.Array, layout: Layout = LOCAL) -> Layers:
-  """The pool of these pages, in this order."""
+def resize(pool_PXXX: jax.Array, page_P: jax.Array, layout: Layout = LOCAL) -> jax.Array:
+  """Of a pool's keys or values, of one layer or with a leading L, these pages in this order."""
   by_rows, by_heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
-  take = layout.local(lambda cache, page_P: Cache(*(x[page_P] for x in cache)), (by_heads, by_rows), by_heads)
-  return model.each_layer(lambda cache: take(cache, page_P), pool)
+  take = layout.local(lambda x_PXXX, page_P: x_PXXX[page_P], (by_heads, by_rows), by_heads)
+  return (jax.vmap(take, (0, None)) if pool_PXXX.ndim == 5 else take)(pool_PXXX, page_P)
 
 
 def gather(rows: Rows, slot_R: jax.Array, there_R: jax.Array, layout: Layout = LOCAL) -> Rows:

@@ -126,9 +126,7 @@ def report(case: Case) -> None:
   peak = 0.0
   for what, lowered, kept in programs(case, recipes, mesh, layout, state, bases, copies, judge_model, judge):
     start = time.perf_counter()
-    analyses = [program.compile().memory_analysis() for program in lowered]
-    beside = (x.temp_size_in_bytes + x.output_size_in_bytes - x.alias_size_in_bytes for x in analyses)
-    added = _bytes(kept) + max(beside)
+    added = _bytes(kept) + max(_beside(name, program) for name, each in lowered.items() for program in each)
     peak = max(peak, held + added)
     print(f"  {what:<34}{added / GIB:+8.1f}   compiled in {time.perf_counter() - start:.0f} s")
   print(f"  {'peak':<34}{peak / GIB:8.1f}   of {CARD:.1f}: {'fits' if peak / GIB < CARD else 'does not fit'}")
@@ -144,7 +142,7 @@ def programs(
   copies: list[Any],
   judge_model: ModelConfig,
   judge: Any,
-) -> Iterator[tuple[str, list[Any], Any]]:
+) -> Iterator[tuple[str, dict[str, list[Any]], Any]]:
   """What a step runs, lowered, and what each keeps between its programs."""
   game, batch = case.config.game, case.config.data.batch
   prompts = (batch, batch * game.attacks_per_seed)
@@ -171,7 +169,14 @@ def programs(
     out_shardings=(shardings, sharding.replicated(mesh)),
   )
   with jax.set_mesh(mesh):
-    yield "joint update", [update.lower(state, batches, bases)], ()
+    yield "joint update", {"update": [update.lower(state, batches, bases)]}, ()
+
+
+def _beside(name: str, program: Any) -> int:
+  """Bytes that it takes beside what is kept: of an array that is moved, the old one goes when the new one is there."""
+  x = program.compile().memory_analysis()
+  outputs = x.output_size_in_bytes - x.alias_size_in_bytes
+  return x.temp_size_in_bytes + (min(outputs, x.argument_size_in_bytes) if name.startswith("resize") else outputs)
 
 
 def frozen_base(bases: dict[str, Any]) -> Any:
@@ -209,7 +214,7 @@ def _lower_sample(
   group: int,
   sampling: Sampling,
   prefixes: Sequence[Prefix] = (),
-) -> tuple[list[Any], Any]:
+) -> tuple[dict[str, list[Any]], Any]:
   """Every program of a generation in every shape, and the largest pools."""
   stops = np.zeros((8, model.vocab), np.int16)
   engine = Engine(model, sampling, mesh, layout, jnp.bfloat16, "xla", stops)

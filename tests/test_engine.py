@@ -341,9 +341,21 @@ def test_what_is_kept_is_told_at_its_largest():
   who = engine(slots=6, page=4)
   lowered, (_, prompt_pools, own_pools) = who.lower(Generator((weights(who),)), 40, 2)
   shapes = who.shapes(40, 2, prefix=False)
-  assert len(lowered) > 10
+  assert {len(programs) for programs in lowered.values()} > {1}
   assert {len(cache.key_RKHS) for cache in prompt_pools[0]} == {shapes.prompt_pools[-1]} == {6}
   assert {len(cache.key_RKHS) for cache in own_pools[0]} == {shapes.own_pools[-1]} == {18}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_pools_grow_array_by_array(stacked):
+  """So that the old pool and the new one need not both be there."""
+  who = engine(slots=6, page=4)
+  params = PARAMS if stacked else model.unstack(PARAMS)
+  lowered, (_, prompt_pools, own_pools) = who.lower(Generator((params,)), 40, 2)
+  programs = [program for name, each in lowered.items() if name.startswith("resize") for program in each]
+  moved = {program.in_avals[0][0].shape for program in programs}
+  arrays = {x.shape[-3:] for x in jax.tree.leaves((prompt_pools, own_pools))}
+  assert {shape[-3:] for shape in moved} == arrays and {len(shape) for shape in moved} == {5 if stacked else 4}
 
 
 def test_a_row_that_is_not_finite_spoils_no_other():
