@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from advgame_jax import blockwise, kernels
 from advgame_jax.blockwise import Rule as Rule
 from advgame_jax.blockwise import softcap as softcap
+from advgame_jax.matrices import Int8, dense
 from advgame_jax.sharding import LOCAL, Layout
 
 CONTINUED_BLOCK = 32  # queries of a block: its logits are to stay in the caches
@@ -176,8 +177,8 @@ class Index(NamedTuple):
 class Pool(NamedTuple):
   """P pages of one layer's keys and values."""
 
-  key_PKHS: jax.Array
-  value_PKSH: jax.Array
+  key_PKHS: jax.Array | Int8
+  value_PKSH: jax.Array | Int8
   readers: Index
 
 
@@ -220,7 +221,8 @@ def _read_pages(
   query_RKnH: jax.Array, place_R: jax.Array, pool: Pool, rule: Rule, window: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Of each page and reader: the greatest logit, the sum of exp(logit − greatest), and the values weighted by those."""
-  key_PKHS, value_PKSH, index = pool
+  key_PKHS, value_PKSH = (dense(x, query_RKnH.dtype) for x in (pool.key_PKHS, pool.value_PKSH))
+  index = pool.readers
   (P, G), (_, K, H, S), n = index.reader_PG.shape, key_PKHS.shape, query_RKnH.shape[2]
   query_PKXH = query_RKnH[index.reader_PG].swapaxes(1, 2).reshape(P, K, G * n, H)
   logits_PKXS = jnp.einsum("PKXH,PKHS->PKXS", query_PKXH, key_PKHS, preferred_element_type=jnp.float32)

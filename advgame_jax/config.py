@@ -112,6 +112,9 @@ class Sampling(Settings):
   decode_chunk: int = setting(8, "tokens drawn between two checks which rows have finished", at_least=1)
   slots: int = setting(0, "rows drawn at once, the others wait until some have finished; 0 is all", at_least=0)
   page: int = setting(32, "tokens of a page of the cache", at_least=1)
+  cache: Literal["compute", "int8"] = setting(
+    "compute", "keys and values in the compute dtype, or in eight bits a number"
+  )
   prefill_tokens: int = setting(512, "prompts are read so many tokens at a time, on each part of the mesh", at_least=1)
 
   def __post_init__(self) -> None:
@@ -160,7 +163,7 @@ class Player(Settings):
   @property
   def reference_is_generator(self) -> bool:
     """Then the sampler's own log-probabilities are the reference's, and no extra forward pass is needed."""
-    return self.generator == self.reference
+    return self.generator == self.reference and self.sampling.cache == "compute"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,8 +148,9 @@ class Engine:
   def _programs(self, generator: Generator) -> tuple[Programs, Programs]:
     """What runs for it, and where the outputs are."""
     stacked = tuple(not model.one_by_one(params["layers"]) for params in generator.members)
-    page, steps = self.sampling.page, self.sampling.decode_chunk
-    return programs.compiled(self.model, self.mesh, self.layout, self.dtype, self.attention, page, steps, stacked)
+    settings = self.sampling
+    sizes = (settings.page, settings.decode_chunk, settings.cache == "int8")
+    return programs.compiled(self.model, self.mesh, self.layout, self.dtype, self.attention, *sizes, stacked)
 
 
 class _Generation:

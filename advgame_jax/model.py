@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from advgame_jax import attention, experts
 from advgame_jax.architecture import ModelConfig, Rope
-from advgame_jax.matrices import cast, project
+from advgame_jax.matrices import Int8, cast, project, quantise
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
 
@@ -31,7 +31,10 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Cache(NamedTuple):
-  """Keys and values of one layer. Of all: `Layers` of it, its arrays with a leading L or a tuple of L."""
+  """Keys and values of one layer. Of all: `Layers` of it, its arrays with a leading L or a tuple of L.
+
+  In pages both may be `Int8`, see `narrow`.
+  """
 
   key_RKHS: jax.Array
   value_RKSH: jax.Array
@@ -338,10 +341,10 @@ def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layou
   """The pool with each row's new token in its slot of its page; a page there is none of is written nowhere."""
 
   def write(cache: Cache, new: Cache, page_R: jax.Array, slot_R: jax.Array) -> Cache:
-    return Cache(
-      cache.key_RKHS.at[page_R, :, :, slot_R].set(new.key_RKHS[..., 0], mode="drop"),
-      cache.value_RKSH.at[page_R, :, slot_R].set(attention.finite(new.value_RKSH[:, :, 0]), mode="drop"),
-    )
+    new = as_kept(new, cache)
+    put_key = lambda x, new: x.at[page_R, :, :, slot_R].set(new[..., 0], mode="drop")
+    put_value = lambda x, new: x.at[page_R, :, slot_R].set(new[:, :, 0], mode="drop")
+    return Cache(*map(jax.tree.map, (put_key, put_value), cache, new))
 
   rows, heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
   put = layout.local(write, (heads, heads, rows, rows), heads)
@@ -356,8 +359,24 @@ def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     return attention.softcap(logits, config.logit_softcap)
 
 
-def empty_pool(config: ModelConfig, stacked: bool, pages: int, page: int, dtype: Any) -> Layers:
+def as_kept(new: Cache, pool: Cache) -> Cache:
+  """Keys and values as this pool of one layer keeps them."""
+  new = new._replace(value_RKSH=attention.finite(new.value_RKSH))
+  return narrow(new) if isinstance(pool.key_RKHS, Int8) else new
+
+
+def narrow(cache: Cache) -> Cache:
+  """In eight bits, a scale for each token and head."""
+  key, value = cache
+  return Cache(quantise(key, key.ndim - 2, 1), quantise(value, value.ndim - 1, 1))  # type: ignore[arg-type]
+
+
+def empty_pool(config: ModelConfig, stacked: bool, pages: int, page: int, dtype: Any, int8: bool = False) -> Layers:
   """P pages of S tokens of every layer, all zeros."""
   K, H = config.kv_heads, config.head_size
-  blank = lambda *layers: Cache(*(jnp.zeros((*layers, pages, K, *part), dtype) for part in ((H, page), (page, H))))
+
+  def blank(*layers: int) -> Cache:
+    cache = Cache(*(jnp.zeros((*layers, pages, K, *part), dtype) for part in ((H, page), (page, H))))
+    return narrow(cache) if int8 else cache
+
   return blank(config.layers) if stacked else tuple(blank() for _ in range(config.layers))

@@ -41,9 +41,10 @@ def compiled(
   attention: str,
   page: int,
   steps: int,
+  int8: bool,
   stacked: tuple[bool, ...],
 ) -> tuple[Programs, Programs]:
-  """The programs, which players of one architecture share, and where their outputs are."""
+  """The programs, which players of one architecture share, and where their outputs are. `int8`: what pools hold."""
   rows = sharding.rows_sharding(mesh, layout)
   pools = tuple(_by_pages(mesh, layout, each) for each in stacked)
 
@@ -54,7 +55,7 @@ def compiled(
     return Rows(hidden_RM, key_R, place_R, count_R, limit_R, stop_state_R, live_R)
 
   def blank_pools(pages: int) -> tuple[Layers, ...]:
-    return tuple(model.empty_pool(config, each, pages, page, dtype) for each in stacked)
+    return tuple(model.empty_pool(config, each, pages, page, dtype, int8) for each in stacked)
 
   def read(params: Any, tokens_XT: Any, place_XT: Any, segment_XT: Any, last_Q: Any, prefixes: Any) -> Any:
     arrays = (tokens_XT, place_XT, segment_XT, last_Q)

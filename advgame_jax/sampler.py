@@ -198,10 +198,8 @@ def start(
       return x_XTKH.reshape(-1, *x_XTKH.shape[2:])[token_nS]
 
     key_nSKH, value_nSKH = pages(cache.key_RKHS.transpose(0, 3, 1, 2)), pages(cache.value_RKSH.swapaxes(1, 2))
-    return Cache(
-      pool.key_RKHS.at[page_n].set(attention.keys_of_cache(key_nSKH), mode="drop"),
-      pool.value_RKSH.at[page_n].set(attention.finite(value_nSKH.swapaxes(1, 2)), mode="drop"),
-    )
+    new = model.as_kept(Cache(attention.keys_of_cache(key_nSKH), value_nSKH.swapaxes(1, 2)), pool)
+    return jax.tree.map(lambda x, new: x.at[page_n].set(new, mode="drop"), pool, new)
 
   put = layout.local(keep, (by_heads, by_heads, by_rows, by_rows), by_heads)
   pages = (arrival.token_nS, arrival.page_n)

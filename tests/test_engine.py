@@ -346,6 +346,25 @@ def test_what_is_kept_is_told_at_its_largest():
   assert {len(cache.key_RKHS) for cache in own_pools[0]} == {shapes.own_pools[-1]} == {18}
 
 
+def test_a_cache_in_eight_bits_draws_nearly_the_same():
+  """Within what rounding keys and values can do; in any slots, pages and form, but for numbers that round otherwise."""
+  drawn = generate(engine(cache="int8"))
+  others = [generate(engine(cache="int8", slots=2, page=1)), generate(engine(cache="int8"), stacked=True)]
+  for other in others:
+    np.testing.assert_array_equal(other.tokens_RT, drawn.tokens_RT)
+    np.testing.assert_allclose(other.plain_logprob_RT, drawn.plain_logprob_RT, atol=0.01)
+  alike = np.cumprod(drawn.tokens_RT == baseline().tokens_RT, -1).astype(bool)  # up to the first token that differs
+  error_X = np.abs(drawn.plain_logprob_RT - baseline().plain_logprob_RT)[alike]
+  assert alike.mean() > 0.8 and 1e-5 < error_X.max() < 0.05
+
+
+def test_a_cache_in_eight_bits_takes_a_byte_a_number_and_a_scale_a_token():
+  size = lambda who: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools(who)))
+  pools = lambda who: who.lower(Generator((weights(who),)), 40, 2)[1][1:]
+  H = CONFIG.head_size
+  assert size(engine(cache="int8")) * 4 * H == size(engine()) * (H + 4)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_pools_grow_array_by_array(stacked):
   """So that the old pool and the new one need not both be there."""

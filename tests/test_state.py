@@ -50,6 +50,12 @@ def test_a_player_holds_what_its_settings_call_for(generator, reference):
   assert settings.reference_is_generator == ((generator, reference) == ("ema", "ema"))
 
 
+def test_what_a_rounded_cache_says_is_not_the_reference():
+  rounded = config_lib.Sampling(cache="int8")
+  assert config_lib.Player().reference_is_generator
+  assert not config_lib.Player(sampling=rounded).reference_is_generator
+
+
 @pytest.mark.parametrize("reference", ["initial", "ema"])
 def test_a_mixture_is_of_what_learns_and_its_reference(reference):
   settings, state = player(generator="mixture", mixture=0.25, reference=reference)
