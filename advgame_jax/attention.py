@@ -2,6 +2,7 @@
 pool.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -208,13 +209,17 @@ def paged(
   own_RKn = softcap(own_RKn * rule.scale, rule.softcap)
   # The new token itself: one key that is always seen.
   itself_RKnH = jnp.broadcast_to(value_RKH[:, :, None].astype(jnp.float32), query_RKnH.shape)
-  parts: list[Sequence[jax.Array]] = [(own_RKn[:, None], jnp.ones_like(own_RKn)[:, None], itself_RKnH[:, None])]
+  parts: list[Sequence[jax.Array]] = [
+    (own_RKn[..., None], jnp.ones_like(own_RKn)[..., None], itself_RKnH[..., None, :])
+  ]
   parts += [_of_rows(pool.readers, _read_pages(query_RKnH, place_R, pool, rule, window)) for pool in pools]
-  highest_RJKn, total_RJKn, read_RJKnH = (jnp.concatenate(each, 1) for each in zip(*parts))
-  weight_RJKn = jnp.exp(highest_RJKn - jnp.max(highest_RJKn, 1, keepdims=True))
-  total_RKn = jnp.sum(weight_RJKn * total_RJKn, 1)
-  output_RKnH = jnp.sum(weight_RJKn[..., None] * read_RJKnH, 1) / total_RKn[..., None]
-  return output_RKnH.reshape(R, N, H).astype(query_RNH.dtype)
+  highest_RKn1 = functools.reduce(jnp.maximum, (jnp.max(part[0], -1, keepdims=True) for part in parts))
+  total_RKn, output_RKnH = jnp.zeros_like(own_RKn), jnp.zeros_like(itself_RKnH)
+  for highest_RKnJ, total_RKnJ, read_RKnJH in parts:
+    weight_RKnJ = jnp.exp(highest_RKnJ - highest_RKn1)
+    total_RKn += jnp.sum(weight_RKnJ * total_RKnJ, -1)
+    output_RKnH += jnp.einsum("RKnJ,RKnJH->RKnH", weight_RKnJ, read_RKnJH, precision=jax.lax.Precision.HIGHEST)
+  return (output_RKnH / total_RKn[..., None]).reshape(R, N, H).astype(query_RNH.dtype)
 
 
 def _read_pages(
@@ -241,14 +246,14 @@ def _read_pages(
 
 
 def _of_rows(index: Index, of_pages: Sequence[jax.Array]) -> Sequence[jax.Array]:
-  """[P, K, G·n, …] of the pages → [R, J, K, n, …] of each row's, weightless where it has no more."""
+  """[P, K, G·n, …] of the pages → [R, K, n, J, …] of each row's, weightless where it has no more."""
   P, G = index.reader_PG.shape
 
   def take(x_PKX: jax.Array, nothing: float) -> jax.Array:
     K, X, *rest = x_PKX.shape[1:]
     x_PGKn = x_PKX.reshape(P, K, G, X // G, *rest).swapaxes(1, 2).reshape(P * G, K, X // G, *rest)
     there_RJ = (index.entry_RJ >= 0).reshape(*index.entry_RJ.shape, *(1,) * (x_PGKn.ndim - 1))
-    return jnp.where(there_RJ, x_PGKn[jnp.maximum(index.entry_RJ, 0)], nothing)
+    return jnp.moveaxis(jnp.where(there_RJ, x_PGKn[jnp.maximum(index.entry_RJ, 0)], nothing), 1, 3)
 
   nothing = (float(jnp.finfo(jnp.float32).min), 0.0, 0.0)
   return [take(x_PKX, value) for x_PKX, value in zip(of_pages, nothing)]

@@ -54,23 +54,40 @@ class Prefix(NamedTuple):
 class Kind(NamedTuple):
   """What differs from layer to layer: of one inside the scan over layers, of all with a leading L outside."""
 
-  frequency: jax.Array  # [h] radians per position of each rotated pair; 0 does not turn
-  amplitude: jax.Array  # []
+  rope: jax.Array  # [] int32: of `_ropes`
   window: jax.Array  # [] int32, tokens
   which: jax.Array  # [] int32: of the windows that there are, ascending
 
 
+class Turn(NamedTuple):
+  """How tokens are rotated: of one of the ropes that layers have, or of all with a leading axis."""
+
+  cos_RT1h: jax.Array
+  sin_RT1h: jax.Array
+
+
 def kinds_of_layers(config: ModelConfig) -> Kind:
-  """The table of a config's layer kinds, [L, …]. Layers that turn at all turn equally many pairs."""
-  kinds = config.layer_kinds
-  frequencies = [rope_frequencies(kind.rope, config.head_size) for kind in kinds]
-  pairs = max(map(len, frequencies))
+  """The table of a config's layer kinds, [L, …]."""
+  kinds, ropes, windows = config.layer_kinds, _ropes(config), _windows(config)
   return Kind(
-    jnp.stack([jnp.pad(frequency_h, (0, pairs - len(frequency_h))) for frequency_h in frequencies]),
-    jnp.array([kind.rope.amplitude for kind in kinds], jnp.float32),
+    jnp.array([ropes.index(kind.rope) for kind in kinds], jnp.int32),
     jnp.array([kind.window or _EVERYTHING for kind in kinds], jnp.int32),
-    jnp.array([_windows(config).index(kind.window) for kind in kinds], jnp.int32),
+    jnp.array([windows.index(kind.window) for kind in kinds], jnp.int32),
   )
+
+
+def turns_of_ropes(config: ModelConfig, place_RT: jax.Array) -> Turn:
+  """Of every rope at these places. Ropes that turn at all turn equally many pairs."""
+  ropes = _ropes(config)
+  frequencies = [rope_frequencies(rope, config.head_size) for rope in ropes]
+  pairs = max(map(len, frequencies))
+  frequency_Xh = jnp.stack([jnp.pad(frequency_h, (0, pairs - len(frequency_h))) for frequency_h in frequencies])
+  angle_XRTh = place_RT[..., None] * frequency_Xh[:, None, None]
+  # The amplitude, as a product of matrices: those stay where they are, while XLA's CPU backend moves sines and cosines
+  # into every use and computes them for each head of each layer.
+  amplitude_Xhh = jnp.stack([rope.amplitude * jnp.eye(pairs, dtype=jnp.float32) for rope in ropes])
+  amplified = functools.partial(jnp.einsum, "XRTh,Xhk->XRTk", precision=jax.lax.Precision.HIGHEST)
+  return Turn(*(amplified(f(angle_XRTh), amplitude_Xhh)[..., None, :] for f in (jnp.cos, jnp.sin)))
 
 
 def rope_frequencies(rope: Rope, head_size: int) -> jax.Array:
@@ -87,12 +104,11 @@ def rope_frequencies(rope: Rope, head_size: int) -> jax.Array:
   return frequency_h * (blend_h + (1 - blend_h) / rope.factor)
 
 
-def rotate(x_RTNH: jax.Array, angle_RTh: jax.Array, amplitude: jax.Array) -> jax.Array:
+def rotate(x_RTNH: jax.Array, turn: Turn) -> jax.Array:
   """Rotary position embedding: of the first 2h dimensions, i is paired with i + h; the others stay."""
-  cos_RT1h, sin_RT1h = (amplitude * turn(angle_RTh)[:, :, None] for turn in (jnp.cos, jnp.sin))
-  h = angle_RTh.shape[-1]
+  h = turn.cos_RT1h.shape[-1]
   left, right, rest = jnp.split(x_RTNH.astype(jnp.float32), (h, 2 * h), axis=-1)
-  turned = [left * cos_RT1h - right * sin_RT1h, right * cos_RT1h + left * sin_RT1h, rest]
+  turned = [left * turn.cos_RT1h - right * turn.sin_RT1h, right * turn.cos_RT1h + left * turn.sin_RT1h, rest]
   return jnp.concatenate(turned, -1).astype(x_RTNH.dtype)
 
 
@@ -118,14 +134,14 @@ def _block(
   layout: Layout,
   layer: Params,
   x_RTM: jax.Array,
-  turn: Callable[[jax.Array], jax.Array],
+  turn: Turn,
   attend: Attend,
 ) -> jax.Array:
   """One layer; `turn` gives queries and keys their positions."""
   with jax.named_scope("attention"):
     y_RTM = _norm(config, layer, "attention_norm", x_RTM)
-    query_RTNH = turn(_norm(config, layer, "query_norm", _linear(layer, "query", y_RTM)))
-    key_RTKH = turn(_norm(config, layer, "key_norm", _linear(layer, "key", y_RTM)))
+    query_RTNH = rotate(_norm(config, layer, "query_norm", _linear(layer, "query", y_RTM)), turn)
+    key_RTKH = rotate(_norm(config, layer, "key_norm", _linear(layer, "key", y_RTM)), turn)
     attended_RTNH = attend(query_RTNH, key_RTKH, _linear(layer, "value", y_RTM))
     x_RTM += _norm(config, layer, "attention_out_norm", _linear(layer, "output", attended_RTNH, inputs=2))
   with jax.named_scope("mlp"):
@@ -189,9 +205,10 @@ def forward(
   params = cast(params, dtype)
   x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", None, None)
   place_RT = jnp.arange(tokens_RT.shape[1])[None] if place_RT is None else place_RT
-  place_RT = jnp.broadcast_to(place_RT, tokens_RT.shape)
   if prefix:
     place_RT = place_RT + jnp.repeat(prefix.length_Q, len(tokens_RT) // len(prefix.length_Q))[:, None]
+  turns = turns_of_ropes(config, place_RT)
+  place_RT = jnp.broadcast_to(place_RT, tokens_RT.shape)
 
   def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Cache]:
     layer, kind, before = inputs
@@ -207,7 +224,7 @@ def forward(
         query_RTNH, key_RTKH, value_RTKH, shared, place_RT, rule, kind.window, segment_RT=segment_RT
       )
 
-    return _block(config, layout, layer, x_RTM, _turn(place_RT, kind), attend), Cache(*kept)
+    return _block(config, layout, layer, x_RTM, _turn(turns, kind), attend), Cache(*kept)
 
   step = layer_step if remat == "none" else jax.checkpoint(layer_step, policy=_KEPT[remat])
   x_RTM, cache = _over_layers(config, step, x_RTM, params["layers"], prefix and prefix.cache)
@@ -255,12 +272,6 @@ def apart(stacked: Any) -> tuple[Any, ...]:
   return tuple(map(take, range(len(jax.tree.leaves(stacked)[0]))))
 
 
-def _turn(position_RT: jax.Array, kind: Kind) -> Callable[[jax.Array], jax.Array]:
-  """The rotation of one layer's queries and keys at these positions."""
-  angle_RTh = position_RT[..., None] * kind.frequency
-  return lambda x_RTNH: rotate(x_RTNH, angle_RTh, kind.amplitude)
-
-
 def _attend_rows(
   config: ModelConfig,
   kernel: str,
@@ -280,6 +291,15 @@ def _attend_rows(
 
 def _windows(config: ModelConfig) -> list[int]:
   return sorted({kind.window for kind in config.layer_kinds})
+
+
+def _ropes(config: ModelConfig) -> list[Rope]:
+  return list(dict.fromkeys(kind.rope for kind in config.layer_kinds))
+
+
+def _turn(turns: Turn, kind: Kind) -> Turn:
+  """This layer's."""
+  return jax.tree.map(lambda x: x[kind.rope], turns)
 
 
 def attention_rules(config: ModelConfig) -> list[attention.Rule]:
@@ -306,6 +326,7 @@ def decode(
     pools: of `empty_pool`'s form, and who reads their pages. Each part of the rows has its own pages.
   """
   x_RTM = layout.constrain(embed(config, params, token_R[:, None], layout), "rows", None, None)
+  turns = turns_of_ropes(config, place_R[:, None])
   rule, indices = attention_rules(config)[0], [index for _, index in pools]  # the window is the layer's
   rows, heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
 
@@ -324,7 +345,7 @@ def decode(
       new = (query_R1NH[:, 0], key_R1KH[:, 0], value_R1KH[:, 0])
       return read(*new, place_R, caches, indices, kind.window)[:, None]
 
-    return _block(config, layout, layer, x_RTM, _turn(place_R[:, None], kind), attend), Cache(*kept)
+    return _block(config, layout, layer, x_RTM, _turn(turns, kind), attend), Cache(*kept)
 
   of_all = [cache for cache, _ in pools]
   caches = tuple(zip(*of_all)) if one_by_one(params["layers"]) else tuple(of_all)

@@ -46,7 +46,7 @@ class Game:
     self.longest = max(len(ids) for part in prompts for ids in part)
     sampling = config.Sampling(temperature=1.0, top_p=0.9, prompt_buckets=(self.longest,), max_new_tokens=NEW.value)
     player = config.Player(model=MODEL.value, generator="train", reference="initial", optimizer=optimizer)
-    self.loss, precision = config.Loss(kind="dpo", beta=BETA), config.Precision(remat="none")
+    self.loss, precision = config.Loss(kind="dpo", beta=BETA), config.Precision(remat="none", logit_chunk=256)
     settings = config.Config(attacker=player, defender=player, loss=self.loss, precision=precision)
     local = functools.partial(dataclasses.replace, layout=sharding.LOCAL)
     self.recipes = Players(*map(local, session.make_recipes(settings)))
