@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from advgame_jax import blockwise, kernels
 from advgame_jax.blockwise import Rule as Rule
 from advgame_jax.blockwise import softcap as softcap
-from advgame_jax.matrices import Int8, dense
+from advgame_jax.matrices import Int8, apart
 from advgame_jax.sharding import LOCAL, Layout
 
 CONTINUED_BLOCK = 32  # queries of a block: its logits are to stay in the caches
@@ -226,7 +226,8 @@ def _read_pages(
   query_RKnH: jax.Array, place_R: jax.Array, pool: Pool, rule: Rule, window: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Of each page and reader: the greatest logit, the sum of exp(logit − greatest), and the values weighted by those."""
-  key_PKHS, value_PKSH = (dense(x, query_RKnH.dtype) for x in (pool.key_PKHS, pool.value_PKSH))
+  key_PKHS, key_scale_PK1S = apart(pool.key_PKHS, query_RKnH.dtype)
+  value_PKSH, value_scale_PKS1 = apart(pool.value_PKSH, query_RKnH.dtype)
   index = pool.readers
   (P, G), (_, K, H, S), n = index.reader_PG.shape, key_PKHS.shape, query_RKnH.shape[2]
   query_PKXH = query_RKnH[index.reader_PG].swapaxes(1, 2).reshape(P, K, G * n, H)
@@ -236,12 +237,12 @@ def _read_pages(
   seen_PGS = (age_PGS > 0) & (age_PGS < window) & (place_PS < index.end_P[:, None])[:, None]
   seen_PKXS = jnp.broadcast_to(seen_PGS[:, None, :, None], (P, 1, G, n, S)).reshape(P, 1, G * n, S)
   # The least float, not −inf: a page of which nothing is seen stays finite, and weighs nothing beside the row itself.
-  logits_PKXS = jnp.where(seen_PKXS, softcap(logits_PKXS * rule.scale, rule.softcap), jnp.finfo(jnp.float32).min)
+  logits_PKXS = softcap(logits_PKXS * (rule.scale * key_scale_PK1S), rule.softcap)
+  logits_PKXS = jnp.where(seen_PKXS, logits_PKXS, jnp.finfo(jnp.float32).min)
   highest_PKX = jnp.max(logits_PKXS, -1)
   weight_PKXS = jnp.where(seen_PKXS, jnp.exp(logits_PKXS - highest_PKX[..., None]), 0)
-  read_PKXH = jnp.einsum(
-    "PKXS,PKSH->PKXH", weight_PKXS.astype(value_PKSH.dtype), value_PKSH, preferred_element_type=jnp.float32
-  )
+  scaled_PKXS = (weight_PKXS * value_scale_PKS1.swapaxes(2, 3)).astype(value_PKSH.dtype)
+  read_PKXH = jnp.einsum("PKXS,PKSH->PKXH", scaled_PKXS, value_PKSH, preferred_element_type=jnp.float32)
   return highest_PKX, jnp.sum(weight_PKXS, -1), read_PKXH
 
 

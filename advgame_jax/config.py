@@ -162,7 +162,7 @@ class Player(Settings):
 
   @property
   def reference_is_generator(self) -> bool:
-    """Then the sampler's own log-probabilities are the reference's, and no extra forward pass is needed."""
+    """And no cache is rounded: then the sampler's log-probabilities are the reference's; there is no second pass."""
     return self.generator == self.reference and self.sampling.cache == "compute"
 
 
@@ -350,7 +350,7 @@ class Precision(Settings):
   attention: Literal["auto", "xla", "cudnn", "splash"] = setting(
     "auto", "of whole rows: XLA's, cuDNN's (GPU), splash (TPU), or the best that can do what the model asks"
   )
-  logit_chunk: int = setting(1024, "tokens whose logits exist at one time in the loss", at_least=1)
+  logit_chunk: int = setting(1024, "tokens whose logits exist at one time in the loss", at_least=1, identity=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,12 @@ from advgame_jax.types import Params
 
 
 class Int8(NamedTuple):
-  """A frozen matrix in eight bits: `values` × `scale`, a scale for each output (2208.07339 without its outliers)."""
+  """Numbers in eight bits, `values` × `scale`: a frozen matrix, with a scale for each output (2208.07339 without its
+  outliers); or pages of keys or values, with one for each token and head.
+  """
 
-  values: jax.Array  # int8, the matrix's shape
-  scale: jax.Array  # float32, the same shape with input dimensions of size 1
+  values: jax.Array  # int8
+  scale: jax.Array  # float32, the same shape with the dimensions that share a scale of size 1
 
 
 class Adapted(NamedTuple):
@@ -55,6 +57,13 @@ def dense(matrix: "jax.Array | Int8", dtype: Any) -> jax.Array:
   if not isinstance(matrix, Int8):
     return matrix.astype(dtype)
   return (matrix.values * matrix.scale).astype(dtype)
+
+
+def apart(numbers: "jax.Array | Int8", dtype: Any) -> tuple[jax.Array, jax.Array]:
+  """Numbers in the compute dtype, and what products with them are to be scaled by afterwards."""
+  if isinstance(numbers, Int8):
+    return numbers.values.astype(dtype), numbers.scale
+  return numbers.astype(dtype), jnp.ones((1,) * numbers.ndim, jnp.float32)
 
 
 def cast(params: Params, dtype: Any) -> Params:

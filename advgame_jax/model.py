@@ -60,10 +60,10 @@ class Kind(NamedTuple):
 
 
 class Turn(NamedTuple):
-  """How tokens are rotated: of one of the ropes that layers have, or of all with a leading axis."""
+  """How tokens are rotated: by one of the ropes that layers have, or by each with a leading axis. R may be 1."""
 
-  cos_RT1h: jax.Array
-  sin_RT1h: jax.Array
+  cos_RT1h: jax.Array  # times the rope's amplitude
+  sin_RT1h: jax.Array  # likewise
 
 
 def kinds_of_layers(config: ModelConfig) -> Kind:
@@ -77,14 +77,14 @@ def kinds_of_layers(config: ModelConfig) -> Kind:
 
 
 def turns_of_ropes(config: ModelConfig, place_RT: jax.Array) -> Turn:
-  """Of every rope at these places. Ropes that turn at all turn equally many pairs."""
+  """Of every rope at these places. Those that turn at all turn equally many pairs."""
   ropes = _ropes(config)
   frequencies = [rope_frequencies(rope, config.head_size) for rope in ropes]
   pairs = max(map(len, frequencies))
   frequency_Xh = jnp.stack([jnp.pad(frequency_h, (0, pairs - len(frequency_h))) for frequency_h in frequencies])
   angle_XRTh = place_RT[..., None] * frequency_Xh[:, None, None]
-  # The amplitude, as a product of matrices: those stay where they are, while XLA's CPU backend moves sines and cosines
-  # into every use and computes them for each head of each layer.
+  # The amplitude is multiplied as a matrix because XLA's CPU backend computes what it can fuse in each place of use:
+  # sines and cosines once for each head of each layer. Products of matrices it computes once.
   amplitude_Xhh = jnp.stack([rope.amplitude * jnp.eye(pairs, dtype=jnp.float32) for rope in ropes])
   amplified = functools.partial(jnp.einsum, "XRTh,Xhk->XRTk", precision=jax.lax.Precision.HIGHEST)
   return Turn(*(amplified(f(angle_XRTh), amplitude_Xhh)[..., None, :] for f in (jnp.cos, jnp.sin)))

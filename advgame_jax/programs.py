@@ -24,8 +24,8 @@ class Programs(NamedTuple):
   read: Callable[..., Any]  # of all members: (params, tokens_XT, place_XT, segment_XT, last_Q, prefixes)
   start: Callable[..., Any]  # as `sampler.start`; rows and pools are donated
   advance: Callable[..., Any]  # (params, prefixes, prompts, own, share, rows, …): own pools and rows are donated
-  resize_stack: Callable[..., jax.Array]  # as `sampler.resize`, an array of all layers
-  resize_layer: Callable[..., jax.Array]  # an array of one
+  resize_stack: Callable[..., jax.Array]  # as `sampler.resize`, of all layers
+  resize_layer: Callable[..., jax.Array]  # of one
   gather: Callable[..., Rows]  # as `sampler.gather`
   by_rows: Callable[[np.ndarray], jax.Array]  # what the host has of this process's rows
   whole: Callable[[np.ndarray], jax.Array]  # what every device has
@@ -78,7 +78,7 @@ def compiled(
     read=jax.jit(read, out_shardings=where.read),
     start=jax.jit(start, donate_argnums=(0, 1), out_shardings=where.start),
     advance=jax.jit(advance, donate_argnums=(3, 5), out_shardings=where.advance),
-    resize_stack=jax.jit(resize, out_shardings=stack),
+    resize_stack=jax.jit(jax.vmap(resize, (0, None)), out_shardings=stack),
     resize_layer=jax.jit(resize, out_shardings=layer),
     gather=jax.jit(functools.partial(sampler.gather, layout=layout), out_shardings=where.gather),
     by_rows=lambda x: sharding.to_global(x, rows),

@@ -312,11 +312,10 @@ def _draw_next(
   return drawn, token_R, columns
 
 
-def resize(pool_PXXX: jax.Array, page_P: jax.Array, layout: Layout = LOCAL) -> jax.Array:
-  """Of a pool's keys or values, of one layer or with a leading L, these pages in this order."""
+def resize(pages: jax.Array, page_P: jax.Array, layout: Layout = LOCAL) -> jax.Array:
+  """Of one array of one layer's pool, [P, K, …], these pages in this order."""
   by_rows, by_heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
-  take = layout.local(lambda x_PXXX, page_P: x_PXXX[page_P], (by_heads, by_rows), by_heads)
-  return (jax.vmap(take, (0, None)) if pool_PXXX.ndim == 5 else take)(pool_PXXX, page_P)
+  return layout.local(lambda pages, page_P: pages[page_P], (by_heads, by_rows), by_heads)(pages, page_P)
 
 
 def gather(rows: Rows, slot_R: jax.Array, there_R: jax.Array, layout: Layout = LOCAL) -> Rows:

@@ -166,7 +166,7 @@ class PreferenceBatch:
   length_PC: Array  # int32: tokens of prompt and completion together
   completion_mask_PCT: Array  # bool: the tokens a player chose
   behaviour_logprob_PCT: Array  # float32, nats, 0 outside the completion
-  plain_logprob_PCT: Array  # float32, nats: the generator's, the reference's too where they are the same weights
+  plain_logprob_PCT: Array  # float32, nats: the generator's; the reference's too, `Player.reference_is_generator`
   advantage_PC: Array  # float32: reward − baseline
   weight_P: Array  # float32: 1 or 0
 

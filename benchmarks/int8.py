@@ -66,7 +66,7 @@ def main() -> None:
 def cache_error(
   architecture: ModelConfig, generator: Generator, prompts: list[list[int]], mesh: Mesh, cache: str
 ) -> np.ndarray:
-  """Of each token of an answer to each prompt, nats."""
+  """|told − scored| of the log-probability of each token of an answer to each prompt, nats."""
   longest, count = max(map(len, prompts)), len(prompts)
   sampling = config.Sampling(
     temperature=1.0, top_p=1.0, prompt_buckets=(longest,), max_new_tokens=_NEW.value, cache=cache

@@ -173,10 +173,17 @@ def programs(
 
 
 def _beside(name: str, program: Any) -> int:
-  """Bytes that it takes beside what is kept: of an array that is moved, the old one goes when the new one is there."""
+  """Bytes that it takes beside what is kept.
+
+  What `blank_…` makes is kept. Of an array that is moved, the old one goes when the new one is there.
+  """
   x = program.compile().memory_analysis()
   outputs = x.output_size_in_bytes - x.alias_size_in_bytes
-  return x.temp_size_in_bytes + (min(outputs, x.argument_size_in_bytes) if name.startswith("resize") else outputs)
+  if name.startswith("blank"):
+    outputs = 0
+  if name.startswith("resize"):
+    outputs = min(outputs, x.argument_size_in_bytes)
+  return x.temp_size_in_bytes + outputs
 
 
 def frozen_base(bases: dict[str, Any]) -> Any:

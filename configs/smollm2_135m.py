@@ -75,7 +75,7 @@ def get_config(argument: str = "") -> config_dict.ConfigDict:
       defender=player("smollm2_135m", prompt_tokens=128, new_tokens=96, comparisons=8),
       judges=SELF_JUDGED if argument else Judges(),
       loss=Loss(kind="dpo"),
-      precision=Precision(logit_chunk=256),  # a CPU's caches hold more of them; accelerators want longer products
+      precision=Precision(logit_chunk=256),  # nearer to a CPU's caches than the default
       data=Data(train=(str(SEEDS / "train.jsonl"),), validation=(str(SEEDS / "validation.jsonl"),), batch=4),
       checkpoint=Checkpoint(every=20),
       evaluation=Evaluation(every=100, seeds=4),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import architecture, ledger, model, sampler, scoring, sharding
+from advgame_jax import architecture, ledger, model, programs, sampler, scoring, sharding
 from advgame_jax import config as config_lib
 from advgame_jax.engine import Engine, Load
 from advgame_jax.model import Prefix
@@ -341,7 +341,9 @@ def test_what_is_kept_is_told_at_its_largest():
   who = engine(slots=6, page=4)
   lowered, (_, prompt_pools, own_pools) = who.lower(Generator((weights(who),)), 40, 2)
   shapes = who.shapes(40, 2, prefix=False)
-  assert {len(programs) for programs in lowered.values()} > {1}
+  count = {name: len(programs) for name, programs in lowered.items()}
+  assert count["read"] == len(shapes.rows) and count["start"] == len(shapes.rows) * len(shapes.prompt_pools)
+  assert count["advance"] == len(shapes.prompt_pools) * len(shapes.own_pools) + (shapes.few < shapes.slots)
   assert {len(cache.key_RKHS) for cache in prompt_pools[0]} == {shapes.prompt_pools[-1]} == {6}
   assert {len(cache.key_RKHS) for cache in own_pools[0]} == {shapes.own_pools[-1]} == {18}
 
@@ -358,7 +360,18 @@ def test_a_cache_in_eight_bits_draws_nearly_the_same():
   assert alike.mean() > 0.8 and 1e-5 < error_X.max() < 0.05
 
 
-def test_a_cache_in_eight_bits_takes_a_byte_a_number_and_a_scale_a_token():
+@pytest.mark.parametrize("prefix_T", [[], [9, 3, 77, 50, 4]])
+def test_a_mesh_holds_a_cache_in_eight_bits_too(prefix_T):
+  def draw(who, parts):
+    prefixes = (read_prefix(who, prefix_T, 8, parts),) if prefix_T else ()
+    return generate(who, stacked=bool(prefix_T), prefixes=prefixes)
+
+  drawn, expected = draw(engine((2, 1, 2), "tensor", cache="int8"), 2), draw(engine(cache="int8"), 1)
+  np.testing.assert_array_equal(drawn.tokens_RT, expected.tokens_RT)
+  np.testing.assert_allclose(drawn.plain_logprob_RT, expected.plain_logprob_RT, atol=0.01)
+
+
+def test_a_cache_in_eight_bits_takes_a_byte_a_number_and_a_scale_a_token_and_head():
   size = lambda who: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools(who)))
   pools = lambda who: who.lower(Generator((weights(who),)), 40, 2)[1][1:]
   H = CONFIG.head_size
@@ -366,15 +379,25 @@ def test_a_cache_in_eight_bits_takes_a_byte_a_number_and_a_scale_a_token():
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_pools_grow_array_by_array(stacked):
-  """So that the old pool and the new one need not both be there."""
-  who = engine(slots=6, page=4)
-  params = PARAMS if stacked else model.unstack(PARAMS)
-  lowered, (_, prompt_pools, own_pools) = who.lower(Generator((params,)), 40, 2)
-  programs = [program for name, each in lowered.items() if name.startswith("resize") for program in each]
-  moved = {program.in_avals[0][0].shape for program in programs}
-  arrays = {x.shape[-3:] for x in jax.tree.leaves((prompt_pools, own_pools))}
-  assert {shape[-3:] for shape in moved} == arrays and {len(shape) for shape in moved} == {5 if stacked else 4}
+def test_pools_are_moved_array_by_array(stacked, monkeypatch):
+  """The old pool and the new one are never both there: when an array is moved, those before it are gone."""
+  who, compiled, moved = engine(page=2), programs.compiled, []
+
+  def watched(*args):
+    jitted, where = compiled(*args)
+    return jitted._replace(**{name: watch(getattr(jitted, name)) for name in ("resize_stack", "resize_layer")}), where
+
+  def watch(program):
+    def run(pages, page_P):
+      assert all(x.is_deleted() for x in moved)
+      moved.append(pages)
+      return program(pages, page_P)
+
+    return run
+
+  monkeypatch.setattr(programs, "compiled", watched)
+  assert_same(generate(who, stacked=stacked), baseline())
+  assert len(moved) >= 2 * (1 if stacked else CONFIG.layers)
 
 
 def test_a_row_that_is_not_finite_spoils_no_other():
@@ -385,8 +408,8 @@ def test_a_row_that_is_not_finite_spoils_no_other():
   config = dataclasses.replace(CONFIG, tied=False)
   others = [q for q in range(1, 8) if PROMPTS[0][0] not in PROMPTS[q]]
   prompts = [PROMPTS[0], *(PROMPTS[q] for q in others)]
-  for slots in (0, 2):
-    who = dataclasses.replace(engine(slots=slots, stops="never"), model=config)
+  for changes in ({}, {"slots": 2}, {"cache": "int8"}):
+    who = dataclasses.replace(engine(**changes, stops="never"), model=config)
     draw = lambda params: who.generate(  # noqa: B023
       Load(Generator((model.unstack(params),)), prompts, np.arange(len(prompts), dtype=np.uint32), 2, KEY)
     )
