@@ -31,7 +31,7 @@ CHAINS = (
   "kernels → engine",
   "architecture → engine",
   "matrices → experts",
-  "matrices → model",
+  "matrices → attention → model",
   "matrices → lora → peft",
   "architecture → lora",
   "architecture → peft",
