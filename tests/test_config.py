@@ -194,7 +194,7 @@ def test_only_where_a_run_lives_and_how_it_is_written_may_change():
   roles = ("training", "faithfulness", "defender", "attacker", "evaluation")
   groups = ("mesh.", "checkpoint.", "report.", *(f"judges.{role}.mesh." for role in roles))
   asking = {"url", "key_variable", "concurrency", "requests_per_minute", "timeout_seconds", "retries"}
-  alone = {"max_bad_steps", "precision.remat", "precision.offload"}
+  alone = {"max_bad_steps", "precision.remat", "precision.offload", "precision.logit_chunk"}
   alone |= {f"judges.{role}.server.{name}" for role in roles for name in asking}
   alone |= {"judges.canaries", *(f"judges.{role}.batch" for role in roles)}
   assert free == {name for name, _, _ in config_lib.flatten(Config()) if name.startswith(groups)} | alone
