@@ -1,14 +1,20 @@
 """A chat-completions server for tests, which treats each request as its text says: `do=NAME id=N`.
 
-Prints its port. GET /log is what it was sent, and the most requests that were under way at one time.
+A request that does not say is a game's, and is treated by its seed in one of the ways of `GAME`. Prints its port. GET
+/log is what it was sent, and the most requests that were under way at one time.
 """
 
 import collections
+import contextlib
 import http.server
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
+
+GAME = ("case", "case_slowly", "case_after_busy", "case_after_broken", "json", "cut")
 
 LOCK = threading.Lock()
 LOG: list[dict] = []
@@ -48,7 +54,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     start = time.monotonic()
     body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
     text = body["messages"][0]["content"]
-    do, identity = re.search(r"do=(\w+) id=(\d+)", text).groups()
+    said = re.search(r"do=(\w+) id=(\d+)", text)
+    do, identity = said.groups() if said else (GAME[body["seed"] % len(GAME)], 0)
     headers = {name.lower(): value for name, value in self.headers.items()}
     with LOCK:
       before = TIMES[do, identity, body["seed"]]
@@ -178,6 +185,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def do_case(self, identity, before, body):
     ticket = re.search(r"VERDICT (\d+): A=<score>", body["messages"][0]["content"])[1]
     self.answer(200, completion(choice(f"VERDICT {ticket}: A=7 B=3.5")))
+
+  def do_case_slowly(self, identity, before, body):
+    time.sleep(0.15)
+    self.do_case(identity, before, body)
+
+  def do_case_after_busy(self, identity, before, body):
+    self.do_case(identity, before, body) if before else self.answer(429, {}, retry_after="0.1")
+
+  def do_case_after_broken(self, identity, before, body):
+    self.do_case(identity, before, body) if before else self.answer(500, {})
+
+
+@contextlib.contextmanager
+def serving():
+  """The address of a server in a process of its own."""
+  process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
+  try:
+    yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+  finally:
+    process.kill()
+    process.wait()
 
 
 class Server(http.server.ThreadingHTTPServer):

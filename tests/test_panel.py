@@ -1,10 +1,12 @@
 """Who judges: settings become a judge for each role, and what cannot be is refused."""
 
+import collections
 import json
 import pathlib
 import re
 import shutil
 import types
+import urllib.request
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import test_model_judge as judged
 import tiny
 import world
+from judge_server import GAME, serving
 from test_judges import make_tree
 
 from advgame_jax import cases, data, hf, judges, panel, phrases, rubrics, train
@@ -246,6 +249,28 @@ def test_a_step_judged_by_a_model(folder, monkeypatch):
   assert scalars["judge/questions"] > 0 and scalars["judge/unreadable"] == 0
   assert "judge/talk" in scalars and "judge/talk_gain" in scalars
   assert scalars["cost/tokens_judged"] > 100 * scalars["judge/questions"]
+
+
+def test_a_step_is_completed_whatever_its_server_does(folder):
+  """What failed is excluded and counted, and nothing is sent more often than its retries allow."""
+  retries = 1
+  with serving() as url:
+    server = {"url": url, "retries": retries}
+    changes = {"kind": "server", "model": "m", "readout": "score", "server": server}
+    judge = {f"judges__training__{name}": value for name, value in changes.items()}
+    recorder, _ = world.play(world.open_session(game_of(folder, data__batch=8, **judge)), 1)
+    with urllib.request.urlopen(url) as response:
+      log = [entry for entry in json.load(response)["log"] if entry["do"] in GAME]
+  valid = recorder.trees[0].response_status_BAD == Status.VALID
+  judged, failed = (recorder.judgments[0].response_status_BAD == s for s in (Status.VALID, Status.JUDGE_FAILED))
+  scores, scalars = recorder.judgments[0].response_score_BAD, recorder.scalars[0]
+  assert judged.any() and (valid == judged | failed).all()
+  assert np.isfinite(scores[judged]).all() and np.isnan(scores[~judged]).all()
+  assert scalars["play/response_judge_failed"] == failed.mean()
+  assert {entry["do"] for entry in log} == set(GAME)
+  sent = collections.Counter((entry["body"]["seed"], entry["body"]["messages"][0]["content"]) for entry in log)
+  again = {"case": 1, "case_slowly": 1, "json": 1, "case_after_busy": 2, "case_after_broken": 2, "cut": 1 + retries}
+  assert all(count == again[GAME[seed % len(GAME)]] for (seed, _), count in sent.items())
 
 
 def test_a_judge_of_the_players_base_shares_its_memory(folder):

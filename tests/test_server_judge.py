@@ -2,20 +2,17 @@
 
 import asyncio
 import collections
-import contextlib
 import itertools
 import json
 import logging
 import math
-import pathlib
 import random
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 
 import pytest
+from judge_server import serving
 
 from advgame_jax import cases, rubrics
 from advgame_jax import config as config_lib
@@ -24,17 +21,6 @@ from advgame_jax.server_judge import LONGEST_WAIT, Pace, server_judge
 from advgame_jax.types import Category, Question, Role, UserError, Verdict, fold_key
 
 KEY = "sk-test-8f2c"
-SERVER = pathlib.Path(__file__).with_name("judge_server.py")
-
-
-@contextlib.contextmanager
-def serving():
-  process = subprocess.Popen([sys.executable, str(SERVER)], stdout=subprocess.PIPE, text=True)
-  try:
-    yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
-  finally:
-    process.kill()
-    process.wait()
 
 
 @pytest.fixture(scope="module")
