@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from advgame_jax import checkpoint, hf, hf_config, lora, peft, session, sharding, tokenizer
 from advgame_jax import config as config_lib
-from advgame_jax.types import Params, Players, UserError
+from advgame_jax.types import Params, UserError
 from advgame_jax.update import Recipe
 
 FORMS = ("merged", "adapter")
@@ -39,20 +39,13 @@ def export(
   Raises:
     UserError: no run or no checkpoint there, weights or a form that the run has not, or a folder that is there already.
   """
-  if form not in FORMS or weights not in ("", *WEIGHTS):
-    raise UserError(f"form is {form!r} and weights {weights!r}; allowed: {', '.join(FORMS)}; {', '.join(WEIGHTS)}")
-  folder = pathlib.Path(workdir)
+  if form not in FORMS:
+    raise UserError(f"form is {form!r}; allowed: {', '.join(FORMS)}")
   hf.check_target(out)
-  if not (folder / checkpoint.CONFIG).is_file():
-    raise UserError(f"{workdir} holds no {checkpoint.CONFIG}; allowed: the --workdir of a run")
-  config = session.played(checkpoint.read_config(folder / checkpoint.CONFIG))
-  recipes = session.make_recipes(config)
-  recipe: Recipe = getattr(recipes, player)
+  recipe, learnt = read_player(workdir, player, weights, step)
   settings = recipe.player
-  weights = weights or ("ema" if settings.generator == "ema" and not settings.frozen else "train")
   if form == "adapter" and not recipe.adapted:
     raise UserError(f"the {player} of {workdir} has no adapters; allowed: --form=merged, or a run with lora.rank > 0")
-  learnt = _read(folder, config, recipes, player, "params" if weights == "train" else weights, step)
   if form == "adapter":
     peft.save(out, recipe.model, settings.lora, learnt, settings.model, dtype=dtype or "float32")
     return
@@ -67,10 +60,23 @@ def export(
   hf.save(out, recipe.model, learnt, words, base, base_generation=kept, dtype=written)
 
 
-def _read(
-  folder: pathlib.Path, config: config_lib.Config, recipes: Players[Recipe], player: str, part: str, step: int | None
-) -> Params:
-  """One player's weights of a checkpoint, on the host's first device; nothing else is read."""
+def read_player(workdir: str, player: str, weights: str = "", step: int | None = None) -> tuple[Recipe, Params]:
+  """How a player of the run in `workdir` is made, and what it has learnt: all its weights, or adapters.
+
+  They are on the host's first device; nothing else of the checkpoint is read.
+
+  Raises:
+    UserError: no run or no checkpoint there, or weights that the run has not.
+  """
+  folder = pathlib.Path(workdir)
+  if weights not in ("", *WEIGHTS):
+    raise UserError(f"weights is {weights!r}; allowed: {', '.join(WEIGHTS)}")
+  config = read_run(workdir)
+  recipes = session.make_recipes(config)
+  recipe: Recipe = getattr(recipes, player)
+  settings = recipe.player
+  weights = weights or ("ema" if settings.generator == "ema" and not settings.frozen else "train")
+  part = "params" if weights == "train" else weights
   mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
   abstract = session.abstract_state(recipes, mesh)
   wanted = getattr(getattr(abstract.players, player), part)
@@ -80,4 +86,12 @@ def _read(
   one = dataclasses.replace(getattr(nothing.players, player), **{part: wanted})
   asked = dataclasses.replace(nothing, players=nothing.players._replace(**{player: one}))
   state = checkpoint.Checkpoints(folder, config, read_only=True).read(asked, step)
-  return getattr(getattr(state.players, player), part)
+  return recipe, getattr(getattr(state.players, player), part)
+
+
+def read_run(workdir: str) -> config_lib.Config:
+  """The settings of a run as they are played; UserError where there is none."""
+  path = pathlib.Path(workdir) / checkpoint.CONFIG
+  if not path.is_file():
+    raise UserError(f"{workdir} holds no {checkpoint.CONFIG}; allowed: the --workdir of a run")
+  return session.played(checkpoint.read_config(path))

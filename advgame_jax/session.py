@@ -29,7 +29,7 @@ from advgame_jax import config as config_lib
 from advgame_jax import state as state_lib
 from advgame_jax.config import Config
 from advgame_jax.data import Seed
-from advgame_jax.panel import Panel, open_panel
+from advgame_jax.panel import Panel, load_weights, open_panel
 from advgame_jax.policies import LanguageModel
 from advgame_jax.scoring import Generator
 from advgame_jax.state import TrainState
@@ -83,9 +83,7 @@ class Session:
     """Of a local judge, in its decode layout: the players' base where it is the same, else a copy of its own."""
     if folder in self.bases and mesh == self.config.mesh and int8 == (self.config.precision.frozen == "int8"):
       return self._decode_bases[folder]
-    over = sharding.make_mesh(mesh, list(self.mesh.devices.flat))
-    dtype = policies.compute_dtype(self.config.precision)
-    return frozen.one_by_one(frozen.load(folder, over, sharding.decode_layout(mesh), dtype, int8))
+    return load_weights(self.config, folder, mesh, int8, list(self.mesh.devices.flat))
 
   @property
   def versions(self) -> dict[str, str]:
@@ -192,7 +190,11 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
     mesh=mesh,
     players=players,
     recipes=recipes,
-    rules=game.Rules(config.game, _instructions(config), Players(config.attacker.think, config.defender.think)),
+    rules=game.Rules(
+      config.game,
+      load_instructions(config.game.instructions, config.attacker.think),
+      Players(config.attacker.think, config.defender.think),
+    ),
     train_seeds=train_seeds,
     validation_seeds=validation_seeds,
   )
@@ -244,11 +246,11 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
   return dataclasses.replace(player, stop_strings=stops, lora=settings.lora)
 
 
-def _instructions(config: Config) -> prompts.Instructions:
-  if config.game.instructions == "microworld":
+def load_instructions(named: str, think: bool) -> prompts.Instructions:
+  """What Attackers are told: 'standard', 'microworld', or what a folder's files say."""
+  if named == "microworld":
     return microworld.INSTRUCTIONS
-  folder = "" if config.game.instructions == "standard" else config.game.instructions
-  return prompts.load(folder, config.attacker.think)
+  return prompts.load("" if named == "standard" else named, think)
 
 
 def _check_prompts(session: Session, seeds: list[Seed]) -> None:

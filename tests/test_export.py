@@ -75,7 +75,7 @@ def test_an_earlier_checkpoint_and_the_base_s_dtype(run, tmp_path):
   "arguments, sentence",
   [
     ({"step": 7}, "there is no checkpoint of step 7; allowed: 1, 2"),
-    ({"form": "peft"}, "form is 'peft' .*; allowed: merged, adapter; ema, train"),
+    ({"form": "peft"}, "form is 'peft'; allowed: merged, adapter"),
     ({"form": "adapter"}, "the defender of .* has no adapters; allowed: --form=merged"),
   ],
 )
