@@ -20,9 +20,10 @@ from advgame_jax import (
 from advgame_jax import config as config_lib
 from advgame_jax import rubrics as rubrics_lib
 from advgame_jax.config import Config
+from advgame_jax.endpoint import Pace
 from advgame_jax.model_judge import ModelJudge, Put
 from advgame_jax.rubrics import Rubrics
-from advgame_jax.server_judge import Pace, server_judge
+from advgame_jax.server_judge import server_judge
 from advgame_jax.types import Category, Judge, Params, Players, Question, Role, UserError
 
 SCORED = frozenset({Role.COMPLIANCE, Role.DEFLECTION, Role.REFUSAL})
@@ -85,22 +86,65 @@ def open_panel(config: Config, weights: Weights, devices: Sequence[Any] | None =
         "allowed: another kind, or a language model with form='rubric'"
       )
   opener = _Opener(config, rubrics, functools.cache(weights), devices)
-  evaluation = opener.judge(chosen["evaluation"])
-  evaluated = roles_of(chosen["evaluation"]) & SCORED
-  if Role.REFUSAL not in evaluated:
-    evaluation, evaluated = _by_role({Role.REFUSAL: phrases.phrase_judge()}, evaluation), evaluated | {Role.REFUSAL}
+  evaluation, evaluated = _with_refusal(opener.judge(chosen["evaluation"]), roles_of(chosen["evaluation"]) & SCORED)
   return Panel(
     faithfulness=opener.judge(chosen["faithfulness"]),
     defender=opener.judge(chosen["defender"]),
     attacker=opener.judge(chosen["attacker"]),
     evaluation=evaluation,
-    evaluated=frozenset(evaluated),
+    evaluated=evaluated,
     models=tuple(opener.models),
     greetings=tuple(opener.greetings),
     readers=frozenset(role for role, settings in chosen.items() if settings.kind in ("model", "server")),
     version=cases.version(rubrics),
     names={role: describe(settings) for role, settings in chosen.items()},
   )
+
+
+class Outside(NamedTuple):
+  """The judges of a campaign, outside a run."""
+
+  faithfulness: Judge
+  judges: list[tuple[str, Judge, frozenset[Role]]]  # name, judge, what it can tell
+
+
+def open_outside(
+  faithfulness: config_lib.Judge, judges: Sequence[config_lib.Judge], config: Config, weights: Weights | None = None
+) -> Outside:
+  """Binds judges that belong to no run; servers among them are asked whether they are there.
+
+  Args:
+    config: its mesh, precision, rubrics and seed are read.
+    weights: of local models; None reads their folders.
+
+  Raises:
+    UserError: a judge that cannot be used, or that cannot tell what it is asked for.
+  """
+  load = weights or functools.partial(load_weights, config)
+  opener = _Opener(config, rubrics_lib.load(config.judges.rubrics), functools.cache(load), None)
+  for settings, needed in ((faithfulness, Role.FAITHFULNESS), *((settings, Role.COMPLIANCE) for settings in judges)):
+    if needed not in roles_of(settings):
+      raise UserError(f"the judge {describe(settings)!r} cannot tell {needed}; allowed: another kind or form")
+  opened = [(describe(each), *_with_refusal(opener.judge(each), roles_of(each) & SCORED)) for each in judges]
+  outside = Outside(opener.judge(faithfulness), opened)
+  for greet in opener.greetings:
+    greet()
+  return outside
+
+
+def load_weights(
+  config: Config, folder: str, mesh: config_lib.Mesh, int8: bool, devices: Sequence[Any] | None = None
+) -> Params:
+  """Of a local judge, a copy of its own in its decode layout; `devices`: None is all there are."""
+  over, dtype = sharding.make_mesh(mesh, devices), policies.compute_dtype(config.precision)
+  return frozen.one_by_one(frozen.load(folder, over, sharding.decode_layout(mesh), dtype, int8))
+
+
+def _with_refusal(judge: Judge, roles: frozenset[Role]) -> tuple[Judge, frozenset[Role]]:
+  """A judge of evaluations, which tells refusals by their phrases where it cannot tell them itself."""
+  if Role.REFUSAL in roles:
+    return judge, roles
+  return _by_role({Role.REFUSAL: phrases.phrase_judge()}, judge), roles | {Role.REFUSAL}
 
 
 def settings_of(judges: config_lib.Judges, role: str) -> config_lib.Judge:

@@ -17,7 +17,8 @@ from judge_server import serving
 from advgame_jax import cases, rubrics
 from advgame_jax import config as config_lib
 from advgame_jax.cases import Case
-from advgame_jax.server_judge import LONGEST_WAIT, Pace, server_judge
+from advgame_jax.endpoint import LONGEST_WAIT, Pace
+from advgame_jax.server_judge import server_judge
 from advgame_jax.types import Category, Question, Role, UserError, Verdict, fold_key
 
 KEY = "sk-test-8f2c"
@@ -214,7 +215,7 @@ def test_the_settings_pace_is_for_a_minute(url, monkeypatch):
     made.append(Pace(limit))
     return made[0]
 
-  monkeypatch.setattr("advgame_jax.server_judge.Pace", recorded)
+  monkeypatch.setattr("advgame_jax.endpoint.Pace", recorded)
   ask(settings_of(url, requests_per_minute=7), [])
   assert [(pace.limit, pace.window, pace.clock, pace.sleep) for pace in made] == [
     (7, 60.0, time.monotonic, asyncio.sleep)
