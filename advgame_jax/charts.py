@@ -1,5 +1,6 @@
-"""Which charts a run's page has, and what each shows; a chart without data is left out."""
+"""Which charts a run's page and a campaign's have, and what each shows; a chart without data is left out."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from advgame_jax import plots
-from advgame_jax.plots import Chart, Line, series
+from advgame_jax.plots import Chart, Line, Point, series
 
 Rows = Sequence[Mapping[str, Any]]  # lines of scalars.jsonl or evaluations.jsonl
 PLAYERS = ("attacker", "defender")
@@ -99,6 +100,35 @@ def plane(evaluations: Rows) -> Chart | None:
 def _trajectory(evaluations: Rows, name: str, label: str, color: str) -> Line:
   both = [row for row in evaluations if name in row and "over_refusal" in row]
   return Line(label, color, series(both, "over_refusal")[1], series(both, name)[1])
+
+
+def trade_off(rates: Mapping[tuple[str, str], tuple[float, float, float]], judges: Sequence[str]) -> Chart | None:
+  """Success against over-refusal: a point for each judge and number of tries.
+
+  Args:
+    rates: (low, value, high) by judge and name, over all suites; NaN where nothing could be told.
+  """
+  tries = {name.removeprefix("success") for _, name in rates if name.startswith("success")}
+  found = [
+    (judge, k, rates[judge, f"success{k}"], refused)
+    for judge in judges
+    for k in sorted(tries, key=lambda k: (len(k), k))
+    if (judge, f"success{k}") in rates and (refused := _over_refusal(rates, judge, k))
+  ]
+  names = [judge + (f", best of {k[1:]}" if k not in ("", "@1") else "") for judge, k, *_ in found]
+  colors = itertools.cycle(("attacker", "defender", "third", "fourth", "fifth"))
+  return plots.points(
+    "Safety against helpfulness",
+    "With 95 % intervals; the lower left is best.",
+    [Point(name, color, x, y) for name, color, (*_, y, x) in zip(names, colors, found)],
+    "over-refusal",
+    "harmful seeds answered",
+  )
+
+
+def _over_refusal(rates: Mapping[tuple[str, str], tuple[float, float, float]], judge: str, k: str) -> Any:
+  """Of as many tries; one try is also what nobody attacked."""
+  return rates.get((judge, f"over_refusal{k}")) or (rates.get((judge, "over_refusal")) if k == "@1" else None)
 
 
 def _play_charts(scalars: Rows) -> Iterator[Chart | None]:

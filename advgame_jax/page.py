@@ -1,5 +1,7 @@
 """The page a run leaves behind: `report.html`, self-contained, without scripts, made from the run's files alone.
 
+What it shares with the page of a campaign is here too, and in `base.html`: how it looks, is escaped and is written.
+
 Whatever a model wrote is hostile. Every value passes through `visible`, which shows control, bidirectional and
 invisible characters by their code points, then through the template engine's escaping; and the page's own policy
 forbids scripts and every load from elsewhere.
@@ -11,7 +13,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jinja2
@@ -62,21 +64,20 @@ def write_page(workdir: str | os.PathLike[str]) -> pathlib.Path:
   folder = pathlib.Path(workdir)
   if not any((folder / name).exists() for name in (CONFIG, report.SCALARS)):
     raise UserError(f"{folder} holds no run: a run's folder has a {CONFIG} and a {report.SCALARS}")
-  text = render(folder)
-  path = folder / PAGE
-  temporary = path.with_name(PAGE + ".tmp")
+  return write(folder / PAGE, render(folder))
+
+
+def write(path: pathlib.Path, text: str) -> pathlib.Path:
+  """Puts a text into a file at once: whoever reads it meets the whole of the old or of the new. Returns the path."""
+  temporary = path.with_name(path.name + ".tmp")
   with report.writing(path):
     temporary.write_text(text, encoding="utf-8")
   os.replace(temporary, path)
   return path
 
 
-def render(folder: pathlib.Path) -> str:
-  """The page as text: a function of the folder's name and files."""
-  config = read_config(folder / CONFIG)
-  scalars = list(read_lines(folder / report.SCALARS))
-  evaluations = list(read_lines(folder / report.EVALUATIONS))
-  last = scalars[-1] if scalars else {}
+def template(name: str, filters: Mapping[str, Callable[..., Any]]) -> jinja2.Template:
+  """A template of the package: every value in it is made visible, then escaped. `filters` are added to `FILTERS`."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True,
@@ -85,8 +86,17 @@ def render(folder: pathlib.Path) -> str:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters |= FILTERS
-  return environment.get_template("page.html").render(
+  environment.filters |= {**FILTERS, **filters}
+  return environment.get_template(name)
+
+
+def render(folder: pathlib.Path) -> str:
+  """The page as text: a function of the folder's name and files."""
+  config = read_config(folder / CONFIG)
+  scalars = list(read_lines(folder / report.SCALARS))
+  evaluations = list(read_lines(folder / report.EVALUATIONS))
+  last = scalars[-1] if scalars else {}
+  return template("page.html", {}).render(
     name=folder.resolve().name,
     facts=facts(config, scalars, next(read_lines(folder / report.TRANSCRIPT), {})),
     headline=headline(evaluations),
@@ -119,27 +129,28 @@ def read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def clip(text: Any) -> str:
-  """At most `TEXT_LIMIT` characters, and how many more there are."""
+def clip(text: Any, limit: int = TEXT_LIMIT, file: str = report.TRANSCRIPT) -> str:
+  """At most `limit` characters, and how many more there are in which file."""
   text = str(text)
-  if len(text) <= TEXT_LIMIT:
+  if len(text) <= limit:
     return text
-  return f"{text[:TEXT_LIMIT]} … [{len(text) - TEXT_LIMIT:,} more characters in {report.TRANSCRIPT}]"
+  return f"{text[:limit]} … [{len(text) - limit:,} more characters in {file}]"
 
 
 def _finalize(value: Any) -> Any:
   if value is None:
     return "–"
-  return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+  return value if isinstance(value, (int, float, Markup)) else visible(str(value))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+  """Whether it is a finite number: JSON may say anything where one is looked for."""
   return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number(value: Any, unit: str = "") -> str:
   """`1.23 MFLOP`, `12`: three digits and the unit, if it is a number."""
-  if not _is_number(value):
+  if not is_number(value):
     return "–"
   text, prefix = f"{value:.3g}", ""
   for size, letter in SI.items():
@@ -150,12 +161,12 @@ def number(value: Any, unit: str = "") -> str:
 
 def percent(value: Any) -> str:
   """A fraction as `12.3 %`."""
-  return f"{100 * value:.1f} %" if _is_number(value) else "–"
+  return f"{100 * value:.1f} %" if is_number(value) else "–"
 
 
 def duration(value: Any) -> str:
   """Seconds as `1m23s`."""
-  return report.duration(value) if _is_number(value) else "–"
+  return report.duration(value) if is_number(value) else "–"
 
 
 def status_words(status: Any) -> str:
@@ -175,7 +186,7 @@ FILTERS = {
 def facts(config: Mapping[str, Any], scalars: Rows, first: Mapping[str, Any]) -> dict[str, Any]:
   """What the head of the page says of the run, by its first transcript line too; what is not known is None."""
   at = functools.partial(_at, config)
-  times = [row["time"] for row in scalars if _is_number(row.get("time"))]
+  times = [row["time"] for row in scalars if is_number(row.get("time"))]
   return {
     "played": scalars[-1]["step"] + 1 if scalars else 0,
     "steps": at("steps"),
@@ -228,7 +239,7 @@ def _ends(evaluations: Rows) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 def _change(name: str, base: Any, trained: Any) -> Change:
   label, meaning, better = METRICS[name]
   delta, verdict = "", ""
-  if _is_number(base) and _is_number(trained):
+  if is_number(base) and is_number(trained):
     change = trained - base
     delta = f"{100 * change:+.1f} pts".replace("-", "−")
     verdict = {1: "better", -1: "worse"}.get(int(np.sign(change * better)), "")
@@ -239,7 +250,7 @@ def cross_play(evaluations: Rows) -> dict[str, Any] | None:
   """Attack success of base and trained Attacker against base and trained Defender; None before a training step."""
   _, trained = _ends(evaluations)
   values = {name: trained.get(name) for name in CROSS}
-  return values if all(_is_number(value) for value in values.values()) else None
+  return values if all(is_number(value) for value in values.values()) else None
 
 
 def costs(last: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -58,6 +58,16 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
+class Point:
+  """Two fractions with what is known of their errors: (low, value, high), NaN where there is none."""
+
+  label: str
+  color: str  # of `COLORS`
+  x: tuple[float, float, float]
+  y: tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Chart:
   """A drawing with what the page says about it."""
 
@@ -126,8 +136,6 @@ def plane(title: str, note: str, lines: Sequence[Line], x_label: str, y_label: s
     return None
   with matplotlib.rc_context(_STYLE):
     figure, axes = _figure(percent=True)
-    axes.xaxis.set_major_formatter(_PERCENT)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     for line in lines:
       here = np.isfinite(line.x) & np.isfinite(line.y)
       x, y, color = line.x[here], line.y[here], _PLACEHOLDER[line.color]
@@ -135,11 +143,40 @@ def plane(title: str, note: str, lines: Sequence[Line], x_label: str, y_label: s
       axes.plot(x[-1], y[-1], color=color, marker="o", markersize=6.5, clip_on=False)
       axes.plot(x[0], y[0], color=color, marker="o", markersize=6.5, fillstyle="full", clip_on=False,
                 markerfacecolor=_PLACEHOLDER["paper"], markeredgewidth=1.4)  # fmt: skip
-    axes.set_xlim(*_fraction_limits(np.concatenate([line.x for line in lines])))
-    axes.set_ylim(*_fraction_limits(np.concatenate([line.y for line in lines])))
+    _frame(axes, np.concatenate([line.x for line in lines]), np.concatenate([line.y for line in lines]))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     return Chart(title, note, tuple(lines), _svg(figure, title))
+
+
+def points(title: str, note: str, found: Sequence[Point], x_label: str, y_label: str) -> Chart | None:
+  """Points in a plane of two fractions, with bars of error; None without a point."""
+  found = [point for point in found if math.isfinite(point.x[1]) and math.isfinite(point.y[1])]
+  if not found:
+    return None
+  with matplotlib.rc_context(_STYLE):
+    figure, axes = _figure(percent=True)
+    for point in found:
+      color = _PLACEHOLDER[point.color]
+      axes.errorbar(point.x[1], point.y[1], xerr=_bars(point.x), yerr=_bars(point.y), color=color, marker="o",
+                    markersize=6, elinewidth=1.1, capsize=2.5)  # fmt: skip
+    _frame(axes, np.array([point.x for point in found]), np.array([point.y for point in found]))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    legend = [Line(point.label, point.color, np.array(point.x[1:2]), np.array(point.y[1:2])) for point in found]
+    return Chart(title, note, tuple(legend), _svg(figure, title))
+
+
+def _bars(interval: tuple[float, float, float]) -> list[list[float]]:
+  low, value, high = interval
+  return [[np.nan_to_num(max(value - low, 0.0))], [np.nan_to_num(max(high - value, 0.0))]]
+
+
+def _frame(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+  axes.xaxis.set_major_formatter(_PERCENT)
+  axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+  axes.set_xlim(*_fraction_limits(x))
+  axes.set_ylim(*_fraction_limits(y))
 
 
 def _figure(percent: bool) -> tuple[Figure, Axes]:
