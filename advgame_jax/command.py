@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -53,6 +54,12 @@ def run(main: Callable[[], None]) -> None:
   app.run(guarded, flags_parser=_parse_flags)
 
 
+def settings_of(program: str, free: Sequence[str]) -> dict[str, Any]:
+  """The flags that a program defines, by their names, but for the `free` ones: what makes two calls the same."""
+  own = flags.FLAGS.flags_by_module_dict().get(sys.argv[0] if program == "__main__" else program, [])
+  return {flag.name: flag.value for flag in own if flag.name not in free}
+
+
 def _log_our_own() -> None:
   """Our lines bare, from INFO on; of the libraries only what failed."""
   absl_logging.set_verbosity(absl_logging.ERROR)
@@ -75,10 +82,18 @@ def _cache_folder() -> str:
 
 def _parse_flags(arguments: Sequence[str]) -> list[str]:
   with _flags_refused(arguments):
-    rest = flags.FLAGS(arguments)
+    rest = flags.FLAGS([_with_underscores(argument) for argument in arguments])
   if len(rest) > 1:
     _refuse(f"{rest[1]!r} is no flag; allowed: --name=value")
   return rest
+
+
+def _with_underscores(argument: str) -> str:
+  """--target-url=… as --target_url=…, if there is such a flag."""
+  dashes, name, value = re.match(r"(-{0,2})([^=]*)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+  plain = name.replace("-", "_")
+  known = plain in flags.FLAGS or plain.removeprefix("no") in flags.FLAGS
+  return f"{dashes}{plain}{value}" if dashes and known else argument
 
 
 @contextlib.contextmanager

@@ -12,13 +12,14 @@ import advgame_jax
 PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types config",
-  "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers paper",
+  "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers paper offline diversity tables",
   "architecture matrices lora blockwise kernels attention experts model scoring sampler slots programs engine "
   "hf_rope hf_config hf_shards hf hf_gguf peft frozen",
-  "policies game judges canary rubrics cases guards phrases drift model_judge server_judge heuristic microworld "
-  "worldfiles state update",
-  "data checkpoint ledger report plots charts page",
-  "command panel session evaluate metrics train warmstart export",
+  "policies game judges canary rubrics cases guards phrases drift model_judge endpoint server_judge heuristic "
+  "microworld worldfiles state update",
+  "data checkpoint ledger report plots charts page suites attempts handover campaign_page",
+  "command panel session evaluate metrics train warmstart export standalone",
+  "speakers rest campaign rates findings redteam",
 )
 # Within a level, only a module to the right may import one to its left.
 CHAINS = (
@@ -46,6 +47,7 @@ CHAINS = (
   "architecture → frozen",
   "rubrics → cases → guards",
   "cases → server_judge",
+  "endpoint → server_judge",
   "cases → model_judge",
   "guards → model_judge",
   "policies → model_judge",
@@ -54,12 +56,20 @@ CHAINS = (
   "panel → metrics",
   "microworld → worldfiles",
   "state → update",
-  "plots → charts → page",
+  "plots → charts → page → campaign_page",
+  "charts → campaign_page",
+  "attempts → campaign_page",
+  "attempts → handover",
   "ledger → page",
   "report → page",
   "session → evaluate → train",
   "session → metrics → train",
-  "session → export",
+  "session → export → standalone",
+  "session → standalone",
+  "speakers → rest → redteam",
+  "speakers → campaign → rates → findings → redteam",
+  "speakers → redteam",
+  "campaign → redteam",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 ARROWS = [pair for chain in CHAINS for pair in itertools.combinations(chain.split(" → "), 2)]
