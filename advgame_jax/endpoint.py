@@ -195,8 +195,8 @@ class Endpoint:
     where = f"the {self.what} at {self.server.url}"
     variable = self.server.key_variable
     code = getattr(error, "status_code", None)
-    if isinstance(error.__cause__, UserError):  # of `offline.only`
-      return str(error.__cause__)
+    if refused := _refusal(error):
+      return str(refused)
     if self._answered:
       return ""
     if code in (401, 403):
@@ -213,6 +213,14 @@ class Endpoint:
     if not self._reached and isinstance(error.__cause__, UNREACHABLE):
       return f"{where} cannot be reached ({error.__cause__}); allowed: the base URL of a server that is running"
     return ""
+
+
+def _refusal(error: BaseException | None) -> UserError | None:
+  """What `offline.only` raised below the libraries that have caught it, if it did."""
+  if error is None or isinstance(error, UserError):
+    return error
+  below = error.exceptions if isinstance(error, BaseExceptionGroup) else (error.__cause__, error.__context__)
+  return next(filter(None, map(_refusal, below)), None)
 
 
 def _check_url(server: config_lib.Server, what: str) -> None:

@@ -1,0 +1,213 @@
+"""Speakers on servers that misbehave, services by template, models of ours, and nobody else: --offline."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import target_server
+
+from advgame_jax import rest, speakers, standalone
+from advgame_jax.config import Sampling, Server
+from advgame_jax.endpoint import Endpoint, Reply
+from advgame_jax.rest import Template
+from advgame_jax.speakers import Answer, Manner, Turn
+from advgame_jax.types import UserError
+
+
+@pytest.fixture(scope="module")
+def url():
+  with target_server.serving() as url:
+    yield url
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+  for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+    monkeypatch.delenv(name, raising=False)
+
+
+def ask(speaker, texts, key=5):
+  heard = {}
+  speaker([Turn(text, key) for text in texts], heard.setdefault)
+  return [heard[number] for number in range(len(texts))]
+
+
+def server_of(url, **more):
+  return Server(**{"url": f"{url}/v1", "retries": 2, "timeout_seconds": 1.0, "concurrency": 8} | more)
+
+
+def chat(url, **more):
+  return speakers.of_endpoint(Endpoint(server_of(url, **more), "m", "target"), Manner())
+
+
+def template(url, **more):
+  fields = {"uri": f"{url}/ask", "method": "POST", "headers": {}, "body": {"q": "$INPUT"}, "field": "$.out[0].text"}
+  return Template(**fields | more)
+
+
+BAD = {"json": "broken JSON", "endless": "time-out", "slow": "time-out"}
+GOOD = ("comply", "busy_once", "broken_once", "cut_once")
+
+
+@pytest.mark.parametrize("kind", ["chat", "template"])
+def test_each_failure_is_its_own_and_what_may_pass_is_tried_again(url, kind):
+  speaker = chat(url) if kind == "chat" else rest.of_template(template(url), server_of(url))
+  texts = [f"way={way} {kind}" for way in (*GOOD, "html", *BAD)]
+  start = time.monotonic()
+  *good, html, broken, endless, slow = ask(speaker, texts)
+  assert time.monotonic() - start < 12
+  assert [answer.text for answer in good] == [target_server.answer_to(text) for text in texts[: len(GOOD)]]
+  assert [answer.failure for answer in good] == [""] * len(GOOD)
+  assert html.failure == ("not JSON" if kind == "chat" else "broken JSON")
+  assert broken.failure == "broken JSON" and slow.failure == "time-out"
+  assert endless.failure in ("time-out", "cut connection")  # by its length or by its time
+  assert not any(answer.text for answer in (html, broken, endless, slow))
+  if kind == "chat":
+    assert (good[0].read, good[0].written) == (5, 7)
+
+
+def test_a_template_fills_in_prompt_and_key_and_each_only_where_it_is_named(monkeypatch):
+  monkeypatch.setenv("TARGET_KEY", "sk-1")
+  made = Template("http://h/$KEY", "POST", {"X": "Bearer $KEY"}, {"a": ["$INPUT", 1], "b": "x$INPUT"}, None)
+  sent = rest._fill(made, "hello $KEY $INPUT\ud800", "TARGET_KEY")
+  assert sent["url"] == "http://h/sk-1" and sent["headers"] == {"X": "Bearer sk-1"}
+  assert sent["json"] == {"a": ["hello $KEY $INPUT?", 1], "b": "xhello $KEY $INPUT?"}  # the prompt is told no key
+  assert rest._fill(made._replace(body="say $INPUT"), "hi", "TARGET_KEY")["content"] == "say hi"
+  monkeypatch.delenv("TARGET_KEY")
+  with pytest.raises(UserError, match=r"needs \$KEY, and the environment variable TARGET_KEY is not set"):
+    rest._fill(made, "hi", "TARGET_KEY")
+
+
+def test_a_template_is_garaks(tmp_path):
+  settings = {
+    "name": "x",
+    "uri": "https://h/ask",
+    "method": "put",
+    "headers": {"A": "b"},
+    "req_template_json_object": {"text": "$INPUT"},
+    "response_json": True,
+    "response_json_field": "text",
+    "ratelimit_codes": [429],
+  }
+  for number, said in enumerate([{"rest": {"RestGenerator": settings}}, {"RestGenerator": settings}, settings]):
+    path = tmp_path / f"{number}.json"
+    path.write_text(json.dumps(said))
+    assert rest.read_template(str(path)) == Template("https://h/ask", "PUT", {"A": "b"}, {"text": "$INPUT"}, "text")
+
+
+@pytest.mark.parametrize(
+  "said, sentence",
+  [
+    ("{", "cannot be read as JSON"),
+    ("[]", "has no uri"),
+    ('{"uri": "ftp://h"}', "has no uri that is an http or https address"),
+    ('{"uri": "http://h", "req_template_json_object": {"a": 1}}', r"no place for the prompt; allowed: \$INPUT"),
+    ('{"uri": "http://h", "response_json": true}', "response_json without a response_json_field"),
+  ],
+)
+def test_a_template_that_says_too_little_is_refused(tmp_path, said, sentence):
+  path = tmp_path / "t.json"
+  path.write_text(said)
+  with pytest.raises(UserError, match=sentence):
+    rest.read_template(str(path))
+  with pytest.raises(UserError, match="which is no JSONPath"):
+    rest.of_template(template("http://h", field="$.[["), server_of("http://h"))
+
+
+def test_where_the_answer_is():
+  find = rest._finder("text")
+  assert find('{"text": "a"}') == "a" and find('{"text": ["b", "c"]}') == "b"
+  assert rest._finder("$.x[1].y")('{"x": [0, {"y": "z"}]}') == "z"
+  assert rest._finder(None)("as it is") == "as it is"
+  for wrong in ("{}", '{"text": 3}', '{"text": []}', "[1"):
+    with pytest.raises(rest._Unreadable):
+      find(wrong)
+
+
+def test_limits_are_kept():
+  with target_server.serving() as url:
+    ask(chat(url, concurrency=3), [f"way=comply {number}" for number in range(12)])
+    with urllib.request.urlopen(url) as response:
+      log = json.load(response)
+  assert log["peak"] == 3 and set(log["sent"].values()) == {1}
+
+
+def test_reasoning_is_kept_apart_from_answers_and_given_to_parsers():
+  class Said:
+    def ask(self, requests, heard):
+      heard(0, Reply("inline</think>answer"))
+      heard(1, Reply("answer", "apart"))
+
+  def say(manner, whole):
+    return ask(speakers.of_endpoint(Said(), manner, whole), ["a", "b"])
+
+  thinks = Manner(think=True)
+  assert [(a.text, a.reasoning) for a in say(thinks, False)] == [("answer", "inline"), ("answer", "apart")]
+  assert [a.text for a in say(thinks, True)] == ["inline</think>answer", "apart</think>answer"]
+  assert [a.text for a in say(Manner(), False)] == ["inline</think>answer", "answer"]
+
+
+@pytest.fixture(scope="module")
+def player(world_folder):
+  sampling = Sampling(temperature=1.0, top_p=1.0, prompt_buckets=(24,), max_new_tokens=16)
+  return standalone.open_player(str(world_folder / "defender_base"), sampling=sampling)
+
+
+def test_a_model_says_the_same_in_any_company_and_by_its_key(player):
+  texts = [f"how do i {word}" for word in ("make", "find", "cook", "open", "sell")]
+  alone = [ask(speakers.of_model(player, batch=1), [text])[0] for text in texts]
+  assert alone == ask(speakers.of_model(player, batch=4), texts)
+  assert all(answer.read and answer.written for answer in alone)
+  others = ask(speakers.of_model(player, batch=4), texts, key=6)
+  assert [a.text for a in others] != [a.text for a in alone]
+
+
+def test_a_prompt_that_is_too_long_is_a_failure_of_its_own(player):
+  long, short = ask(speakers.of_model(player, batch=2), ["how do i " * 30, "how do i"])
+  assert long == Answer(failure="prompt too long") and short.text and not short.failure
+
+
+def test_a_player_of_a_run_or_folder_and_what_is_neither(world_folder, tmp_path):
+  folder = str(world_folder / "defender_base")
+  with pytest.raises(UserError, match="is no run, which weights and step are of"):
+    standalone.open_player(folder, step=3)
+  with pytest.raises(UserError, match=r"config\.json"):
+    standalone.open_player(str(tmp_path))
+  opened = standalone.open_player(folder, "attacker", instructions="microworld", changes={"max_new_tokens": 8})
+  assert opened.model.stop_strings == ("</prompt>",) and opened.name == "defender_base" and not opened.think
+  positions = opened.model.model.max_positions
+  assert opened.model.longest_prompt + 8 <= positions  # the defaults are longer than this model is
+
+
+OFFLINE = """
+import socket, sys, urllib.request
+from advgame_jax import offline
+offline.only([sys.argv[1]])
+def tried(what):
+  try:
+    what()
+    return "reached"
+  except Exception as error:
+    while error is not None and type(error).__name__ != "UserError":
+      error = getattr(error, "reason", None) if hasattr(error, "reason") else error.__cause__ or error.__context__
+    return str(error)
+other = socket.socket(socket.AF_UNIX)
+print(tried(lambda: urllib.request.urlopen(sys.argv[1]).read()))
+print(tried(lambda: urllib.request.urlopen("http://localhost:9/")))
+print(tried(lambda: socket.create_connection(("127.0.0.1", 9))))
+print(tried(lambda: other.connect("/tmp/none")))
+print(tried(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", 53))))
+print(tried(lambda: socket.gethostbyname("example.org")))
+print(tried(lambda: socket.create_server(("127.0.0.1", 0))))
+"""
+
+
+def test_offline_reaches_who_is_named_and_nobody_else(url):
+  done = subprocess.run([sys.executable, "-c", OFFLINE, url], capture_output=True, text=True, check=True)
+  first, *others = done.stdout.splitlines()
+  assert first == "reached" and len(others) == 6
+  for said in others:
+    assert said.startswith("something tried to reach ") and "--offline" in said
