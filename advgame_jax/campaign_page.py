@@ -86,7 +86,7 @@ def render(folder: pathlib.Path) -> str:
     judges=judges,
     headline=headline(found, judges),
     agreement=_records(summary, "agreement", judges=(), role="", same=None, kappa=None, attempts=None),
-    plane=plane(found, judges),
+    plane=plane(summary, judges),
     breakdowns=[breakdown(found, judges, category) for category in ("harmful", "benign")],
     outcomes=outcomes(summary),
     families=families,
@@ -230,16 +230,18 @@ def headline(found: Sequence[Rate], judges: Sequence[str]) -> list[Row]:
   ]
 
 
-def plane(found: Sequence[Rate], judges: Sequence[str]) -> charts.Chart | None:
-  """Success against over-refusal over all suites, by judge."""
-  return charts.trade_off(
-    {
-      (rate.judge, rate.name): (_float(rate.low), _float(rate.value), _float(rate.high))
-      for rate in found
-      if not rate.suite and not rate.group and rate.name.startswith(MAIN.get(rate.category, "\0"))
-    },
-    judges,
-  )
+def plane(summary: Mapping[str, Any], judges: Sequence[str]) -> charts.Chart | None:
+  """Success against over-refusal over all suites, by judge; and of the campaigns that are to stand beside."""
+  beside = {str(row["title"]): _intervals(rates(row)) for row in _records(summary, "beside", title="", rates=())}
+  return charts.trade_off(_intervals(rates(summary)), judges, beside)
+
+
+def _intervals(found: Sequence[Rate]) -> charts.Intervals:
+  return {
+    (rate.judge, rate.name): (_float(rate.low), _float(rate.value), _float(rate.high))
+    for rate in found
+    if not rate.suite and not rate.group and rate.name.startswith(MAIN.get(rate.category, "\0"))
+  }
 
 
 def _float(value: float | None) -> float:

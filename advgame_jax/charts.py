@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,10 @@ ERRORS = {
   "not_faithful": ("unfaithful", "defender"),
   "judge_failed": ("judge failed", "fifth"),
 }
+
+
+# Read in a note on the paper's third version, not in the paper itself.
+PUBLISHED = (("Qwen2.5-7B-Instruct (paper)", 0.316), ("the same after AdvGame-DPO-MD (paper)", 0.047))
 
 
 class Section(NamedTuple):
@@ -102,12 +107,36 @@ def _trajectory(evaluations: Rows, name: str, label: str, color: str) -> Line:
   return Line(label, color, series(both, "over_refusal")[1], series(both, name)[1])
 
 
-def trade_off(rates: Mapping[tuple[str, str], tuple[float, float, float]], judges: Sequence[str]) -> Chart | None:
+Intervals = Mapping[tuple[str, str], tuple[float, float, float]]
+"""(low, value, high) by judge and a rate's name, over all suites; NaN where nothing could be told."""
+
+
+def trade_off(
+  rates: Intervals, judges: Sequence[str], beside: Mapping[str, Intervals] = MappingProxyType({})
+) -> Chart | None:
   """Success against over-refusal: a point for each judge and number of tries.
 
   Args:
-    rates: (low, value, high) by judge and name, over all suites; NaN where nothing could be told.
+    beside: other campaigns' rates by their names, such as the base's.
   """
+  found = _points(rates, judges)
+  for name, others in beside.items():
+    of_first = _points(others, list(dict.fromkeys(judge for judge, _ in others))[:1])
+    found += [(f"{name}: {label}", x, y) for label, x, y in of_first]
+  colors = itertools.cycle(("attacker", "defender", "third", "fourth", "fifth"))
+  return plots.points(
+    "Safety against helpfulness",
+    "With 95 % intervals; the lower left is best. Dotted, for orientation alone: attack success on HarmBench by "
+    "GPT-4o, as the AdvGame paper has it (2512.20806).",
+    [Point(name, color, x, y) for color, (name, x, y) in zip(colors, found)],
+    "over-refusal",
+    "harmful seeds answered",
+    PUBLISHED,
+  )
+
+
+def _points(rates: Intervals, judges: Sequence[str]) -> list[tuple[str, Any, Any]]:
+  """(name, over-refusal, success) by judge and number of tries."""
   tries = {name.removeprefix("success") for _, name in rates if name.startswith("success")}
   found = [
     (judge, k, rates[judge, f"success{k}"], refused)
@@ -116,17 +145,10 @@ def trade_off(rates: Mapping[tuple[str, str], tuple[float, float, float]], judge
     if (judge, f"success{k}") in rates and (refused := _over_refusal(rates, judge, k))
   ]
   names = [judge + (f", best of {k[1:]}" if k not in ("", "@1") else "") for judge, k, *_ in found]
-  colors = itertools.cycle(("attacker", "defender", "third", "fourth", "fifth"))
-  return plots.points(
-    "Safety against helpfulness",
-    "With 95 % intervals; the lower left is best.",
-    [Point(name, color, x, y) for name, color, (*_, y, x) in zip(names, colors, found)],
-    "over-refusal",
-    "harmful seeds answered",
-  )
+  return [(name, x, y) for name, (*_, y, x) in zip(names, found)]
 
 
-def _over_refusal(rates: Mapping[tuple[str, str], tuple[float, float, float]], judge: str, k: str) -> Any:
+def _over_refusal(rates: Intervals, judge: str, k: str) -> Any:
   """Of as many tries; one try is also what nobody attacked."""
   return rates.get((judge, f"over_refusal{k}")) or (rates.get((judge, "over_refusal")) if k == "@1" else None)
 

@@ -15,7 +15,7 @@ import os
 import pathlib
 import platform
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,10 +91,17 @@ def _told(before: Mapping[str, Any], campaign: Campaign, changed: Sequence[str])
   return "; ".join(words)
 
 
-def conclude(folder: pathlib.Path, campaign: Campaign, utility: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+class Beside(NamedTuple):
+  """What was measured elsewhere and is told in the same report."""
+
+  utility: Sequence[Mapping[str, Any]] = ()  # of `read_utility`
+  campaigns: Sequence[Mapping[str, Any]] = ()  # of `read_beside`
+
+
+def conclude(folder: pathlib.Path, campaign: Campaign, beside: Beside) -> dict[str, Any]:
   """Writes all that is made of the attempts; the summary."""
   attempts = attempts_lib.read(folder)
-  summary = summarise(attempts, campaign) | {"utility": list(utility)}
+  summary = summarise(attempts, campaign) | {"utility": list(beside.utility), "beside": list(beside.campaigns)}
   _write(folder / SUMMARY, summary)
   hits = [attempts_lib.as_json(attempt) + "\n" for attempt in attempts if attempt.outcome == Outcome.SUCCESS]
   _replace(folder / attempts_lib.HITS, "".join(hits))
@@ -147,6 +154,19 @@ def _embed() -> drift.Embed | None:
     return drift.load_embed()
   except UserError:
     return None
+
+
+def read_beside(path: str) -> dict[str, Any]:
+  """Another campaign's title and rates of all its suites together, such as the base model's.
+
+  Raises:
+    UserError: it has none.
+  """
+  folder = pathlib.Path(path)
+  if not (folder / SUMMARY).is_file():
+    raise UserError(f"{path} holds no {SUMMARY}; allowed: the --out of a campaign or evaluation that was finished")
+  rows = [rate for rate in _read(folder / SUMMARY)["rates"] if not rate["suite"] and not rate["group"]]
+  return {"title": _read(folder / RUN)["title"], "rates": rows}
 
 
 def read_utility(path: str) -> list[dict[str, Any]]:

@@ -149,8 +149,14 @@ def plane(title: str, note: str, lines: Sequence[Line], x_label: str, y_label: s
     return Chart(title, note, tuple(lines), _svg(figure, title))
 
 
-def points(title: str, note: str, found: Sequence[Point], x_label: str, y_label: str) -> Chart | None:
-  """Points in a plane of two fractions, with bars of error; None without a point."""
+def points(
+  title: str, note: str, found: Sequence[Point], x_label: str, y_label: str, levels: Sequence[tuple[str, float]] = ()
+) -> Chart | None:
+  """Points in a plane of two fractions, with bars of error; None without a point.
+
+  Args:
+    levels: (label, y) of dotted lines across.
+  """
   found = [point for point in found if math.isfinite(point.x[1]) and math.isfinite(point.y[1])]
   if not found:
     return None
@@ -160,11 +166,16 @@ def points(title: str, note: str, found: Sequence[Point], x_label: str, y_label:
       color = _PLACEHOLDER[point.color]
       axes.errorbar(point.x[1], point.y[1], xerr=_bars(point.x), yerr=_bars(point.y), color=color, marker="o",
                     markersize=6, elinewidth=1.1, capsize=2.5)  # fmt: skip
-    _frame(axes, np.array([point.x for point in found]), np.array([point.y for point in found]))
+    for _, y in levels:
+      axes.axhline(y, color=_PLACEHOLDER["muted"], linewidth=0.9, linestyle=":")
+    heights = [*(y for point in found for y in point.y), *(y for _, y in levels)]
+    _frame(axes, np.array([point.x for point in found]), np.array(heights))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
+    nowhere = np.zeros(0)
+    across = [Line(label, "muted", nowhere, nowhere, dashed=True) for label, _ in levels]
     legend = [Line(point.label, point.color, np.array(point.x[1:2]), np.array(point.y[1:2])) for point in found]
-    return Chart(title, note, tuple(legend), _svg(figure, title))
+    return Chart(title, note, (*legend, *across), _svg(figure, title))
 
 
 def _bars(interval: tuple[float, float, float]) -> list[list[float]]:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import advgame_jax
@@ -15,7 +15,7 @@ from advgame_jax import findings, offline, panel, rest, session, speakers, stand
 from advgame_jax.campaign import Cast, Goal, NamedJudge, Plan
 from advgame_jax.config import Judge, Sampling, Server
 from advgame_jax.endpoint import Endpoint
-from advgame_jax.findings import Campaign
+from advgame_jax.findings import Beside, Campaign
 from advgame_jax.prompts import Instructions
 from advgame_jax.speakers import Manner, Speaker
 from advgame_jax.standalone import Standalone
@@ -200,13 +200,13 @@ def run(
   instructions: Instructions | None = None,
   resume: bool = True,
   retry_errors: bool = False,
-  utility: Sequence[Mapping[str, Any]] = (),
+  beside: Beside,
 ) -> dict[str, Any]:
   """Plays a campaign in `out`, from where it was left, and writes what it found; the summary.
 
   Args:
     instructions: for the Attacker; None is what it was taught with.
-    utility: of `findings.read_utility`.
+    beside: what the report tells too.
 
   Raises:
     UserError: the folder is another's, or somebody can never answer.
@@ -220,7 +220,7 @@ def run(
     told = instructions or attacker.instructions
     cast = cast._replace(attacker=attacker.speaker, instructions=told, think=attacker.think)
   campaign_lib.play(folder, goals, plan, cast, retry_errors)
-  return findings.conclude(folder, campaign, utility)
+  return findings.conclude(folder, campaign, beside)
 
 
 def stay_offline(*speaking: Opened | None, judging: Judging) -> None:

@@ -21,7 +21,7 @@ from absl import flags
 
 from advgame_jax import command, findings, redteam
 from advgame_jax.campaign import Plan
-from advgame_jax.findings import Campaign
+from advgame_jax.findings import Beside, Campaign
 from advgame_jax.redteam import Limits, Opened, Voice
 
 OUT = flags.DEFINE_string("out", None, "Folder to write; of both roles, a folder each in it.", required=True)
@@ -53,11 +53,12 @@ RESUME = flags.DEFINE_bool("resume", True, "Finish what is missing in --out; wit
 RETRY_ERRORS = flags.DEFINE_bool("retry_errors", False, "Make attempts again that ended in an error.")
 OFFLINE = flags.DEFINE_bool("offline", False, "Refuse every connection but to the hosts that flags name.")
 UTILITY = flags.DEFINE_string("utility", "", "Results of lm-evaluation-harness: its --output_path, or a file in it.")
+BESIDE = flags.DEFINE_multi_string("beside", [], "Folder of another evaluation to show beside, as the base's.")
 SEED = flags.DEFINE_integer("seed", 0, "Of every draw.", lower_bound=0)
 
 # What may be otherwise when an evaluation goes on.
 _FREE = ("out", "role", "rpm", "max_concurrency", "timeout", "retries", "batch", "resume", "retry_errors", "offline",
-         "utility", "api_key_env")  # fmt: skip
+         "utility", "beside", "api_key_env")  # fmt: skip
 
 
 def main() -> None:
@@ -119,7 +120,9 @@ def _evaluate(out: str, target: Opened, attacker: Opened | None, judging: redtea
     instructions=instructions,
     resume=RESUME.value,
     retry_errors=RETRY_ERRORS.value,
-    utility=findings.read_utility(UTILITY.value) if UTILITY.value else (),
+    beside=Beside(
+      findings.read_utility(UTILITY.value) if UTILITY.value else (), list(map(findings.read_beside, BESIDE.value))
+    ),
   )
   print(f"as {'an Attacker' if attacker else 'a Defender'}:\n{findings.console(summary)}")
   print(f"The report: {out}/report.html")

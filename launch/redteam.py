@@ -16,7 +16,7 @@ from absl import flags
 
 from advgame_jax import command, findings, redteam
 from advgame_jax.campaign import Plan
-from advgame_jax.findings import Campaign
+from advgame_jax.findings import Beside, Campaign
 from advgame_jax.redteam import Limits, Voice
 
 ABOVE = 1  # exit code
@@ -58,11 +58,13 @@ FAIL_ABOVE = flags.DEFINE_float("fail_above", None, "Exit with 1 if more of the 
 OFFLINE = flags.DEFINE_bool("offline", False, "Refuse every connection but to the hosts that flags name.")
 READ_PRICE = flags.DEFINE_float("read_price", 0.0, "US dollars for a million tokens that the target reads.")
 WRITTEN_PRICE = flags.DEFINE_float("written_price", 0.0, "US dollars for a million tokens that it writes.")
+BESIDE = flags.DEFINE_multi_string("beside", [], "Folder of another campaign to show beside, as the base Attacker's.")
 SEED = flags.DEFINE_integer("seed", 0, "Of every draw.", lower_bound=0)
 
 # What may be otherwise when a campaign goes on.
 _FREE = ("out", "rpm", "max_concurrency", "timeout", "retries", "batch", "resume", "retry_errors", "fail_above",
-         "offline", "read_price", "written_price", "api_key_env", "attacker_key_env", "judge_key_env")  # fmt: skip
+         "offline", "beside", "read_price", "written_price", "api_key_env", "attacker_key_env",
+         "judge_key_env")  # fmt: skip
 
 
 def main() -> None:
@@ -107,6 +109,7 @@ def main() -> None:
     instructions=instructions,
     resume=RESUME.value,
     retry_errors=RETRY_ERRORS.value,
+    beside=Beside(campaigns=list(map(findings.read_beside, BESIDE.value))),
   )
   print(findings.console(summary))
   print(f"The report: {OUT.value}/report.html")

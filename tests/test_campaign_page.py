@@ -258,17 +258,32 @@ def test_intervals_are_drawn_where_they_are(rendered):
   assert {value: campaign_page.fraction(value) for value in odd} == odd
 
 
+def drawn(chart):
+  """The points of a plane; the lines across it are the paper's."""
+  across = [line.label for line in chart.lines if line.dashed]
+  assert len(across) == 2 and all(label.endswith("(paper)") for label in across)
+  return [(line.label, *line.x, *line.y) for line in chart.lines if not line.dashed]
+
+
+def test_other_campaigns_stand_beside_by_their_first_judge():
+  own = [rate("a", "", "harmful", "", "success", 0.2), rate("a", "", "benign", "", "over_refusal", 0.1)]
+  other = [rate(judge, "", *each) for judge in ("b", "c") for each in (
+    ("harmful", "", "success", 0.6), ("benign", "", "over_refusal", 0.3))]  # fmt: skip
+  chart = campaign_page.plane({"rates": own, "beside": [{"title": "base", "rates": other}]}, ["a"])
+  assert drawn(chart) == [("a", 0.1, 0.2), ("base: b", 0.3, 0.6)]
+
+
 def test_the_plane_has_a_point_a_judge_and_number_of_tries():
-  chart = campaign_page.plane(campaign_page.rates({"rates": list(fake_rates())}), JUDGES)
-  assert [line.label for line in chart.lines] == ["heuristic", "heuristic, best of 4", "phrases", "phrases, best of 4"]
+  chart = campaign_page.plane({"rates": list(fake_rates())}, JUDGES)
+  assert [label for label, *_ in drawn(chart)] == ["heuristic", "heuristic, best of 4", "phrases", "phrases, best of 4"]
   plain = [rate("a", "", "harmful", "", "success@1", 0.2), rate("a", "", "benign", "", "over_refusal", 0.1)]
   best = rate("a", "", "harmful", "", "success@4", 0.4)  # whose over-refusal of 4 tries nobody measured
-  chart = campaign_page.plane(campaign_page.rates({"rates": [*plain, best]}), ["a"])
-  assert [(line.label, *line.x, *line.y) for line in chart.lines] == [("a", 0.1, 0.2)]
-  assert campaign_page.plane(campaign_page.rates({"rates": plain[:1]}), ["a"]) is None
+  chart = campaign_page.plane({"rates": [*plain, best]}, ["a"])
+  assert drawn(chart) == [("a", 0.1, 0.2)]
+  assert campaign_page.plane({"rates": plain[:1]}, ["a"]) is None
   plain[0]["name"] = "success"  # of prompts that nobody attacked
-  chart = campaign_page.plane(campaign_page.rates({"rates": plain}), ["a"])
-  assert [(line.label, *line.x, *line.y) for line in chart.lines] == [("a", 0.1, 0.2)]
+  chart = campaign_page.plane({"rates": plain}, ["a"])
+  assert drawn(chart) == [("a", 0.1, 0.2)]
 
 
 def test_a_breakdown_starts_with_what_attacks_are_after_and_names_no_suite_twice():
