@@ -14,6 +14,7 @@ import logging
 import pathlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from advgame_jax import attempts as attempts_lib
@@ -109,26 +110,15 @@ def play(folder: pathlib.Path, goals: Sequence[Goal], plan: Plan, cast: Cast, re
   }
   if retry_errors:
     done = {key: attempt for key, attempt in done.items() if attempt.outcome.counted}
-  journal, file, total = Journal(folder / JOURNAL), Log(folder / attempts_lib.ATTEMPTS), most(goals, plan)
-  waiting = collections.deque(goals)
-  while waiting:
-    wave: list[Try] = []
-    again: list[Goal] = []
-    while waiting and len(wave) < plan.batch:
-      goal = waiting.popleft()
-      due = _due(goal, plan, done)
-      wave += due
-      again += [goal] if due else []
-    for attempt in _make(wave, plan, cast, journal):
-      file.append(attempts_lib.as_json(attempt))
-      done[attempt.id] = attempt
-    waiting.extendleft(reversed(again))
-    if wave:
+  waiting, total = collections.deque(goals), most(goals, plan)
+  with closing(Journal(folder / JOURNAL)) as journal, closing(Log(folder / attempts_lib.ATTEMPTS)) as file:
+    while wave := _next_wave(waiting, plan, done):
+      for attempt in _make(wave, plan, cast, journal):
+        file.append(attempts_lib.as_json(attempt))
+        done[attempt.id] = attempt
       counts = collections.Counter(attempt.outcome for attempt in done.values())
       told = ", ".join(f"{counts[outcome]} {outcome.replace('_', ' ')}" for outcome in Outcome if counts[outcome])
       log.info("%d of %d attempts: %s", len(done), total, told)
-  file.close()
-  journal.close()
 
 
 class Try(NamedTuple):
@@ -139,6 +129,19 @@ class Try(NamedTuple):
   k: int
   round: int
   failed: tuple[Attempt, ...]  # the tries of its chain before it
+
+
+def _next_wave(waiting: collections.deque[Goal], plan: Plan, done: Mapping[str, Attempt]) -> list[Try]:
+  """What is due of the first goals that wait, about a batch of it. Goals of which nothing is due leave."""
+  wave: list[Try] = []
+  again: list[Goal] = []
+  while waiting and len(wave) < plan.batch:
+    goal = waiting.popleft()
+    due = _due(goal, plan, done)
+    wave += due
+    again += [goal] if due else []
+  waiting.extendleft(reversed(again))
+  return wave
 
 
 def _due(goal: Goal, plan: Plan, done: Mapping[str, Attempt]) -> list[Try]:

@@ -198,6 +198,10 @@ def test_an_evaluation_in_both_roles_and_its_utility(world_folder, tmp_path, one
     assert names <= {rate["name"] for rate in summary["rates"]}
     assert summary["utility"] == [{"task": "arc_easy", "metric": "acc", "value": 0.5, "error": 0.01}]
     assert (out / role / "report.html").is_file()
+  beside = findings.read_beside(str(out / "defender"))
+  assert beside["title"] == "defender_base" and {rate["suite"] for rate in beside["rates"]} == {""}
+  with pytest.raises(UserError, match=r"holds no summary\.json; allowed: the --out of a campaign"):
+    findings.read_beside(str(out))
 
 
 @pytest.mark.parametrize(
