@@ -81,12 +81,12 @@ class Cast(NamedTuple):
 
 
 def goals_of(suite: Suite, attacked: bool = False) -> list[Goal]:
-  """A benchmark's prompts, by what is asked for in them; `attacked`: only that, for an Attacker to write on."""
+  """A benchmark's prompts, each once, by what is asked in them; `attacked`: that alone, for an Attacker to write on."""
   goals: dict[tuple[Category, str], Goal] = {}
   for item in suite.items:
     fresh = Goal(suite.name, item.category, item.behaviour, item.group, item.id)
     goal = goals.setdefault((item.category, item.behaviour), fresh)
-    if not attacked:
+    if not attacked and item.prompt not in goal.queries:
       goals[item.category, item.behaviour] = goal._replace(queries=(*goal.queries, item.prompt))
   return list(goals.values())
 

@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import functools
 import pathlib
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -149,14 +148,16 @@ def read_goals(
     own = suites.load(f"seeds={SEEDS}")
     benign = [item for item in own.items if item.category == Category.BENIGN]
     loaded.append(suites.Suite("benign seeds of the project", benign))
-  goals: list[Goal] = []
+  parts: dict[str, list[suites.Item]] = {}  # files of one benchmark are one suite
   for suite in loaded:
-    of_suite = campaign_lib.goals_of(suite, attacked)
+    parts.setdefault(suite.name, []).extend(suite.items)
+  goals: list[Goal] = []
+  for name, items in parts.items():
+    of_suite = campaign_lib.goals_of(suites.Suite(name, items), attacked)
     for category in Category:
       part = [goal for goal in of_suite if goal.category == category]
       goals += part[:: -(-len(part) // limit)] if limit and part else part
-  hashes = {suite.name: f"{zlib.crc32(repr(suite.items).encode(errors='replace')):08x}" for suite in loaded}
-  return goals, hashes
+  return goals, {name: findings.hash_of(*map(repr, items)) for name, items in parts.items()}
 
 
 class Judging(NamedTuple):

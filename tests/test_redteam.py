@@ -246,6 +246,7 @@ def test_benign_prompts_stand_beside_harmful_ones(tmp_path):
   assert [goal.seed for goal in harmful] == ["do 0", "do 3", "do 6", "do 9"]
   assert 1 < len(benign) <= 4 and set(hashes) == {"advbench", "benign seeds of the project"}
   assert len(redteam.read_goals([str(path)], False, 0)[0]) > 14
+  assert redteam.read_goals([str(path), str(path)], False, 4)[0] == goals  # a prompt that is there twice is tried once
   path.write_text(path.read_text().replace("do 9", "do ten"))
   assert redteam.read_goals([str(path)], False, 4)[1]["advbench"] != hashes["advbench"]
 
