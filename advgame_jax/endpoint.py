@@ -27,11 +27,13 @@ from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice
 
 from advgame_jax import config as config_lib
+from advgame_jax.prompts import visible
 from advgame_jax.types import UserError
 
 LONGEST_WAIT = 600.0  # seconds of a Retry-After that are honoured; a request told to wait longer has failed
 _CLIENT_WAITS = 60.0  # seconds that the client honours itself in every version; it gives up on more than two minutes
 _CONNECT = 10.0  # seconds
+_TOLD = 200  # characters of what a server says is wrong with a request
 _LONGEST_BODY = 16 * 2**20  # bytes of an answer: what streams on for ever is cut
 
 log = logging.getLogger(__name__)
@@ -356,6 +358,8 @@ def failure_of(error: Exception) -> str:
   match error:
     case openai.APITimeoutError():
       return "time-out"
+    case openai.BadRequestError():  # our mistake: the server says which
+      return f"HTTP 400 ({visible(error.message)[:_TOLD]})"
     case openai.APIStatusError():
       return f"HTTP {error.status_code}"
     case openai.APIConnectionError():

@@ -39,7 +39,7 @@ class Voice:
   think: bool | None = None
   temperature: float | None = None
   top_p: float | None = None
-  max_tokens: int | None = None  # None is a run's own, and 512 elsewhere
+  max_tokens: int | None = None  # None is a server's or run's own, and 512 of a folder's model
   longest_prompt: int = 2048  # tokens, of a folder's model
   batch: int = 32  # turns at one time, of a model here
 
@@ -85,7 +85,7 @@ def open_voice(what: str, voice: Voice, limits: Limits, whole: bool = False) -> 
     if not voice.model:
       raise UserError(f"the {what} at {voice.url} has no model's name; allowed: one that it lists under /models")
     endpoint = Endpoint(server, voice.model, what)
-    manner = Manner(voice.system, voice.temperature, voice.top_p, voice.max_tokens or _LONGEST, think)
+    manner = Manner(voice.system, voice.temperature, voice.top_p, voice.max_tokens, think)
     return Opened(
       speakers.of_endpoint(endpoint, manner, whole), f"{voice.model} at {voice.url}", think, taught, voice.url
     )

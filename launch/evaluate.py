@@ -39,7 +39,7 @@ INSTRUCTIONS = flags.DEFINE_string("instructions", "", "What an Attacker is told
 SYSTEM = flags.DEFINE_string("system", "", "What a model on a server is told first.")
 TEMPERATURE = flags.DEFINE_float("temperature", None, "Of its answers; without, a run's or server's own, else 0.")
 TOP_P = flags.DEFINE_float("top_p", None, "Likewise.")
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Of an answer; without, a run's own, else 512.")
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Of an answer; without, a server's or run's own, else 512.")
 LONGEST_PROMPT = flags.DEFINE_integer("longest_prompt", 2048, "Tokens; longer ones are errors.", lower_bound=1)
 LIMIT = flags.DEFINE_integer("limit", 0, "Prompts of each file and category, spread evenly; 0 is all.", lower_bound=0)
 JUDGE = flags.DEFINE_multi_string("judge", [], "heuristic, phrases, microworld or settings: kind=model,model=…,form=…")

@@ -30,12 +30,16 @@ REST_TEMPLATE = flags.DEFINE_string("rest_template", "", "The target: JSON file 
 API_KEY_ENV = flags.DEFINE_string("api_key_env", "OPENAI_API_KEY", "Environment variable of the target's key.")
 SYSTEM = flags.DEFINE_string("system", "", "What a target on a server is told first.")
 TEMPERATURE = flags.DEFINE_float("temperature", None, "Of the target; without, a server's or run's own, else 0.")
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Of the target's answers; without, a run's own, else 512.")
+TOP_P = flags.DEFINE_float("top_p", None, "Likewise, else 1.")
+MAX_TOKENS = flags.DEFINE_integer(
+  "max_tokens", None, "Of the target's answers; without, a server's or run's own, else 512."
+)
 ATTACKER = flags.DEFINE_string("attacker", "", "The Attacker: a Hugging Face folder, or a run, whose Attacker it is.")
 ATTACKER_URL = flags.DEFINE_string("attacker_url", "", "The Attacker: base URL of an OpenAI-compatible server.")
 ATTACKER_MODEL = flags.DEFINE_string("attacker_model", "", "By the server's name.")
 ATTACKER_KEY_ENV = flags.DEFINE_string("attacker_key_env", "OPENAI_API_KEY", "Environment variable of its key.")
 ATTACKER_TEMPERATURE = flags.DEFINE_float("attacker_temperature", None, "Without, a server's or run's own, else 0.6.")
+ATTACKER_TOP_P = flags.DEFINE_float("attacker_top_p", None, "Likewise, else 0.9.")
 ATTACKER_THINKS = flags.DEFINE_bool("attacker_thinks", None, "It reasons before its query; without, as in its run.")
 INSTRUCTIONS = flags.DEFINE_string("instructions", "", "What it is told: standard, microworld or a folder.")
 N_ATTACKS = flags.DEFINE_integer("n_attacks", 4, "Attacks a seed.", lower_bound=1)
@@ -68,12 +72,27 @@ _FREE = ("out", "rpm", "max_concurrency", "timeout", "retries", "batch", "resume
 
 
 def main() -> None:
-  target, attacker = (
-    Voice(TARGET.value, "defender", TARGET_URL.value, TARGET_MODEL.value, REST_TEMPLATE.value, API_KEY_ENV.value,
-          SYSTEM.value, temperature=TEMPERATURE.value, max_tokens=MAX_TOKENS.value),
-    Voice(ATTACKER.value, "attacker", ATTACKER_URL.value, ATTACKER_MODEL.value, key_variable=ATTACKER_KEY_ENV.value,
-          think=ATTACKER_THINKS.value, temperature=ATTACKER_TEMPERATURE.value),
-  )  # fmt: skip
+  target = Voice(
+    folder=TARGET.value,
+    url=TARGET_URL.value,
+    model=TARGET_MODEL.value,
+    template=REST_TEMPLATE.value,
+    key_variable=API_KEY_ENV.value,
+    system=SYSTEM.value,
+    temperature=TEMPERATURE.value,
+    top_p=TOP_P.value,
+    max_tokens=MAX_TOKENS.value,
+  )
+  attacker = Voice(
+    folder=ATTACKER.value,
+    player="attacker",
+    url=ATTACKER_URL.value,
+    model=ATTACKER_MODEL.value,
+    key_variable=ATTACKER_KEY_ENV.value,
+    think=ATTACKER_THINKS.value,
+    temperature=ATTACKER_TEMPERATURE.value,
+    top_p=ATTACKER_TOP_P.value,
+  )
   limits = Limits(MAX_CONCURRENCY.value, RPM.value, TIMEOUT.value, RETRIES.value)
   said = list(JUDGE.value)
   if JUDGE_URL.value:
