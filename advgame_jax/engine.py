@@ -1,8 +1,8 @@
 """Generation: loads of any size through programs of a few shapes.
 
 Prompts wait in a queue; as many as find slots and pages are read, packed into rows of a few lengths, and their rows
-draw some tokens at a time. Finished rows leave, and others take their slots and pages. Every shape that the device sees
-is of a short list, so that nothing compiles on the way.
+draw some tokens at a time. Finished rows leave, and others take their slots and pages, which may arrive while others
+draw. Every shape that the device sees is of a short list, so that nothing compiles on the way.
 """
 
 import collections
@@ -23,6 +23,7 @@ from advgame_jax import architecture, kernels, model, programs, sharding
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index
+from advgame_jax.drawn import Drawn, Piece, collect, drawn_by_nobody, put
 from advgame_jax.model import Layers, Prefix
 from advgame_jax.programs import Programs
 from advgame_jax.sampler import Arrival, Chunk
@@ -33,23 +34,6 @@ from advgame_jax.types import UserError
 
 _NONE = 2**30  # a slot or a page that there is none of
 _ROWS = (0.25, 0.5, 0.75, 1.0)  # lengths of packed rows, of the longest
-
-
-class Drawn(NamedTuple):
-  """What was drawn for R = Q·G rows, on the host; prompt q's samples are rows q·G … q·G + G − 1."""
-
-  tokens_RT: np.ndarray  # int32, 0 after the row's end
-  length_R: np.ndarray  # int32, the stop token included
-  stopped_R: np.ndarray  # bool: a stop was met within the limit
-  behaviour_logprob_RT: np.ndarray  # float32, nats, 0 after the row's end
-  plain_logprob_RT: np.ndarray  # likewise
-
-
-def drawn_by_nobody(rows: int, tokens: int) -> Drawn:
-  """Nothing, of so many rows of at most so many tokens."""
-  zeros_RT = lambda dtype: np.zeros((rows, tokens), dtype)
-  length_R, stopped_R = np.zeros(rows, np.int32), np.zeros(rows, bool)
-  return Drawn(zeros_RT(np.int32), length_R, stopped_R, zeros_RT(np.float32), zeros_RT(np.float32))
 
 
 class Load(NamedTuple):
@@ -103,18 +87,31 @@ class Engine:
       UserError: a prompt is longer than the largest bucket.
       ValueError: some members have a prefix and others have none.
     """
-    longest = max(map(len, load.prompts), default=0)
-    if longest > self.sampling.prompt_buckets[-1]:
-      raise UserError(
-        f"a prompt has {longest} tokens, sampling.prompt_buckets ends at {self.sampling.prompt_buckets[-1]}; allowed: "
-        "prompts that fit into it"
-      )
-    if load.prefixes and len(load.prefixes) != len(load.generator.members):
-      raise ValueError(f"{len(load.prefixes)} prefixes for {len(load.generator.members)} members; allowed: one of each")
-    programs, _ = self._programs(load.generator)
-    before = int(sharding.to_host(load.prefixes[0].length_Q)[0]) if load.prefixes else 0
+    T, count = self.sampling.max_new_tokens, len(load.prompts)
+    drawn = drawn_by_nobody(count * load.group, T)
+    limit_Q = np.full(count, T) if load.limit_Q is None else np.minimum(load.limit_Q, T)
+    generation = self.open(load.generator, count, load.group, load.key, load.prefixes)
+    for number, ids in enumerate(load.prompts):
+      if len(ids) and limit_Q[number] > 0:
+        generation.add(Prompt(number, ids, int(limit_Q[number]), int(load.fold_Q[number])))
+    while generation.busy:
+      for piece in generation.advance():
+        put(drawn, piece, load.group)
+    return drawn
+
+  def open(
+    self, generator: Generator, prompts: int, group: int, key: jax.Array, prefixes: Sequence[Prefix] = ()
+  ) -> "Generation":
+    """A generation that nobody has joined yet, in the shapes of a load of so many prompts. The key is consumed.
+
+    Raises:
+      ValueError: some members have a prefix and others have none.
+    """
+    if prefixes and len(prefixes) != len(generator.members):
+      raise ValueError(f"{len(prefixes)} prefixes for {len(generator.members)} members; allowed: one of each")
+    before = int(sharding.to_host(prefixes[0].length_Q)[0]) if prefixes else 0
     with jax.set_mesh(self.mesh):
-      return _Generation(self, programs, load, before).run()
+      return Generation(self, self._programs(generator)[0], generator, prompts, group, key, prefixes, before)
 
   def warm_up(self, generator: Generator, prompts: int, group: int, prefixes: Sequence[Prefix] = ()) -> None:
     """Compiles every shape that a load of so many prompts can take, several at a time. Nothing runs."""
@@ -130,11 +127,9 @@ class Engine:
     Weights and prefixes may be abstract.
     """
     lowered: dict[str, list[Any]] = {}
-    nothing: list[list[int]] = [[]] * prompts
-    load = Load(generator, nothing, np.zeros(prompts, np.uint32), group, jax.random.key(0), tuple(prefixes))
+    run, key = programs.dry(*self._programs(generator), lowered), jax.random.key(0)
     with jax.set_mesh(self.mesh):
-      generation = _Generation(self, programs.dry(*self._programs(generator), lowered), load, before=0)
-      return lowered, generation.try_all()
+      return lowered, Generation(self, run, generator, prompts, group, key, prefixes, before=0).try_all()
 
   @property
   def choice(self) -> Choice:
@@ -153,35 +148,87 @@ class Engine:
     return programs.compiled(self.model, self.mesh, self.layout, self.dtype, self.attention, *sizes, stacked)
 
 
-class _Generation:
-  """One call of `Engine.generate`."""
+class Generation:
+  """Rows that draw together, a chunk at a time. Prompts may join and leave between two chunks.
 
-  def __init__(self, engine: Engine, programs: Programs, load: Load, before: int) -> None:
+  Built by `Engine.open`. What a row draws depends on the key, its prompt's `fold`, its sample's number and the choice.
+  """
+
+  def __init__(
+    self,
+    engine: Engine,
+    programs: Programs,
+    generator: Generator,
+    prompts: int,
+    group: int,
+    key: jax.Array,
+    prefixes: Sequence[Prefix],
+    before: int,
+  ) -> None:
     """`before`: tokens of the prefix."""
-    self.engine, self.programs, self.load, self.before = engine, programs, load, before
-    members, count, T = load.generator.members, len(load.prompts), engine.sampling.max_new_tokens
-    self.prefixes: tuple[Any, ...] = load.prefixes or (None,) * len(members)
-    self.shapes = engine.shapes(count, load.group, bool(load.prefixes))
-    limit_Q = np.full(count, T) if load.limit_Q is None else np.minimum(load.limit_Q, T)
-    waiting = (Prompt(number, ids, int(limit_Q[number])) for number, ids in enumerate(load.prompts) if len(ids))
-    self.waiting = collections.deque(prompt for prompt in waiting if prompt.limit > 0)
+    self.engine, self.programs, self.generator, self.group, self.key = engine, programs, generator, group, key
+    self.prefixes: tuple[Any, ...] = tuple(prefixes) or (None,) * len(generator.members)
+    self.before, self.shapes = before, engine.shapes(prompts, group, bool(prefixes))
+    self.waiting: collections.deque[Prompt] = collections.deque()
     self.parts = [Part(self.shapes) for _ in range(engine._parts)]
     self.idle = 0  # slots × steps that stood empty since prompts were last read
-    self.drawn = drawn_by_nobody(count * load.group, T)
-    self.choice = Choice(*map(np.float32, engine.choice))
-    self.share = np.array(load.generator.share, np.float32)
+    self.share = np.array(generator.share, np.float32)
     self.stops = programs.whole(engine.stops_ZV)
     self.prompt_size, self.own_size = self.shapes.prompt_pools[0], self.shapes.own_pools[0]
     self.prompt_pools, self.own_pools = (
       self.programs.blank_pools(pages * len(self.parts)) for pages in (self.prompt_size, self.own_size)
     )
     self.rows = self.programs.blank_rows(self.shapes.slots * len(self.parts))
+    self.choose(engine.choice)
 
-  def run(self) -> Drawn:
-    while self.waiting or self._live:
+  @property
+  def live(self) -> int:
+    """Rows that draw."""
+    return sum(len(part.rows) for part in self.parts)
+
+  @property
+  def busy(self) -> bool:
+    """Whether anybody draws or waits."""
+    return bool(self.waiting or self.live)
+
+  def choose(self, choice: Choice) -> None:
+    """How tokens are chosen from now on, in all rows."""
+    self.choice = Choice(*map(np.float32, choice))
+
+  def add(self, prompt: Prompt) -> None:
+    """It waits for slots, behind those that were added before.
+
+    Its number is that of nobody else who is there, its limit at least 1 and at most `max_new_tokens`.
+
+    Raises:
+      UserError: it is longer than the largest bucket.
+    """
+    longest = self.engine.sampling.prompt_buckets[-1]
+    if len(prompt.ids) > longest:
+      raise UserError(
+        f"a prompt has {len(prompt.ids)} tokens, sampling.prompt_buckets ends at {longest}; allowed: prompts that fit "
+        "into it"
+      )
+    self.waiting.append(prompt)
+
+  def drop(self, prompts: Sequence[Prompt]) -> None:
+    """These draw no more; what is no longer here is left aside."""
+    gone = {prompt.number for prompt in prompts}
+    self.waiting = collections.deque(prompt for prompt in self.waiting if prompt.number not in gone)
+    slots = [(part, slot) for part in self.parts for slot, row in part.rows.items() if row.prompt.number in gone]
+    for part, slot in slots:
+      part.leave(slot)
+    if slots:
+      with jax.set_mesh(self.engine.mesh):
+        self._gather(self.shapes.slots)  # the device forgets who is not gathered
+
+  def advance(self) -> list[Piece]:
+    """Some tokens of every row, after those that find slots have been read; somebody is there."""
+    with jax.set_mesh(self.engine.mesh):
+      if self.waiting and self.parts[0].slots < self.shapes.slots:
+        self._gather(self.shapes.slots)
       self._admit()
-      self._advance()
-    return self.drawn
+      return self._advance()
 
   def try_all(self) -> Any:
     """Calls every program in every shape, with nobody in it; what is kept at most."""
@@ -198,10 +245,12 @@ class _Generation:
       self._resize_own(other)
     self._resize_own(shapes.own_pools[-1])
     most = (self.rows, self.prompt_pools, self.own_pools)
+    self._gather(shapes.slots)
     if shapes.few < shapes.slots:
       self._resize_own(shapes.own_pools[0])
-      self._gather()
+      self._gather(shapes.few)
       self._run_chunk()
+      self._gather(shapes.slots)
     return most
 
   # Prompts arrive.
@@ -215,7 +264,7 @@ class _Generation:
       # and for the next steps, by the products that each would cost.
       unused = shape[0] * shape[1] * len(self.parts) - sum(map(sum, lengths))
       empty = self.idle + self._step * sum(len(part.free) for part in self.parts)
-      if self._live and empty * architecture.drawing_to_reading(self.engine.model) < unused:
+      if self.live and empty * architecture.drawing_to_reading(self.engine.model) < unused:
         return
       self.idle = 0
       for part, prompts in zip(self.parts, chosen):
@@ -228,7 +277,7 @@ class _Generation:
   def _choose(self) -> list[list[Prompt]]:
     """The next that wait, for the parts in turn, as many as find slots and can be read at once."""
     chosen: list[list[Prompt]] = [[] for _ in self.parts]
-    room = [len(part.free) // self.load.group for part in self.parts]
+    room = [len(part.free) // self.group for part in self.parts]
     pages = [self.shapes.prompt_pools[-1] - part.prompt_pages.taken for part in self.parts]
     for prompt in self.waiting:
       part = int(np.argmax(room))
@@ -246,10 +295,8 @@ class _Generation:
     arrays = [self._lay_out(*each, shape) for each in zip(self.parts, chosen)]
     tokens, place, segment, last, *arrival = self._to_device(arrays)
     segments = segment if self.shapes.packed else None
-    read = self.programs.read(self.load.generator.members, tokens, place, segments, last, self.prefixes)
-    self.rows, self.prompt_pools = self.programs.start(
-      self.rows, self.prompt_pools, *read, Arrival(*arrival), self.load.key
-    )
+    read = self.programs.read(self.generator.members, tokens, place, segments, last, self.prefixes)
+    self.rows, self.prompt_pools = self.programs.start(self.rows, self.prompt_pools, *read, Arrival(*arrival), self.key)
 
   def _lay_out(self, part: Part, prompts: list[Prompt], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
     """A part's prompts as `sampler.read` and `Arrival` have them."""
@@ -257,7 +304,7 @@ class _Generation:
     zeros = lambda *shape: np.zeros(shape, np.int32)
     tokens_XT, place_XT, segment_XT = zeros(X, T), zeros(X, T), zeros(X, T)
     Q, n = shapes.lanes, X * T // S + min(shapes.lanes, X * T)
-    last_Q, slot_QG, fold_Q = zeros(Q), zeros(Q, self.load.group) + _NONE, np.zeros(Q, np.uint32)
+    last_Q, slot_QG, fold_Q = zeros(Q), zeros(Q, self.group) + _NONE, np.zeros(Q, np.uint32)
     length_Q, limit_Q, token_nS, page_n = zeros(Q), zeros(Q), zeros(n, S), zeros(n) + _NONE
     placed, done = shapes.pack([len(prompt.ids) for prompt in prompts], shape), 0
     for q, (prompt, (row, start)) in enumerate(zip(prompts, placed)):
@@ -266,7 +313,7 @@ class _Generation:
       place_XT[row, start : start + length] = np.arange(length)
       segment_XT[row, start : start + length] = q + 1
       first = row * T + start
-      last_Q[q], slot_QG[q], fold_Q[q] = first + length - 1, part.slots_of(prompt), self.load.fold_Q[prompt.number]
+      last_Q[q], slot_QG[q], fold_Q[q] = first + length - 1, part.slots_of(prompt), prompt.fold
       length_Q[q], limit_Q[q] = self.before + length, prompt.limit
       token_nS[done : done + count] = np.minimum(first + np.arange(count * S), X * T - 1).reshape(count, S)
       page_n[done : done + count] = prompt.pages
@@ -279,14 +326,10 @@ class _Generation:
   def _step(self) -> int:
     return self.engine.sampling.decode_chunk
 
-  @property
-  def _live(self) -> int:
-    return sum(len(part.rows) for part in self.parts)
-
-  def _advance(self) -> None:
+  def _advance(self) -> list[Piece]:
     """Some tokens of every row; what is finished leaves."""
     if self.parts[0].slots > self.shapes.few and self._are_few():
-      self._gather()
+      self._gather(self.shapes.few)
     for part in self.parts:
       part.provide(self._step)
     needed = _least(self.shapes.own_pools, max(part.own_pages.top for part in self.parts))
@@ -295,32 +338,17 @@ class _Generation:
     self._resize_own(needed)
     self.idle += self._step * sum(len(part.free) for part in self.parts)
     chunk = sharding.to_host(self._run_chunk())
-    for number, part in enumerate(self.parts):
-      self._collect(part, number * part.slots, chunk)
+    return [piece for number, part in enumerate(self.parts) for piece in collect(part, number * part.slots, chunk)]
 
   def _run_chunk(self) -> Chunk:
     before = self.before
     prompts = Index(*self._to_device([part.prompt_index(self.prompt_size, before) for part in self.parts]))
     own = Index(*self._to_device([part.own_index(self.own_size, before) for part in self.parts]))
-    weights = (self.load.generator.members, self.prefixes, self.prompt_pools, self.own_pools)
+    weights = (self.generator.members, self.prefixes, self.prompt_pools, self.own_pools)
     self.rows, self.own_pools, chunk = self.programs.advance(
       *weights, self.share, self.rows, prompts, own, self.choice, self.stops
     )
     return chunk
-
-  def _collect(self, part: Part, first: int, chunk: Chunk) -> None:
-    """What a part's rows drew, which stands in the chunk from row `first` on."""
-    drawn = self.drawn
-    for slot, row in list(part.rows.items()):
-      r, place, count = first + slot, row.prompt.number * self.load.group + row.sample, int(chunk.count_R[first + slot])
-      new, columns = slice(row.count, count), count - row.count
-      drawn.tokens_RT[place, new] = chunk.tokens_Rk[r, :columns]
-      drawn.behaviour_logprob_RT[place, new] = chunk.behaviour_logprob_Rk[r, :columns]
-      drawn.plain_logprob_RT[place, new] = chunk.plain_logprob_Rk[r, :columns]
-      drawn.length_R[place] = row.count = count
-      if not chunk.live_R[r]:
-        drawn.stopped_R[place] = chunk.stopped_R[r]
-        part.leave(slot)
 
   # Pools grow and shrink, and the last rows move together.
 
@@ -329,13 +357,13 @@ class _Generation:
     fits = lambda part: len(part.rows) <= self.shapes.few and part.prompt_pages.taken <= self.shapes.prompt_pools[0]
     return not self.waiting and all(map(fits, self.parts))
 
-  def _gather(self) -> None:
-    """Moves the last rows into fewer slots, and their prompts into the smallest pool."""
-    few, pages = self.shapes.few, self.shapes.prompt_pools[0]
-    orders = [part.gather(few) for part in self.parts]
-    there = [(_padded(order, few), np.arange(few) < len(order)) for order in orders]
+  def _gather(self, slots: int) -> None:
+    """Moves the rows into so many slots, others than theirs are dead; of few, the prompts into the smallest pool."""
+    orders = [part.gather(slots) for part in self.parts]
+    there = [(_padded(order, slots), np.arange(slots) < len(order)) for order in orders]
     self.rows = self.programs.gather(self.rows, *self._to_device(there))
-    if self.prompt_size > pages:
+    pages = self.shapes.prompt_pools[0]
+    if slots < self.shapes.slots and self.prompt_size > pages:
       orders = [part.prompt_pages.renumber([prompt.pages for prompt in part.prompts]) for part in self.parts]
       (order,) = self._to_device([(_padded(order, pages),) for order in orders])
       self.prompt_pools, self.prompt_size = self._moved(self.prompt_pools, order), pages

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from advgame_jax import architecture, hf, hf_config, kernels, lora, matrices, model, sampler, sharding, tokenizer
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
-from advgame_jax.engine import Drawn, Engine, Load, drawn_by_nobody
+from advgame_jax.drawn import Drawn, drawn_by_nobody
+from advgame_jax.engine import Engine, Load
 from advgame_jax.model import Prefix
 from advgame_jax.scoring import Choice, Generator
 from advgame_jax.sharding import Layout

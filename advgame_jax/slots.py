@@ -72,13 +72,14 @@ class Shapes:
     return next(shape for shape in self.rows if takes(shape))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Prompt:
-  """One of a load's."""
+  """One of a generation's."""
 
   number: int
   ids: Sequence[int]
   limit: int  # tokens its rows may draw
+  fold: int = 0  # below 2³², what its rows' keys are folded from
   pages: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -151,7 +152,7 @@ class Part:
     return list({row.prompt.number: row.prompt for row in self.rows.values()}.values())
 
   def gather(self, slots: int) -> list[int]:
-    """Moves the rows into the first of so few slots, in their order; the slots they were in."""
+    """Moves the rows into the first of so many slots, in their order; the slots they were in."""
     before = sorted(self.rows)
     self.rows = {new: self.rows[old] for new, old in enumerate(before)}
     self.slots, self.free = slots, list(range(len(before), slots))

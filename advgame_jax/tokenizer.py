@@ -61,6 +61,7 @@ class Tokenizer:
   _no_control: tokenizers.Tokenizer
   _no_special: tokenizers.Tokenizer
   _files: dict[str, bytes]
+  _apply: Callable[..., str]  # the template, to messages
 
   def encode_chat(self, user_text: str) -> list[int]:
     """One user turn and the start of the answer to it.
@@ -88,10 +89,56 @@ class Tokenizer:
     """A piece of a user turn: the beginning of it, the end, both or neither."""
     text = text.lstrip() if first and self.turn.trims_start else text
     text = text.rstrip() if last and self.turn.trims_end else text
-    for mark in self.turn.delimiters:
-      text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+    text = _broken(text, self.turn.delimiters)
     text = f"{self.turn.before if first else ''}{text}{self.turn.after if last else ''}"
     return _encode_without(self._no_control, text, self.control_ids)
+
+  def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    """Messages of (role, text) and the start of the answer to them; of one by a user, what `encode_chat` gives.
+
+    Every text is encoded as a player's, whatever its role.
+
+    Raises:
+      UserError: the template takes no such messages; or as `encode_chat`.
+    """
+    marks = [f"{_PLACEHOLDER}n{i}e" for i in range(len(messages))]
+    padded = [{"role": role, "content": f"{_SPACE}{mark}{_SPACE}"} for (role, _), mark in zip(messages, marks)]
+    try:
+      around = re.split(rf"({_PLACEHOLDER}n\d+e)", self._apply(padded))
+    except Exception as error:  # whatever the template's own code raises
+      raise UserError(f"the chat template takes no such messages ({error})") from error
+    if around[1::2] != marks:
+      raise UserError("the chat template does not show every message once and in order; allowed: such as it shows")
+    fixed = [text.removeprefix(_SPACE if i else "").removesuffix(_SPACE) for i, text in enumerate(around[::2])]
+    delimiters = self._delimiters(fixed)
+    parts = [(fixed[0], True)]
+    for i, (_, text) in enumerate(messages):
+      text = text if around[2 * i].endswith(_SPACE) and not self._swallows_behind(fixed[i]) else text.lstrip()
+      text = text if around[2 * i + 2].startswith(_SPACE) and not self._swallows_before(fixed[i + 1]) else text.rstrip()
+      parts += [(_broken(text, delimiters), False), (fixed[i + 1], True)]
+    return self.encode_parts(parts)
+
+  def _delimiters(self, fixed: Sequence[str]) -> list[str]:
+    """Markup that a template writes between texts, and behind the last control token before them, as ordinary text."""
+    spans = self._added(fixed[0])
+    behind = fixed[0][spans[-1][1] :] if spans else fixed[0]
+    known = {token.content for token in self._all.get_added_tokens_decoder().values()}
+    return [mark for text in (behind, *fixed[1:]) for mark in _DELIMITER.findall(text) if mark not in known]
+
+  def _swallows_behind(self, fixed: str) -> bool:
+    """Whether this ends in a control token that drops the white space behind it."""
+    spans = self._added(fixed)
+    return bool(spans) and spans[-1][1] == len(fixed) and spans[-1][2].rstrip
+
+  def _swallows_before(self, fixed: str) -> bool:
+    """Whether this begins with one that drops the white space before it."""
+    spans = self._added(fixed)
+    return bool(spans) and spans[0][0] == 0 and spans[0][2].lstrip
+
+  def _added(self, text: str) -> list[tuple[int, int, tokenizers.AddedToken]]:
+    """Where the tokens are that were added to the vocabulary."""
+    added, encoding = self._all.get_added_tokens_decoder(), self._all.encode(text, add_special_tokens=False)
+    return [(*span, added[i]) for i, span in zip(encoding.ids, encoding.offsets) if i in added]
 
   def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
     """A prompt of (text, whether it is trusted), without a chat template: what a guard classifier was trained on.
@@ -192,6 +239,7 @@ def load(folder: str | pathlib.Path, template: str = "") -> Tokenizer:
     _no_control=_without(source, control),
     _no_special=_without(source, special, turn.continues),
     _files={name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()},
+    _apply=functools.partial(_apply, fast),
   )
   _check_unknown(tokenizer, folder)
   for token in control & added.keys():
@@ -221,18 +269,22 @@ def _read(folder: pathlib.Path, template: str) -> Any:
   return fast
 
 
+def _apply(fast: Any, messages: Sequence[Mapping[str, str]], due: bool = True) -> str:
+  """The template over messages; up to the start of an answer, if one is due. Raises what the template raises."""
+  return fast.apply_chat_template(
+    messages,
+    chat_template=_CLOCK + fast.get_chat_template(),
+    tokenize=False,
+    add_generation_prompt=due,
+    date_string=TEMPLATE_DATE,
+  )
+
+
 def _render(fast: Any, folder: pathlib.Path, *turns: str) -> str:
   """The template over alternating user and assistant turns, up to the start of an answer if one is due."""
   messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-  due = len(turns) % 2 == 1
   try:
-    return fast.apply_chat_template(
-      messages,
-      chat_template=_CLOCK + fast.get_chat_template(),
-      tokenize=False,
-      add_generation_prompt=due,
-      date_string=TEMPLATE_DATE,
-    )
+    return _apply(fast, messages, due=len(turns) % 2 == 1)
   except Exception as error:  # whatever the template's own code raises
     raise UserError(f"{folder}: the chat template fails on one user turn ({error})") from error
 
@@ -322,6 +374,13 @@ def _without(source: dict[str, Any], hidden: Iterable[int], continues: bool = Fa
   )
   tokenizer.encode_special_tokens = True
   return tokenizer
+
+
+def _broken(text: str, delimiters: Iterable[str]) -> str:
+  """The text, in which these are broken apart by a space."""
+  for mark in delimiters:
+    text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+  return text
 
 
 def _encode_without(tokenizer: tokenizers.Tokenizer, text: str, hidden: frozenset[int]) -> list[int]:

@@ -13,6 +13,7 @@ from advgame_jax import config as config_lib
 from advgame_jax.engine import Engine, Load
 from advgame_jax.model import Prefix
 from advgame_jax.scoring import Choice, Generator
+from advgame_jax.slots import Prompt
 from advgame_jax.types import UserError
 
 CONFIG, PARAMS = tiny.CONFIG, tiny.params()
@@ -330,6 +331,74 @@ def test_new_choices_and_keys_compile_nothing_and_draw_otherwise():
   drawn = [generate(key=key), generate(other)]
   assert compilations.count == before
   assert (drawn[0].tokens_RT != drawn[1].tokens_RT).any() and (drawn[0].tokens_RT != baseline().tokens_RT).any()
+
+
+def joined(generation, arrivals, leavers=()):
+  """The tokens of each (prompt, sample): who arrives and who leaves before which chunk is a list of numbers each."""
+  prompts = [Prompt(q, ids, 11, q) for q, ids in enumerate(PROMPTS)]
+  drawn, waits = {}, list(arrivals)
+  leavers = list(leavers)
+  while waits or generation.busy:
+    for q in waits.pop(0) if waits else ():
+      generation.add(prompts[q])
+    gone = leavers.pop(0) if leavers else ()
+    generation.drop([prompts[q] for q in gone])
+    for piece in generation.advance() if generation.busy else ():
+      tokens = drawn.setdefault((piece.prompt.number, piece.sample), [])
+      assert piece.prompt.number not in gone and piece.first == len(tokens)
+      tokens += piece.tokens_k.tolist()
+  return drawn
+
+
+def lists(drawn):
+  """Of `generate`, as `joined` has them."""
+  where = list(np.ndindex(drawn.length_R.shape))
+  return {place: drawn.tokens_RT[place][: drawn.length_R[place]].tolist() for place in where}
+
+
+@pytest.mark.parametrize("slots", [2, 8, 16])
+def test_rows_do_not_depend_on_who_joins_and_who_leaves(slots):
+  """Alone, in few slots and in all, behind others, and beside rows that are dropped while they wait or draw."""
+  who, expected = engine(slots=slots, decode_chunk=2), lists(baseline())
+  of = lambda *prompts: {place: expected[place] for place in expected if place[0] in prompts}
+  generation = who.open(Generator((weights(who),)), 8, 2, KEY)
+  assert joined(generation, [[q] for q in range(8)]) == expected
+  assert joined(generation, [[0], [], [1, 2], [], [3, 4, 5, 6], [], [], [7]]) == expected
+  assert joined(generation, [[], [5], [], [], [], [1]]) == of(5, 1)
+  drawn = joined(generation, [[0, 1, 2], [3], [4], [5, 6, 7]], [[], [1], [], [0, 3, 6], [], [7]])
+  assert drawn | of(2, 4, 5) == drawn
+  assert all(expected[place][: len(tokens)] == tokens for place, tokens in drawn.items())
+
+
+def test_who_leaves_frees_slots_and_pages_at_once():
+  who = engine(slots=4, stops="never", decode_chunk=1)
+  generation = who.open(Generator((weights(who),)), 8, 2, KEY)
+  prompts = [Prompt(q, PROMPTS[q], 11, q) for q in range(4)]
+  for prompt in prompts:
+    generation.add(prompt)
+  assert {piece.prompt.number for piece in generation.advance()} == {0, 1} and len(generation.waiting) == 2
+  generation.drop([prompts[0], prompts[2]])
+  assert generation.live == np.asarray(generation.rows.live_R).sum() == 2  # the device knows it too
+  while generation.waiting:  # until reading one prompt is worth it
+    pieces = generation.advance()
+  assert {piece.prompt.number for piece in pieces} == {1, 3}
+  generation.drop(prompts)
+  assert not generation.busy and not any(p.prompt_pages.taken or p.own_pages.taken for p in generation.parts)
+
+
+def test_joining_leaving_and_other_choices_compile_nothing_after_the_warm_up():
+  compilations = ledger.process_compilations()
+  who = engine(slots=16, page=5)  # of which no other test has programs
+  generator = Generator((weights(engine()),))
+  who.warm_up(generator, 8, 2)
+  generation = who.open(generator, 8, 2, KEY)
+  before = compilations.count
+  joined(generation, [[0], [], [1, 2, 3, 4, 5, 6], [7]], [[], [], [2, 3]])
+  generation.choose(Choice(temperature=0.0))
+  drawn = joined(generation, [[q] for q in range(8)], [[], [], [], [], [], [3]])
+  assert compilations.count == before
+  greedy = lists(generate(engine(temperature=0.0)))
+  assert all(drawn[place] == greedy[place] for place in drawn if place[0] != 3)
 
 
 def test_a_prompt_beyond_the_largest_bucket_is_refused():

@@ -177,6 +177,54 @@ def test_prompt_and_completion_are_encoded_as_transformers_encodes_the_conversat
   assert theirs(kind).apply_chat_template(messages, return_dict=False)[: len(both)] == both
 
 
+conversation = lambda text: st.tuples(text, text, text).map(
+  lambda texts: list(zip(("user", "assistant", "user"), texts))
+)
+with_system = lambda text: st.tuples(text, conversation(text)).map(lambda both: [("system", both[0]), *both[1]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=100)
+@given(text=st.one_of(plain, hostile))
+def test_one_user_message_is_a_user_turn(kind, text):
+  assert load(kind).encode_messages([("user", text)]) == load(kind).encode_chat(text)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@settings(deadline=None, max_examples=50)
+@given(messages=st.one_of(conversation(plain), with_system(plain)))
+def test_ordinary_messages_are_encoded_as_transformers_encodes_the_whole(kind, messages):
+  theirs_too = [{"role": role, "content": text} for role, text in messages]
+  whole = theirs(kind).apply_chat_template(theirs_too, add_generation_prompt=True, return_dict=False)
+  assert load(kind).encode_messages(messages) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=50)
+@given(messages=conversation(hostile))
+def test_hostile_messages_add_no_control_token(kind, messages):
+  ours, control = load(kind), ids_of(kind, *CONTROL, *MARKUP)
+  empty = [(role, "a") for role, _ in messages]
+  kept = [[i for i in ours.encode_messages(each) if i in control] for each in (messages, empty)]
+  assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(
+  "template, messages, sentence",
+  [
+    ("{{ raise_exception('no system') }}", [("system", "a")], r"takes no such messages \(no system\)"),
+    ("{{ messages[0]['content'] }}", [("user", "a"), ("user", "b")], "does not show every message once and in order"),
+    ("{{ messages[1]['content'] + messages[0]['content'] }}", [("user", "a"), ("user", "b")], "once and in order"),
+  ],
+)
+def test_messages_that_a_template_does_not_take_are_refused(template, messages, sentence, tmp_path):
+  usual = "{% if messages[0].role == 'user' and (messages|length == 1 or messages[1].role == 'assistant') %}" + BARE
+  rest = f"{usual}{{% else %}}{template}{{% endif %}}"
+  folder = write(tmp_path, byte_level(), rest, eos_token="</s>")
+  with pytest.raises(UserError, match=sentence):
+    tokenizer_lib.load(folder).encode_messages(messages)
+
+
 @pytest.mark.parametrize("kind", EXACT)
 @settings(deadline=None, max_examples=100)
 @given(text=st.one_of(plain, hostile))
