@@ -1,10 +1,10 @@
-"""Campaigns bound: flags become speakers, judges and goals; then they are played, and what they found is written."""
+"""Who takes part in a campaign and what is tried: settings become speakers, judges and goals; then it is played."""
 
 import ast
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import advgame_jax
@@ -12,7 +12,7 @@ from advgame_jax import campaign as campaign_lib
 from advgame_jax import config as config_lib
 from advgame_jax import findings, offline, panel, rest, session, speakers, standalone, suites
 from advgame_jax.campaign import Cast, Goal, NamedJudge, Plan
-from advgame_jax.config import Judge, Sampling, Server
+from advgame_jax.config import Judge, Sampling, Server, Settings, setting
 from advgame_jax.endpoint import Endpoint
 from advgame_jax.findings import Beside, Campaign
 from advgame_jax.prompts import Instructions
@@ -23,6 +23,44 @@ from advgame_jax.types import Category, Role, UserError
 SEEDS = pathlib.Path(advgame_jax.__file__).parent / "seeds" / "validation.jsonl"
 
 _LONGEST = 512  # tokens of an answer, where nothing else is said
+
+
+@dataclasses.dataclass(frozen=True)
+class Common(Settings):
+  """What every campaign has. `identity=False`: may be otherwise when it goes on."""
+
+  out: str = setting("", "folder to write", identity=False)
+  judge: tuple[str, ...] = setting(
+    ("heuristic",),
+    "may be given again, the first decides: heuristic, phrases, microworld, or kind=model,model=…,form=…",
+  )
+  faithfulness: str = setting("", "who tells whether an attack asks what its seed asks; empty: a judge that can")
+  instructions: str = setting("", "what an Attacker is told: standard, microworld or a folder; empty: as in its run")
+  limit: int = setting(0, "seeds of each benchmark and category, spread evenly; 0 is all", at_least=0)
+  system: str = setting("", "what a model on a server is told first")
+  temperature: float | None = setting(None, "of the answers; without, a server's or run's own, else 0", at_least=0)
+  top_p: float | None = setting(None, "likewise, else 1", above=0, at_most=1)
+  max_tokens: int | None = setting(None, "of an answer; without, a server's or run's own, else 512", at_least=1)
+  longest_prompt: int = setting(2048, "tokens, of a folder's model; longer ones are errors", at_least=1)
+  batch: int = setting(64, "attempts at one time", at_least=1, identity=False)
+  rpm: int = setting(0, "requests to each server a minute; 0 is no limit", at_least=0, identity=False)
+  max_concurrency: int = setting(16, "requests under way at one time", at_least=1, identity=False)
+  timeout: float = setting(120.0, "seconds for a whole answer", above=0, identity=False)
+  retries: int = setting(4, "of a request that failed", at_least=0, identity=False)
+  resume: bool = setting(True, "finish what is missing in --out; without, refuse what is there", identity=False)
+  retry_errors: bool = setting(False, "make attempts again that ended in an error", identity=False)
+  offline: bool = setting(False, "refuse every connection but to the hosts that flags name", identity=False)
+  beside: tuple[str, ...] = setting((), "folder of another campaign to show beside, as the base's", identity=False)
+  seed: int = setting(0, "of every draw", at_least=0)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.out:
+      raise UserError("out is empty; allowed: a folder to write")
+
+  @property
+  def limits(self) -> "Limits":
+    return Limits(self.max_concurrency, self.rpm, self.timeout, self.retries)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,46 +220,45 @@ def judging_of(said: Sequence[str], faithfulness: str) -> Judging:
   return Judging(judges, read_judge(faithfulness) if faithfulness else (able or [Judge(kind="heuristic")])[0])
 
 
-def instructions_of(named: str, attacker: Opened | None) -> Instructions | None:
-  """What an Attacker is told: what is named, else what it was taught with; None without an Attacker."""
-  if attacker is None:
-    return None
-  return session.load_instructions(named, attacker.think) if named else attacker.instructions
+def told(attacker: Opened, named: str) -> Opened:
+  """The Attacker, told what is named; of nothing named, what it was taught with."""
+  if not named:
+    return attacker
+  return attacker._replace(instructions=session.load_instructions(named, attacker.think))
 
 
 def run(
-  out: str,
+  settings: Common,
   campaign: Campaign,
   goals: Sequence[Goal],
   plan: Plan,
   target: Opened,
   judging: Judging,
   attacker: Opened | None = None,
-  *,
-  instructions: Instructions | None = None,
-  resume: bool = True,
-  retry_errors: bool = False,
-  beside: Beside,
+  utility: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-  """Plays a campaign in `out`, from where it was left, and writes what it found; the summary.
+  """Plays a campaign from where it was left, and writes what it found; the summary.
 
   Args:
-    instructions: for the Attacker; None is what it was taught with.
-    beside: what the report tells too.
+    utility: of `findings.read_utility`.
 
   Raises:
     UserError: the folder is another's, or somebody can never answer.
   """
-  folder = pathlib.Path(out)
-  config = config_lib.Config(seed=plan.seed)
-  outside = panel.open_outside(judging.faithfulness, judging.judges, config)
-  findings.claim(folder, campaign, resume)
+  folder = pathlib.Path(settings.out)
+  beside = Beside(utility, list(map(findings.read_beside, settings.beside)))
+  outside = panel.open_outside(judging.faithfulness, judging.judges, config_lib.Config(seed=plan.seed))
+  findings.claim(folder, campaign, settings.resume)
   cast = Cast(target.speaker, [NamedJudge(*each) for each in outside.judges], outside.faithfulness)
   if attacker:
-    told = instructions or attacker.instructions
-    cast = cast._replace(attacker=attacker.speaker, instructions=told, think=attacker.think)
-  campaign_lib.play(folder, goals, plan, cast, retry_errors)
+    cast = cast._replace(attacker=attacker.speaker, instructions=attacker.instructions, think=attacker.think)
+  campaign_lib.play(folder, goals, plan, cast, settings.retry_errors)
   return findings.conclude(folder, campaign, beside)
+
+
+def identity(settings: Common) -> dict[str, Any]:
+  """What makes a campaign another."""
+  return {name: value for name, value, own in config_lib.flatten(settings) if own}
 
 
 def stay_offline(*speaking: Opened | None, judging: Judging) -> None:

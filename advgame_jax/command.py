@@ -1,6 +1,7 @@
 """What every program shares: flags, one sentence for what a user can mend, and an exit code."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import logging
@@ -8,6 +9,7 @@ import os
 import re
 import sys
 import threading
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from advgame_jax import config as config_lib
+from advgame_jax.config import SettingsT
 from advgame_jax.types import UserError
 
 USER_ERROR = 2  # exit code
@@ -33,6 +36,39 @@ def define_config(default: str) -> Callable[[], config_lib.Config]:
     return config_lib.from_config_dict(values)
 
   return read
+
+
+def define_settings(cls: type[SettingsT]) -> Callable[[], SettingsT]:
+  """Adds a flag for each setting, which documents it; returns what reads them once flags are parsed.
+
+  Raises:
+    UserError: by the reader, a value that its setting does not allow.
+  """
+  holders: dict[str, Any] = {}
+  for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    holders[field.name] = _maker(field.type)(field.name, field.default, field.metadata["doc"])
+
+  def read() -> SettingsT:
+    values = {name: holder.value for name, holder in holders.items()}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+  return read
+
+
+def _maker(annotation: Any) -> Callable[..., Any]:
+  """What defines a flag of this type; of `x | None`, one of x."""
+  origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin is tuple:
+    return flags.DEFINE_multi_string
+  if origin is typing.Literal:
+    return flags.DEFINE_string
+  kinds: dict[Any, Callable[..., Any]] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+  }
+  return kinds[inner[0] if inner else annotation]
 
 
 def run(main: Callable[[], None]) -> None:
@@ -52,12 +88,6 @@ def run(main: Callable[[], None]) -> None:
       _refuse(f"the disk is full at {error.filename}; what was saved before is whole: free room and run again")
 
   app.run(guarded, flags_parser=_parse_flags)
-
-
-def settings_of(program: str, free: Sequence[str]) -> dict[str, Any]:
-  """The flags that a program defines, by their names, but for the `free` ones: what makes two calls the same."""
-  own = flags.FLAGS.flags_by_module_dict().get(sys.argv[0] if program == "__main__" else program, [])
-  return {flag.name: flag.value for flag in own if flag.name not in free}
 
 
 def _log_our_own() -> None:

@@ -8,6 +8,7 @@ sentence that lists what is allowed, before anything is loaded or compiled. Defa
 import dataclasses
 import difflib
 import json
+import types
 import typing
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
@@ -53,6 +54,8 @@ def _allowed(annotation: Any) -> str:
     return "one of " + ", ".join(repr(value) for value in typing.get_args(annotation))
   if typing.get_origin(annotation) is tuple:
     return f"a tuple of {typing.get_args(annotation)[0].__name__}"
+  if isinstance(annotation, types.UnionType):
+    return f"{_allowed(typing.get_args(annotation)[0])}, or none"
   if issubclass(annotation, Settings):
     return f"the settings {', '.join(field.name for field in dataclasses.fields(annotation))}"
   return {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a string"}[annotation.__name__]
@@ -63,6 +66,8 @@ def _has_type(annotation: Any, value: Any) -> bool:
     return value in typing.get_args(annotation)
   if typing.get_origin(annotation) is tuple:
     return isinstance(value, tuple) and all(_has_type(typing.get_args(annotation)[0], v) for v in value)
+  if isinstance(annotation, types.UnionType):
+    return any(_has_type(kind, value) for kind in typing.get_args(annotation))
   if annotation is float:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
   return isinstance(value, annotation) and not (annotation is int and isinstance(value, bool))
@@ -79,7 +84,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
   )
   for key, holds, words in tests:
     limit = field.metadata.get(key)
-    values = value if isinstance(value, tuple) else (value,)
+    values = value if isinstance(value, tuple) else () if value is None else (value,)
     if limit is not None and not all(holds(limit, v) for v in values):
       raise UserError(f"{field.name} is {value!r}; allowed: {words} {limit}")
 

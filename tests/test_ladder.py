@@ -13,13 +13,13 @@ PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types config",
   "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers paper offline diversity tables",
-  "architecture matrices lora blockwise kernels attention experts model scoring sampler slots programs engine "
+  "architecture matrices lora blockwise kernels attention experts model scoring sampler slots drawn programs engine "
   "hf_rope hf_config hf_shards hf hf_gguf peft frozen",
   "policies game judges canary rubrics cases guards phrases drift model_judge endpoint server_judge heuristic "
   "microworld worldfiles state update",
   "data checkpoint ledger report plots charts page suites attempts handover campaign_page",
   "command panel session evaluate metrics train warmstart export standalone",
-  "speakers rest campaign rates findings redteam",
+  "speakers rest campaign rates findings casting redteam assess live chat completions serve",
 )
 # Within a level, only a module to the right may import one to its left.
 CHAINS = (
@@ -28,7 +28,8 @@ CHAINS = (
   "rounding → optimizers",
   "architecture → experts → model → scoring → sampler → programs → engine",
   "attention → sampler",
-  "attention → slots → engine",
+  "attention → slots → drawn → engine",
+  "sampler → drawn",
   "kernels → engine",
   "architecture → engine",
   "matrices → experts",
@@ -66,10 +67,19 @@ CHAINS = (
   "session → metrics → train",
   "session → export → standalone",
   "session → standalone",
-  "speakers → rest → redteam",
-  "speakers → campaign → rates → findings → redteam",
-  "speakers → redteam",
+  "speakers → rest → casting",
+  "speakers → campaign → rates → findings → casting → redteam",
+  "speakers → casting",
+  "campaign → casting",
   "campaign → redteam",
+  "findings → redteam",
+  "campaign → assess",
+  "findings → assess",
+  "casting → assess",
+  "live → chat → completions → serve",
+  "live → serve",
+  "chat → serve",
+  "live → completions",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 ARROWS = [pair for chain in CHAINS for pair in itertools.combinations(chain.split(" → "), 2)]

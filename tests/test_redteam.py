@@ -12,11 +12,11 @@ import urllib.request
 import pytest
 import target_server
 
-from advgame_jax import attempts, findings, redteam
+from advgame_jax import attempts, casting, findings
 from advgame_jax.attempts import Outcome
+from advgame_jax.casting import Limits, Voice
 from advgame_jax.config import Judge
 from advgame_jax.findings import Campaign
-from advgame_jax.redteam import Limits, Voice
 from advgame_jax.types import Category, UserError
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
@@ -154,9 +154,9 @@ def test_a_folder_is_one_campaigns(tmp_path):
 @pytest.mark.parametrize("voice", [Voice(), Voice(folder="x", url="y"), Voice(url="y", template="z")])
 def test_a_speaker_is_in_one_place(voice):
   with pytest.raises(UserError, match="the target is to be found in one place; allowed: a folder, a URL"):
-    redteam.open_voice("target", voice, Limits())
+    casting.open_voice("target", voice, Limits())
   with pytest.raises(UserError, match="has no model's name"):
-    redteam.open_voice("target", Voice(url="http://h"), Limits())
+    casting.open_voice("target", Voice(url="http://h"), Limits())
 
 
 def test_a_proxy_is_refused_offline(server, seeds, tmp_path, one_device):
@@ -192,7 +192,7 @@ def test_an_evaluation_in_both_roles_and_its_utility(world_folder, tmp_path, one
   words += [f"--model={world_folder / 'defender_base'}", f"--benchmark={world_folder / 'validation.jsonl'}"]
   words += ["--instructions=microworld", "--max-tokens=24", "--limit=2", f"--utility={results}", "--n-attacks=2"]
   done = run(words, one_device)
-  assert "as a Defender:" in done.stdout and "as an Attacker:" in done.stdout
+  assert "As a Defender:" in done.stdout and "As an Attacker:" in done.stdout
   for role, names in (("defender", {"success", "over_refusal"}), ("attacker", {"success@1", "over_refusal@2"})):
     summary = json.loads((out / role / "summary.json").read_text())
     assert names <= {rate["name"] for rate in summary["rates"]}
@@ -213,7 +213,7 @@ def test_an_evaluation_in_both_roles_and_its_utility(world_folder, tmp_path, one
   ],
 )
 def test_a_judge_in_words(said, judge):
-  assert redteam.read_judge(said) == judge
+  assert casting.read_judge(said) == judge
 
 
 @pytest.mark.parametrize(
@@ -228,27 +228,27 @@ def test_a_judge_in_words(said, judge):
 )
 def test_a_judge_that_is_none_is_refused(said, sentence):
   with pytest.raises(UserError, match=sentence):
-    redteam.read_judge(said)
+    casting.read_judge(said)
 
 
 def test_who_tells_faithfulness():
-  assert redteam.judging_of(["phrases"], "").faithfulness == Judge(kind="heuristic")
-  assert redteam.judging_of(["phrases", "microworld"], "").faithfulness == Judge(kind="microworld")
-  assert redteam.judging_of(["heuristic"], "drift").faithfulness == Judge(kind="drift")
+  assert casting.judging_of(["phrases"], "").faithfulness == Judge(kind="heuristic")
+  assert casting.judging_of(["phrases", "microworld"], "").faithfulness == Judge(kind="microworld")
+  assert casting.judging_of(["heuristic"], "drift").faithfulness == Judge(kind="drift")
 
 
 def test_benign_prompts_stand_beside_harmful_ones(tmp_path):
   path = tmp_path / "advbench.csv"
   path.write_text("goal,target\n" + "".join(f"do {i},Sure\n" for i in range(10)))
-  goals, hashes = redteam.read_goals([str(path)], attacked=False, limit=4)
+  goals, hashes = casting.read_goals([str(path)], attacked=False, limit=4)
   harmful = [goal for goal in goals if goal.category == Category.HARMFUL]
   benign = [goal for goal in goals if goal.category == Category.BENIGN]
   assert [goal.seed for goal in harmful] == ["do 0", "do 3", "do 6", "do 9"]
   assert 1 < len(benign) <= 4 and set(hashes) == {"advbench", "benign seeds of the project"}
-  assert len(redteam.read_goals([str(path)], False, 0)[0]) > 14
-  assert redteam.read_goals([str(path), str(path)], False, 4)[0] == goals  # a prompt that is there twice is tried once
+  assert len(casting.read_goals([str(path)], False, 0)[0]) > 14
+  assert casting.read_goals([str(path), str(path)], False, 4)[0] == goals  # a prompt that is there twice is tried once
   path.write_text(path.read_text().replace("do 9", "do ten"))
-  assert redteam.read_goals([str(path)], False, 4)[1]["advbench"] != hashes["advbench"]
+  assert casting.read_goals([str(path)], False, 4)[1]["advbench"] != hashes["advbench"]
 
 
 def test_results_that_are_none_are_refused(tmp_path):

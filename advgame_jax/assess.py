@@ -1,0 +1,78 @@
+"""A model measured on benchmarks: as a Defender, as an Attacker, or both."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from advgame_jax import casting, findings
+from advgame_jax.campaign import Plan
+from advgame_jax.casting import Common, Opened, Voice
+from advgame_jax.config import setting
+from advgame_jax.findings import Campaign
+
+
+@dataclasses.dataclass(frozen=True)
+class Assess(Common):
+  """Every setting of an evaluation; the model is in one place: `model`, or `model_url` with `model_name`."""
+
+  benchmark: tuple[str, ...] = setting((), "file, or name=file, may be given again; empty: the project's own seeds")
+  model: str = setting("", "Hugging Face folder, or a run")
+  player: Literal["", "attacker", "defender"] = setting("", "of a run; empty: that of the role")
+  model_url: str = setting("", "base URL of an OpenAI-compatible server")
+  model_name: str = setting("", "by the server's name")
+  api_key_env: str = setting("OPENAI_API_KEY", "environment variable of the server's key", identity=False)
+  thinks: bool | None = setting(None, "it reasons before its answer; without, as in its run")
+  role: Literal["defender", "attacker", "both"] = setting("defender", "what is measured", identity=False)
+  opponent: str = setting("", "whom an Attacker attacks: a folder, or a run, whose Defender it is; empty: the model")
+  n_attacks: int = setting(1, "attacks a seed, of an Attacker", at_least=1)
+  utility: str = setting("", "results of lm-evaluation-harness: its --output_path, or a file in it", identity=False)
+
+
+def assess(settings: Assess) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(role, summary) of each role that is asked for, in `settings.out`; of both, each in a folder of its own in it.
+
+  Raises:
+    UserError: what a user can mend; what was done until then is kept.
+  """
+  judging = casting.judging_of(settings.judge, settings.faithfulness)
+  utility = findings.read_utility(settings.utility) if settings.utility else []
+  roles = ("defender", "attacker") if settings.role == "both" else (settings.role,)
+  cast = {role: _cast(settings, role) for role in roles}
+  if settings.offline:
+    casting.stay_offline(*(opened for pair in cast.values() for opened in pair), judging=judging)
+  for role, (target, attacker) in cast.items():
+    own = dataclasses.replace(settings, out=f"{settings.out}/{role}") if len(roles) > 1 else settings
+    goals, hashes = casting.read_goals(settings.benchmark, attacker is not None, settings.limit)
+    if attacker:
+      hashes["instructions"] = attacker.instructions.version
+    names = (target.name, attacker.name if attacker else "", judging.names)
+    campaign = Campaign("evaluation", *names, casting.identity(settings), hashes)
+    plan = Plan(attacks=settings.n_attacks, batch=settings.batch, seed=settings.seed)
+    yield role, casting.run(own, campaign, goals, plan, target, judging, attacker, utility)
+
+
+def _cast(settings: Assess, role: str) -> tuple[Opened, Opened | None]:
+  """The target, and the Attacker in its role."""
+  model = Voice(
+    folder=settings.model,
+    player=settings.player or role,
+    url=settings.model_url,
+    model=settings.model_name,
+    key_variable=settings.api_key_env,
+    system=settings.system,
+    think=settings.thinks,
+    temperature=settings.temperature,
+    top_p=settings.top_p,
+    max_tokens=settings.max_tokens,
+    longest_prompt=settings.longest_prompt,
+    batch=settings.batch,
+  )
+  if role == "defender":
+    return casting.open_voice("model", model, settings.limits), None
+  # What it is told of its answers is of its answers as a Defender: as an Attacker it draws as it was taught.
+  writes = dataclasses.replace(model, temperature=None, top_p=None, max_tokens=None, system="")
+  attacker = casting.told(casting.open_voice("model", writes, settings.limits, whole=True), settings.instructions)
+  answers = dataclasses.replace(model, player="defender")
+  if settings.opponent:
+    answers = dataclasses.replace(answers, folder=settings.opponent, url="", model="", think=None)
+  return casting.open_voice("opponent", answers, settings.limits), attacker
