@@ -1,10 +1,12 @@
 """What every program shares: one sentence on stderr and exit code 2, and quiet logs. In-process, like a program."""
 
+import dataclasses
 import errno
 import logging
 import os
 import sys
 import threading
+from typing import Literal
 
 import pytest
 from absl import flags
@@ -188,3 +190,57 @@ def test_where_compiled_programs_are_kept(run, monkeypatch, environment, folder)
   monkeypatch.setattr("jax.config.update", lambda *setting: seen.append(setting))
   run("--workdir=x")
   assert seen == [("jax_compilation_cache_dir", folder)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(config_lib.Settings):
+  """One setting of each type."""
+
+  some_url: str = config_lib.setting("", "where")
+  count: int = config_lib.setting(3, "how many", at_least=1)
+  share: float | None = config_lib.setting(None, "of all", at_least=0, at_most=1)
+  names: tuple[str, ...] = config_lib.setting(("a",), "who")
+  how: Literal["", "fast", "slow"] = config_lib.setting("", "in a word")
+  loud: bool = config_lib.setting(True, "or not")
+
+
+@pytest.fixture
+def settings(monkeypatch):
+  """Reads these arguments as the flags of `Flags`; what they leave behind is undone."""
+  before = set(flags.FLAGS)
+  read = command.define_settings(Flags)
+
+  def given(*arguments):
+    command._parse_flags(["program", *arguments])
+    return read()
+
+  yield given
+  for name in set(flags.FLAGS) - before:
+    delattr(flags.FLAGS, name)
+
+
+def test_settings_are_flags_with_dashes_or_underscores(settings):
+  assert settings() == Flags()
+  said = settings(
+    "--some-url=x=y-z", "--count", "5", "--share=0.5", "--names=b", "--names=c,d", "--how=slow", "--noloud"
+  )
+  assert said == Flags("x=y-z", 5, 0.5, ("b", "c,d"), "slow", False)
+  assert settings("--some_url=u").some_url == "u"
+
+
+@pytest.mark.parametrize(
+  "argument, sentence",
+  [
+    ("--count=0", "count is 0; allowed: at least 1"),
+    ("--share=1.5", r"share is 1\.5; allowed: at most 1"),
+    ("--how=quick", "how is 'quick'; allowed: one of '', 'fast', 'slow'"),
+  ],
+)
+def test_a_setting_that_is_not_allowed_is_refused_as_in_a_config(settings, argument, sentence):
+  with pytest.raises(UserError, match=sentence):
+    settings(argument)
+
+
+def test_a_setting_that_may_be_none_says_so():
+  with pytest.raises(UserError, match="share is 'x'; allowed: a number, or none"):
+    Flags(share="x")

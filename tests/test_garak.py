@@ -8,7 +8,9 @@ import contextlib
 import http.server
 import json
 import os
+import pathlib
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -164,3 +166,18 @@ def test_garak_scans_an_openai_compatible_server(tmp_path):
   }
   answers = [row["outputs"][0]["text"] for row in lines if row.get("status") == 2]
   assert "ANSWER TO THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG" in answers
+
+
+def test_garak_scans_our_own_server(world_folder, one_device, tmp_path):
+  """With all that garak sends by itself: stops, penalties, n; but so small a model has no room for its 150 tokens."""
+  program = pathlib.Path(__file__).parents[1] / "launch" / "serve.py"
+  words = [sys.executable, str(program), f"--model={world_folder / 'defender_base'}", "--port=0"]
+  words += ["--max_tokens=64", "--longest_prompt=64"]
+  process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=one_device)
+  try:
+    name, url = process.stdout.readline().removeprefix("serving ").split(" at ")
+    lines = scan(tmp_path, f"{url.strip()}/", name, probe="test.Test", max_tokens=64)
+  finally:
+    process.terminate()
+  answers = [row["outputs"][0]["text"] for row in lines if row.get("status") == 2]
+  assert len(answers) == 8 and any(answers)
