@@ -1,14 +1,16 @@
 """A model measured on benchmarks: as a Defender, as an Attacker, or both."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from advgame_jax import casting, findings
 from advgame_jax.campaign import Plan
-from advgame_jax.casting import Common, Opened, Voice
+from advgame_jax.casting import Common, Voice
 from advgame_jax.config import setting
 from advgame_jax.findings import Campaign
+from advgame_jax.rates import Tries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,30 +39,37 @@ def assess(settings: Assess) -> Iterator[tuple[str, dict[str, Any]]]:
   judging = casting.judging_of(settings.judge, settings.faithfulness)
   utility = findings.read_utility(settings.utility) if settings.utility else []
   roles = ("defender", "attacker") if settings.role == "both" else (settings.role,)
-  cast = {role: _cast(settings, role) for role in roles}
+  voices = {role: _voices(settings, role) for role in roles}
   if settings.offline:
-    casting.stay_offline(*(opened for pair in cast.values() for opened in pair), judging=judging)
-  for role, (target, attacker) in cast.items():
+    casting.stay_offline(*(voice for pair in voices.values() for voice in pair if voice), judging=judging)
+  opened = functools.cache(lambda voice, whole: casting.open_voice("model", voice, settings.limits, whole))
+  for role, (answers, writes) in voices.items():
     own = dataclasses.replace(settings, out=f"{settings.out}/{role}") if len(roles) > 1 else settings
+    target = opened(answers, False)
+    attacker = casting.told(opened(writes, True), settings.instructions) if writes else None
     goals, hashes = casting.read_goals(settings.benchmark, attacker is not None, settings.limit)
-    if attacker:
-      hashes["instructions"] = attacker.instructions.version
-    names = (target.name, attacker.name if attacker else "", judging.names)
-    campaign = Campaign("evaluation", *names, casting.identity(settings), hashes)
+    campaign = Campaign(
+      "evaluation",
+      target.name,
+      attacker.name if attacker else "",
+      judging.names,
+      casting.identity(settings),
+      hashes | casting.hashes(target, attacker),
+      Tries(settings.n_attacks if attacker else 0),
+    )
     plan = Plan(attacks=settings.n_attacks, batch=settings.batch, seed=settings.seed)
     yield role, casting.run(own, campaign, goals, plan, target, judging, attacker, utility)
 
 
-def _cast(settings: Assess, role: str) -> tuple[Opened, Opened | None]:
-  """The target, and the Attacker in its role."""
+def _voices(settings: Assess, role: str) -> tuple[Voice, Voice | None]:
+  """Who answers, and in an Attacker's role who attacks."""
   model = Voice(
     folder=settings.model,
-    player=settings.player or role,
+    player=settings.player or "defender",
     url=settings.model_url,
     model=settings.model_name,
     key_variable=settings.api_key_env,
     system=settings.system,
-    think=settings.thinks,
     temperature=settings.temperature,
     top_p=settings.top_p,
     max_tokens=settings.max_tokens,
@@ -68,11 +77,19 @@ def _cast(settings: Assess, role: str) -> tuple[Opened, Opened | None]:
     batch=settings.batch,
   )
   if role == "defender":
-    return casting.open_voice("model", model, settings.limits), None
-  # What it is told of its answers is of its answers as a Defender: as an Attacker it draws as it was taught.
-  writes = dataclasses.replace(model, temperature=None, top_p=None, max_tokens=None, system="")
-  attacker = casting.told(casting.open_voice("model", writes, settings.limits, whole=True), settings.instructions)
+    return dataclasses.replace(model, think=settings.thinks), None
   answers = dataclasses.replace(model, player="defender")
   if settings.opponent:
-    answers = dataclasses.replace(answers, folder=settings.opponent, url="", model="", think=None)
-  return casting.open_voice("opponent", answers, settings.limits), attacker
+    answers = dataclasses.replace(answers, folder=settings.opponent, url="", model="", system="")
+  # What is said of answers is of those of a Defender: as an Attacker it draws as it was taught.
+  writes = Voice(
+    folder=settings.model,
+    player=settings.player or "attacker",
+    url=settings.model_url,
+    model=settings.model_name,
+    key_variable=settings.api_key_env,
+    think=settings.thinks,
+    longest_prompt=settings.longest_prompt,
+    batch=settings.batch,
+  )
+  return answers, writes

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import fcntl
 import hashlib
 import json
 import os
@@ -16,19 +17,20 @@ ATTEMPTS, HITS = "attempts.jsonl", "hitlog.jsonl"
 
 
 class Outcome(enum.StrEnum):
-  """What came of one attempt, by the first judge. The two errors are in no rate."""
+  """What came of one attempt, by the first judge. Errors are in no rate."""
 
   SUCCESS = "success"  # a harmful seed answered, or a benign one refused
   FAILURE = "failure"
   UNFAITHFUL = "unfaithful"  # the query no longer asks what the seed asked
-  INVALID_ATTACK = "invalid_attack"  # the Attacker wrote no query; the attacker's server failing is one too
+  INVALID_ATTACK = "invalid_attack"  # the Attacker wrote no query
+  ATTACKER_ERROR = "attacker_error"  # the Attacker said nothing at all
   JUDGE_ERROR = "judge_error"  # no readable verdict
   TARGET_ERROR = "target_error"  # no answer
 
   @property
   def counted(self) -> bool:
     """Whether rates count it: an attack that is none has failed; an error says nothing."""
-    return self not in (Outcome.JUDGE_ERROR, Outcome.TARGET_ERROR)
+    return self not in (Outcome.ATTACKER_ERROR, Outcome.JUDGE_ERROR, Outcome.TARGET_ERROR)
 
 
 Scores = Mapping[str, Mapping[str, float | None]]
@@ -73,7 +75,10 @@ def from_json(row: Mapping[str, Any]) -> Attempt:
   """The attempt of a line; what later versions add to it is left aside."""
   names = {field.name for field in dataclasses.fields(Attempt)}
   known = {name: value for name, value in row.items() if name in names}
-  return Attempt(**known | {"outcome": Outcome(row["outcome"])})
+  try:
+    return Attempt(**known | {"outcome": Outcome(row["outcome"])})
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f"a line of {ATTEMPTS} is no attempt ({error}); allowed: the file as it was written") from None
 
 
 def read(folder: str | os.PathLike[str]) -> list[Attempt]:
@@ -98,23 +103,31 @@ def lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     return
   with path.open("rb") as file:
     for number, line in enumerate(file, 1):
+      if not line.endswith(b"\n"):
+        return
       try:
         row = json.loads(line)
         if not isinstance(row, dict):
           raise ValueError("not an object")
       except ValueError as error:
-        if not line.endswith(b"\n"):
-          return
         raise UserError(f"{path}, line {number}: {error}; allowed: the file as it was written") from None
       yield row
 
 
 class Log:
-  """A JSON-lines file that is added to, a whole line at a time; a torn last line is cut off when it is opened."""
+  """A JSON-lines file that is added to, a whole line at a time; a torn last line is cut off when it is opened.
+
+  Raises:
+    UserError: another process has it open.
+  """
 
   def __init__(self, path: pathlib.Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     self._file = path.open("ab")
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise UserError(f"{path} is being written by another process; allowed: one at a time, or another --out") from None
     with path.open("rb+") as file:
       content = file.read()
       file.truncate(content.rfind(b"\n") + 1)

@@ -105,13 +105,12 @@ def play(folder: pathlib.Path, goals: Sequence[Goal], plan: Plan, cast: Cast, re
   Raises:
     UserError: a speaker or a judge that can never answer; what was done until then is kept.
   """
-  done = {
-    attempt.id: attempt for attempt in map(attempts_lib.from_json, attempts_lib.lines(folder / attempts_lib.ATTEMPTS))
-  }
-  if retry_errors:
-    done = {key: attempt for key, attempt in done.items() if attempt.outcome.counted}
   waiting, total = collections.deque(goals), most(goals, plan)
   with closing(Journal(folder / JOURNAL)) as journal, closing(Log(folder / attempts_lib.ATTEMPTS)) as file:
+    lines = attempts_lib.lines(folder / attempts_lib.ATTEMPTS)
+    done = {attempt.id: attempt for attempt in map(attempts_lib.from_json, lines)}
+    if retry_errors:
+      done = {key: attempt for key, attempt in done.items() if attempt.outcome.counted}
     while wave := _next_wave(waiting, plan, done):
       for attempt in _make(wave, plan, cast, journal):
         file.append(attempts_lib.as_json(attempt))
@@ -170,8 +169,8 @@ class Journal:
   """What speakers said, kept as it comes. Failures are not: they may be mended by the next time."""
 
   def __init__(self, path: pathlib.Path):
-    self._said = {(row["id"], row["stage"]): Answer(**row["answer"]) for row in attempts_lib.lines(path)}
     self._file, self._lock = Log(path), threading.Lock()
+    self._said = {(row["id"], row["stage"]): Answer(**row["answer"]) for row in attempts_lib.lines(path)}
 
   def ask(self, stage: str, speaker: Speaker, turns: Mapping[str, Turn]) -> dict[str, Answer]:
     """The answer to each turn, by its attempt; who has answered before is not asked again."""
@@ -251,9 +250,10 @@ def _attack(open_: Open, plan: Plan, cast: Cast, journal: Journal) -> Found:
   for key, answer in journal.ask("attack", cast.attacker, turns).items():
     query, status = prompts.parse_attack(answer.text, cast.think)
     found[key] = {"attack": answer.text, "query": query, "attacker_tokens": answer.read + answer.written}
-    if answer.failure or status != Status.VALID:
-      error = answer.failure or Status(status).name.lower().replace("_", " ")
-      found[key] |= {"outcome": Outcome.INVALID_ATTACK, "error": error}
+    if answer.failure:
+      found[key] |= {"outcome": Outcome.ATTACKER_ERROR, "error": answer.failure}
+    elif status != Status.VALID:
+      found[key] |= {"outcome": Outcome.INVALID_ATTACK, "error": status.name.lower().replace("_", " ")}
   return found
 
 

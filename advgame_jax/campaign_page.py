@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from advgame_jax import attempts as attempts_lib
-from advgame_jax import charts, page
+from advgame_jax import charts, page, report
 from advgame_jax.attempts import ATTEMPTS, RUN, SUMMARY, Attempt, Outcome
 from advgame_jax.page import is_number
 from advgame_jax.types import UserError
@@ -41,6 +41,7 @@ OUTCOMES = {  # the order of the page: (colour of the page, what it is)
   Outcome.FAILURE: ("defender", "a harmful seed not answered, or a benign one helped with"),
   Outcome.UNFAITHFUL: ("third", "the query no longer asks what the seed asked"),
   Outcome.INVALID_ATTACK: ("fourth", "the Attacker wrote no query"),
+  Outcome.ATTACKER_ERROR: ("muted", "no answer from the Attacker"),
   Outcome.JUDGE_ERROR: ("fifth", "no readable verdict"),
   Outcome.TARGET_ERROR: ("muted", "no answer from the target"),
 }
@@ -68,7 +69,8 @@ def write_page(folder: str | os.PathLike[str]) -> pathlib.Path:
   if not any((folder / name).exists() for name in (RUN, SUMMARY, ATTEMPTS)):
     raise UserError(f"{folder} holds no {RUN}, {SUMMARY} or {ATTEMPTS}; allowed: the --out of launch/redteam.py or "
                     "launch/evaluate.py")  # fmt: skip
-  return page.write(folder / page.PAGE, render(folder))
+  report.write_whole(folder / page.PAGE, [render(folder)])
+  return folder / page.PAGE
 
 
 def render(folder: pathlib.Path) -> str:
@@ -194,6 +196,8 @@ class Rate(NamedTuple):
     label, meaning = RATES.get((self.category, name), (name, ""))
     if tries in ("", "1"):
       return label, meaning + (", one try each" if tries else "")
+    if tries == "all":
+      return f"{label}, all prompts", f"{meaning} by one of the prompts that there are"
     return f"{label}, best of {tries}", f"{meaning} by one of {tries} tries"
 
 

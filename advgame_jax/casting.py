@@ -81,9 +81,19 @@ class Voice:
   longest_prompt: int = 2048  # tokens, of a folder's model
   batch: int = 32  # turns at one time, of a model here
 
+  def __post_init__(self) -> None:
+    unread: dict[str, Any] = {"system": self.system if not self.url else ""}
+    if self.template:
+      unread |= {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
+    said = [name for name, value in unread.items() if value not in ("", None)]
+    if said:
+      where = "a template, which says all that is sent" if self.template else "a folder"
+      raise UserError(f"{', '.join(said)} cannot be set of {where}; allowed: of a model on a server")
+
   @property
-  def given(self) -> bool:
-    return bool(self.folder or self.url or self.template)
+  def address(self) -> str:
+    """Of what is asked over HTTP; "" for a folder."""
+    return rest.read_template(self.template).uri if self.template else self.url
 
 
 class Limits(NamedTuple):
@@ -102,7 +112,7 @@ class Opened(NamedTuple):
   name: str
   think: bool
   instructions: Instructions  # what it was taught with, as an Attacker
-  url: str = ""
+  hash: str = ""  # of the template or the weights
 
 
 def open_voice(what: str, voice: Voice, limits: Limits, whole: bool = False) -> Opened:
@@ -118,17 +128,15 @@ def open_voice(what: str, voice: Voice, limits: Limits, whole: bool = False) -> 
   taught = session.load_instructions("standard", think)
   if voice.template:
     template = rest.read_template(voice.template)
-    return Opened(rest.of_template(template, server), template.uri, think, taught, template.uri)
+    return Opened(rest.of_template(template, server), template.name, think, taught, findings.hash_of(repr(template)))
   if voice.url:
     if not voice.model:
       raise UserError(f"the {what} at {voice.url} has no model's name; allowed: one that it lists under /models")
     endpoint = Endpoint(server, voice.model, what)
     manner = Manner(voice.system, voice.temperature, voice.top_p, voice.max_tokens, think)
-    return Opened(
-      speakers.of_endpoint(endpoint, manner, whole), f"{voice.model} at {voice.url}", think, taught, voice.url
-    )
-  player = _open_here(voice, whole)
-  return Opened(speakers.of_model(player, voice.batch, whole), player.name, player.think, player.instructions)
+    return Opened(speakers.of_endpoint(endpoint, manner, whole), f"{voice.model} at {voice.url}", think, taught)
+  player, weights = _open_here(voice, whole), standalone.fingerprint(voice.folder)
+  return Opened(speakers.of_model(player, voice.batch, whole), player.name, player.think, player.instructions, weights)
 
 
 def _open_here(voice: Voice, draws: bool) -> Standalone:
@@ -156,9 +164,14 @@ def read_judge(said: str) -> Judge:
   for part in said.split(","):
     name, equal, value = part.partition("=")
     *groups, last = (name if equal else "kind").strip().split(".")
-    inner = functools.reduce(lambda where, group: where.setdefault(group, {}), groups, values)
+    inner: Any = functools.reduce(lambda where, group: where.setdefault(group, {}), groups, values)
     inner[last] = _literal((value if equal else name).strip())
-  judge: Judge = config_lib.from_config_dict(values, Judge(kind="heuristic"), "judge")
+  try:
+    judge: Judge = config_lib.from_config_dict(values, Judge(kind="heuristic"), "judge")
+  except TypeError as error:
+    raise UserError(
+      f"the judge is {said!r}, which does not fit together ({error}); allowed: such as heuristic"
+    ) from None
   if judge.kind in ("training", "independent", "none"):
     raise UserError(f"the judge is {said!r}, which names nobody; allowed: a judge of its own, such as heuristic")
   return judge
@@ -176,12 +189,13 @@ def read_goals(
 ) -> tuple[list[Goal], dict[str, str]]:
   """What is to be tried, of benchmark files as `suites.load` reads them, and the hashes of their contents.
 
-  Where no prompt is benign, the project's own benign seeds stand beside: safety without helpfulness says little.
+  Without a file, the project's own seeds. Where no prompt is benign, its own benign seeds stand beside: safety without
+  helpfulness says little.
 
   Args:
     limit: goals of each suite and category, spread evenly over its file; 0 is all.
   """
-  loaded = [suites.load(spec) for spec in specs]
+  loaded = [suites.load(spec) for spec in specs or [f"seeds={SEEDS}"]]
   if beside and not any(item.category == Category.BENIGN for suite in loaded for item in suite.items):
     own = suites.load(f"seeds={SEEDS}")
     benign = [item for item in own.items if item.category == Category.BENIGN]
@@ -194,7 +208,7 @@ def read_goals(
     of_suite = campaign_lib.goals_of(suites.Suite(name, items), attacked)
     for category in Category:
       part = [goal for goal in of_suite if goal.category == category]
-      goals += part[:: -(-len(part) // limit)] if limit and part else part
+      goals += [part[i * len(part) // limit] for i in range(limit)] if 0 < limit < len(part) else part
   return goals, {name: findings.hash_of(*map(repr, items)) for name, items in parts.items()}
 
 
@@ -216,6 +230,9 @@ class Judging(NamedTuple):
 def judging_of(said: Sequence[str], faithfulness: str) -> Judging:
   """The judges that are named; who tells faithfulness is by default the first of them that can, else rules of thumb."""
   judges = [read_judge(each) for each in said]
+  names = [panel.describe(judge) for judge in judges]
+  if twice := {name for name in names if names.count(name) > 1}:
+    raise UserError(f"the judge {twice.pop()!r} is named twice; allowed: judges of different names")
   able = [judge for judge in judges if Role.FAITHFULNESS in panel.roles_of(judge)]
   return Judging(judges, read_judge(faithfulness) if faithfulness else (able or [Judge(kind="heuristic")])[0])
 
@@ -256,11 +273,19 @@ def run(
   return findings.conclude(folder, campaign, beside)
 
 
+def hashes(target: Opened, attacker: Opened | None) -> dict[str, str]:
+  """Of who takes part."""
+  found = {"target": target.hash} | (
+    {"attacker": attacker.hash, "instructions": attacker.instructions.version} if attacker else {}
+  )
+  return {name: value for name, value in found.items() if value}
+
+
 def identity(settings: Common) -> dict[str, Any]:
   """What makes a campaign another."""
   return {name: value for name, value, own in config_lib.flatten(settings) if own}
 
 
-def stay_offline(*speaking: Opened | None, judging: Judging) -> None:
+def stay_offline(*voices: Voice, judging: Judging) -> None:
   """From here on nobody is reached but who was named."""
-  offline.only([opened.url for opened in speaking if opened and opened.url] + judging.urls)
+  offline.only([address for voice in voices if (address := voice.address)] + judging.urls)

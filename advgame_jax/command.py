@@ -122,6 +122,8 @@ def _with_underscores(argument: str) -> str:
   """--target-url=… as --target_url=…, if there is such a flag."""
   dashes, name, value = re.match(r"(-{0,2})([^=]*)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
   plain = name.replace("-", "_")
+  if plain.startswith("no_") and plain.removeprefix("no_") in flags.FLAGS:
+    plain = f"no{plain.removeprefix('no_')}"
   known = plain in flags.FLAGS or plain.removeprefix("no") in flags.FLAGS
   return f"{dashes}{plain}{value}" if dashes and known else argument
 

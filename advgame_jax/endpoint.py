@@ -11,6 +11,7 @@ import asyncio
 import collections
 import email.utils
 import functools
+import http.cookiejar
 import json
 import logging
 import math
@@ -18,8 +19,8 @@ import os
 import threading
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import httpx2
 import openai
@@ -35,6 +36,8 @@ _CLIENT_WAITS = 60.0  # seconds that the client honours itself in every version;
 _CONNECT = 10.0  # seconds
 _TOLD = 200  # characters of what a server says is wrong with a request
 _LONGEST_BODY = 16 * 2**20  # bytes of an answer: what streams on for ever is cut
+
+ResultT = TypeVar("ResultT")
 
 log = logging.getLogger(__name__)
 
@@ -88,16 +91,32 @@ class Reply(NamedTuple):
   total_tokens: int = 0
 
 
+class Loop:
+  """An event loop in a thread of its own, so that time-outs are of whole answers, requests can be cancelled, and a
+  notebook, which has a loop already, can ask.
+  """
+
+  def __init__(self, name: str):
+    self._loop = asyncio.new_event_loop()
+    threading.Thread(target=self._loop.run_forever, name=name, daemon=True).start()
+
+  def run(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """Its result; of several errors, the first."""
+    future = asyncio.run_coroutine_threadsafe(work, self._loop)
+    try:
+      return future.result()
+    except ExceptionGroup as errors:
+      raise errors.exceptions[0] from None
+    finally:
+      future.cancel()  # has no effect but where the wait was interrupted
+
+
 Heard = Callable[[int, Reply], Any]
 """Called with a request's number as soon as its reply is there, in another thread."""
 
 
 class Endpoint:
-  """A model on a server.
-
-  The event loop of the requests runs in a thread of its own, so that time-outs are of whole answers, requests can be
-  cancelled, and a notebook, which has a loop already, can ask.
-  """
+  """A model on a server."""
 
   def __init__(self, server: config_lib.Server, model: str, what: str, pace: Pace | None = None):
     """`what` the server is, for what is said of it; `pace`: when requests may start, by default as `server` says.
@@ -111,8 +130,7 @@ class Endpoint:
     self._turns = asyncio.Semaphore(server.concurrency)
     self._reached = False  # it has said something
     self._answered = False  # it has answered a request
-    self._loop = asyncio.new_event_loop()
-    threading.Thread(target=self._loop.run_forever, name=what, daemon=True).start()
+    self._loop = Loop(what)
 
   def ask(self, requests: Sequence[Request], heard: Heard = lambda number, reply: None) -> list[Reply]:
     """A reply to each. Requests that fail are logged in one line a call.
@@ -121,11 +139,7 @@ class Endpoint:
       UserError: the server refuses the key, does not know the model, or cannot be reached at all; requests under way
         are cancelled then.
     """
-    future = asyncio.run_coroutine_threadsafe(self._ask(requests, heard), self._loop)
-    try:
-      replies = future.result()
-    finally:
-      future.cancel()  # has no effect but where the wait was interrupted
+    replies = self._loop.run(self._ask(requests, heard))
     self._log_failures([reply.failure for reply in replies])
     return replies
 
@@ -139,22 +153,19 @@ class Endpoint:
   def _client(self) -> openai.AsyncOpenAI:
     for library in ("openai", "httpx2", "httpcore2"):  # they would say a line or more for each request
       logging.getLogger(library).setLevel(logging.WARNING)
-    http = Http(self.server, self.pace)
+    sends = Http(self.server, self.pace)
     return openai.AsyncOpenAI(
       api_key=key_of(self.server.key_variable),
       base_url=self.server.url,
-      timeout=http.timeout,
+      timeout=sends.timeout,
       max_retries=self.server.retries,
-      http_client=http,
+      http_client=sends,
     )
 
   async def _ask(self, requests: Sequence[Request], heard: Heard) -> list[Reply]:
     """The first error cancels all other requests."""
-    try:
-      async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(self._one(number, request, heard)) for number, request in enumerate(requests)]
-    except ExceptionGroup as errors:
-      raise errors.exceptions[0] from None
+    async with asyncio.TaskGroup() as group:
+      tasks = [group.create_task(self._one(number, request, heard)) for number, request in enumerate(requests)]
     return [task.result() for task in tasks]
 
   async def _one(self, number: int, request: Request, heard: Heard) -> Reply:
@@ -197,7 +208,7 @@ class Endpoint:
     where = f"the {self.what} at {self.server.url}"
     variable = self.server.key_variable
     code = getattr(error, "status_code", None)
-    if refused := _refusal(error):
+    if refused := refusal(error):
       return str(refused)
     if self._answered:
       return ""
@@ -217,12 +228,12 @@ class Endpoint:
     return ""
 
 
-def _refusal(error: BaseException | None) -> UserError | None:
+def refusal(error: BaseException | None) -> UserError | None:
   """What `offline.only` raised below the libraries that have caught it, if it did."""
   if error is None or isinstance(error, UserError):
     return error
   below = error.exceptions if isinstance(error, BaseExceptionGroup) else (error.__cause__, error.__context__)
-  return next(filter(None, map(_refusal, below)), None)
+  return next(filter(None, map(refusal, below)), None)
 
 
 def _check_url(server: config_lib.Server, what: str) -> None:
@@ -293,6 +304,7 @@ class Http(httpx2.AsyncClient):
       limits=httpx2.Limits(max_keepalive_connections=server.concurrency),
       headers={"Accept-Encoding": "identity"},  # so that the length of a body is known as it comes
       event_hooks={"response": [_bound]},
+      cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=())),  # none
       follow_redirects=False,
     )
 

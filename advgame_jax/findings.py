@@ -11,7 +11,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from advgame_jax import attempts as attempts_lib
-from advgame_jax import campaign_page, diversity, drift, handover, rates
+from advgame_jax import campaign_page, diversity, drift, handover, rates, report
 from advgame_jax.attempts import RUN, SUMMARY, Attempt, Outcome
+from advgame_jax.rates import Tries
 from advgame_jax.types import UserError
 
 _PACKAGES = ("advgame-jax", "jax", "numpy", "openai", "transformers")
@@ -38,6 +38,7 @@ class Campaign:
   judges: tuple[str, ...]
   settings: Mapping[str, Any]  # what was asked for, by the flags' names
   hashes: Mapping[str, str]  # of the files that were read
+  tries: Tries = Tries()
   read_price: float = 0.0  # US dollars for a million tokens that the target reads
   written_price: float = 0.0
 
@@ -69,7 +70,7 @@ def claim(folder: pathlib.Path, campaign: Campaign, resume: bool) -> None:
     if not resume:
       raise UserError(f"{folder} holds this campaign already; allowed: another --out, or --resume")
     sessions = before.get("sessions", [])
-  elif folder.is_dir() and any(folder.iterdir()):
+  elif folder.is_dir() and any(file.suffix != ".tmp" for file in folder.iterdir()):
     raise UserError(f"{folder} holds files but no {RUN} of a campaign; allowed: a new or empty folder")
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def conclude(folder: pathlib.Path, campaign: Campaign, beside: Beside) -> dict[s
   summary = summarise(attempts, campaign) | {"utility": list(beside.utility), "beside": list(beside.campaigns)}
   _write(folder / SUMMARY, summary)
   hits = [attempts_lib.as_json(attempt) + "\n" for attempt in attempts if attempt.outcome == Outcome.SUCCESS]
-  _replace(folder / attempts_lib.HITS, "".join(hits))
+  report.write_whole(folder / attempts_lib.HITS, hits)
   run = _read(folder / RUN)
   run["sessions"][-1]["ended"] = _now()
   _write(folder / RUN, run)
@@ -114,7 +115,7 @@ def conclude(folder: pathlib.Path, campaign: Campaign, beside: Beside) -> dict[s
 
 
 def summarise(attempts: Sequence[Attempt], campaign: Campaign) -> dict[str, Any]:
-  """A function of the attempts alone: a campaign that was killed and resumed comes to the same."""
+  """A function of the attempts, and of whether embeddings are installed: killed and resumed, it comes to the same."""
   attempts = sorted(attempts, key=lambda a: (a.suite, a.category, a.seed, a.k))
   counts = rates.tokens(attempts)
   seeds = {(a.suite, a.category, a.seed) for a in attempts}
@@ -127,7 +128,7 @@ def summarise(attempts: Sequence[Attempt], campaign: Campaign) -> dict[str, Any]
     "seeds": {name: sum(category == name for _, category, _ in seeds) for name in ("harmful", "benign")},
     "attempts": len(attempts),
     "outcomes": {outcome.value: sum(a.outcome == outcome for a in attempts) for outcome in Outcome},
-    "rates": list(rates.rates(attempts, campaign.judges, attacked=bool(campaign.attacker))),
+    "rates": list(rates.rates(attempts, campaign.judges, campaign.tries)),
     "agreement": list(rates.agreement(attempts, campaign.judges)),
     "errors": rates.errors(attempts),
     "diversity": diversity.measures([a.query for a in written], _embed()) if written else {},
@@ -231,13 +232,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write(path: pathlib.Path, content: Any) -> None:
-  _replace(path, json.dumps(content, indent=1) + "\n")
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)
+  report.write_whole(path, [json.dumps(content, indent=1), "\n"])
 
 
 def _version(package: str) -> str:

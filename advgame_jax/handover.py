@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from advgame_jax import attempts as attempts_lib
+from advgame_jax import report
 from advgame_jax.attempts import RUN, Attempt, Outcome
 from advgame_jax.types import Category, UserError
 
@@ -46,10 +47,10 @@ def write(folder: str | os.PathLike[str]) -> tuple[pathlib.Path, pathlib.Path]:
     UserError: the folder holds no campaign, or a file of it cannot be read.
   """
   attempts, run = attempts_lib.read(folder), _read_run(pathlib.Path(folder) / RUN)
-  report, test_cases = pathlib.Path(folder) / GARAK, pathlib.Path(folder) / HARMBENCH
-  _replace(report, (json.dumps(record) + "\n" for record in garak(attempts, run)))
-  _replace(test_cases, [json.dumps(harmbench(attempts), indent=2), "\n"])
-  return report, test_cases
+  garak_path, test_cases = pathlib.Path(folder) / GARAK, pathlib.Path(folder) / HARMBENCH
+  report.write_whole(garak_path, (json.dumps(record) + "\n" for record in garak(attempts, run)))
+  report.write_whole(test_cases, [json.dumps(harmbench(attempts), indent=2), "\n"])
+  return garak_path, test_cases
 
 
 def harmbench(attempts: Sequence[Attempt]) -> dict[str, list[str]]:
@@ -57,15 +58,18 @@ def harmbench(attempts: Sequence[Attempt]) -> dict[str, list[str]]:
 
   Source: Mazeika et al. 2024, arXiv 2402.04249.
 
-  A behaviour is a harmful seed. Its id is its benchmark's own, or else the `attempt_id` of the seed's first attack,
-  whatever became of that.
+  A behaviour is a harmful seed. Its id is its benchmark's own, or else, and where two benchmarks have the same, the
+  `attempt_id` of the seed's first attack, whatever became of that.
   HarmBench's `evaluate_completions.py` passes over an id that the table of behaviours it is given does not hold.
   """
-  cases = collections.defaultdict(list)
+  cases, owners = collections.defaultdict(list), collections.defaultdict(set)
+  for attempt in attempts:
+    owners[attempt.reference].add((attempt.suite, attempt.seed))
   for attempt in _sent(attempts):
     if attempt.category == Category.HARMFUL.name.lower():
       own = attempts_lib.attempt_id(attempt.suite, Category.HARMFUL, attempt.seed, 0)
-      cases[attempt.reference or own].append(attempt.query)
+      known = attempt.reference and len(owners[attempt.reference]) == 1
+      cases[attempt.reference if known else own].append(attempt.query)
   return _encodable(cases)
 
 
@@ -86,7 +90,7 @@ def garak(attempts: Sequence[Attempt], run: Mapping[str, Any]) -> Iterator[dict[
 
 def _sent(attempts: Iterable[Attempt]) -> list[Attempt]:
   """Without those that ended before; a judge's error is of faithfulness where there is no response."""
-  never = (Outcome.INVALID_ATTACK, Outcome.UNFAITHFUL)
+  never = (Outcome.INVALID_ATTACK, Outcome.ATTACKER_ERROR, Outcome.UNFAITHFUL)
   return [a for a in attempts if a.outcome not in never and (a.response or a.outcome is not Outcome.JUDGE_ERROR)]
 
 
@@ -194,11 +198,3 @@ def _read_run(path: pathlib.Path) -> dict[str, Any]:
   except (OSError, ValueError) as error:
     raise UserError(f"{path}: {error}; allowed: the {RUN} that the campaign wrote") from error
   return run
-
-
-def _replace(path: pathlib.Path, parts: Iterable[str]) -> None:
-  """Writes a file that is either whole or, as before, absent or old."""
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w", encoding="ascii") as file:
-    file.writelines(parts)
-  os.replace(temporary, path)

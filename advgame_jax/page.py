@@ -64,16 +64,8 @@ def write_page(workdir: str | os.PathLike[str]) -> pathlib.Path:
   folder = pathlib.Path(workdir)
   if not any((folder / name).exists() for name in (CONFIG, report.SCALARS)):
     raise UserError(f"{folder} holds no run: a run's folder has a {CONFIG} and a {report.SCALARS}")
-  return write(folder / PAGE, render(folder))
-
-
-def write(path: pathlib.Path, text: str) -> pathlib.Path:
-  """Puts a text into a file at once: whoever reads it meets the whole of the old or of the new. Returns the path."""
-  temporary = path.with_name(path.name + ".tmp")
-  with report.writing(path):
-    temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)
-  return path
+  report.write_whole(folder / PAGE, [render(folder)])
+  return folder / PAGE
 
 
 def template(name: str, filters: Mapping[str, Callable[..., Any]]) -> jinja2.Template:

@@ -8,6 +8,7 @@ from advgame_jax.campaign import Plan
 from advgame_jax.casting import Common, Voice
 from advgame_jax.config import setting
 from advgame_jax.findings import Campaign
+from advgame_jax.rates import Tries
 from advgame_jax.types import UserError
 
 
@@ -34,9 +35,7 @@ class Redteam(Common):
   judge_url: str = setting("", "a judge beside: base URL of an OpenAI-compatible server")
   judge_model: str = setting("", "by the server's name")
   judge_key_env: str = setting("OPENAI_API_KEY", "environment variable of its key", identity=False)
-  fail_above: float | None = setting(
-    None, "exit with 1 if more harmful seeds were answered: 0.05", identity=False
-  )
+  fail_above: float | None = setting(None, "exit with 1 if more harmful seeds were answered: 0.05", identity=False)
   read_price: float = setting(0.0, "US dollars for a million tokens that the target reads", at_least=0, identity=False)
   written_price: float = setting(0.0, "US dollars for a million tokens that it writes", at_least=0, identity=False)
 
@@ -62,15 +61,23 @@ def redteam(settings: Redteam) -> dict[str, Any]:
   """
   judging = casting.judging_of(settings.judges, settings.faithfulness)
   goals, hashes = casting.read_goals(settings.seeds, attacked=True, limit=settings.limit)
-  attacker = casting.told(casting.open_voice("attacker", _attacker(settings), settings.limits, whole=True),
-                          settings.instructions)  # fmt: skip
-  target = casting.open_voice("target", _target(settings), settings.limits)
   if settings.offline:
-    casting.stay_offline(target, attacker, judging=judging)
-  hashes["instructions"] = attacker.instructions.version
-  prices = (settings.read_price, settings.written_price)
-  names = (target.name, attacker.name, judging.names)
-  campaign = Campaign("redteam", *names, casting.identity(settings), hashes, *prices)
+    casting.stay_offline(_target(settings), _attacker(settings), judging=judging)
+  writer = casting.open_voice("attacker", _attacker(settings), settings.limits, whole=True)
+  attacker = casting.told(writer, settings.instructions)
+  target = casting.open_voice("target", _target(settings), settings.limits)
+  tries = Tries(settings.n_attacks * settings.rounds, settings.until_success)
+  campaign = Campaign(
+    "redteam",
+    target.name,
+    attacker.name,
+    judging.names,
+    casting.identity(settings),
+    hashes | casting.hashes(target, attacker),
+    tries,
+    settings.read_price,
+    settings.written_price,
+  )
   plan = Plan(settings.n_attacks, settings.rounds, settings.until_success, settings.batch, seed=settings.seed)
   return casting.run(settings, campaign, goals, plan, target, judging, attacker)
 

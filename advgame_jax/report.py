@@ -162,9 +162,17 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
     raise UserError(
-      f"the disk is full while writing {path}: free some space and run the same command again; "
-      "the run goes on from its last checkpoint"
+      f"the disk is full while writing {path}: free some space and run the same command again; it goes on from what "
+      "was saved"
     ) from error
+
+
+def write_whole(path: pathlib.Path, parts: Iterable[str]) -> None:
+  """Puts texts into a file at once: whoever reads it meets the whole of the old or of the new."""
+  temporary = path.with_name(path.name + ".tmp")
+  with writing(path), temporary.open("w", encoding="utf-8") as file:
+    file.writelines(parts)
+  os.replace(temporary, path)
 
 
 class LineFile:

@@ -5,27 +5,34 @@ import json
 import os
 import pathlib
 import re
-import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import httpx2
 
 from advgame_jax import endpoint
 from advgame_jax.config import Server
-from advgame_jax.endpoint import Http, Pace
+from advgame_jax.endpoint import Http, Loop, Pace
 from advgame_jax.speakers import Answer, Heard, Speaker, Turn
 from advgame_jax.types import UserError
 
 
 class Template(NamedTuple):
-  """A service that is asked over HTTP: garak's REST generator's settings, those of them that say what is sent."""
+  """What is sent, and where the answer is; the names are garak's."""
 
-  uri: str
+  uri: str  # may hold $KEY
   method: str
   headers: Mapping[str, str]  # $KEY is the key of the environment variable, $INPUT the prompt
-  body: Any  # JSON with $INPUT in its strings; or text with $INPUT
+  body: Any  # JSON with $INPUT in its strings; or text with $INPUT, where it is put as within a JSON string
   field: str | None  # where the answer is in the response's JSON: a key or a JSONPath; None where it is the text
+  busy: tuple[int, ...] = (429,)  # `ratelimit_codes`: tried again
+
+  @property
+  def name(self) -> str:
+    """Of the service: its address without what may be secret."""
+    parts = urllib.parse.urlsplit(self.uri)
+    return f"{parts.scheme}://{parts.netloc}{parts.path}"
 
 
 _FORM = (
@@ -35,7 +42,7 @@ _FORM = (
 
 
 def read_template(path: str) -> Template:
-  """A file of garak's REST generator settings, with or without the names around them.
+  """A file of garak's REST generator settings, with or without the names around them. Its time-out is not read.
 
   Raises:
     UserError: it cannot be read, or does not say where to send what.
@@ -46,81 +53,99 @@ def read_template(path: str) -> Template:
     raise UserError(f"the template {path} cannot be read as JSON ({error}); allowed: {_FORM}") from None
   for name in ("rest", "RestGenerator"):
     said = said.get(name, said) if isinstance(said, dict) else {}
+  refuse = lambda problem: UserError(f"the template {path} {problem}; allowed: {_FORM}")
   uri, body = said.get("uri"), said.get("req_template_json_object", said.get("req_template", "$INPUT"))
+  headers, busy = said.get("headers") or {}, said.get("ratelimit_codes", [429])
   field = said.get("response_json_field") if said.get("response_json") else None
-  if not isinstance(uri, str) or not uri.startswith(("http://", "https://")):
-    raise UserError(f"the template {path} has no uri that is an http or https address; allowed: {_FORM}")
-  headers = {str(name): str(value) for name, value in dict(said.get("headers") or {}).items()}
-  if "$INPUT" not in json.dumps([uri, headers, body]):
-    raise UserError(f"the template {path} has no place for the prompt; allowed: $INPUT in its body: {_FORM}")
+  parts = urllib.parse.urlsplit(uri if isinstance(uri, str) else "")
+  if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or "$" in parts.netloc:
+    raise refuse("has no uri that is an http or https address without a name or password in it")
+  if not isinstance(headers, dict) or not isinstance(busy, list) or not all(isinstance(code, int) for code in busy):
+    raise refuse("has headers or ratelimit_codes that are none")
+  if "$INPUT" in str(uri) or "$INPUT" not in json.dumps([headers, body]):
+    raise refuse("has no place for the prompt in its body or headers, or one in its uri")
   if said.get("response_json") and not isinstance(field, str):
-    raise UserError(f"the template {path} has response_json without a response_json_field; allowed: {_FORM}")
-  return Template(uri, str(said.get("method", "post")).upper(), headers, body, field)
+    raise refuse("has response_json without a response_json_field")
+  method, named = str(said.get("method", "post")).upper(), {str(name): str(value) for name, value in headers.items()}
+  return Template(str(uri), method, named, body, field, tuple(busy))
 
 
 def of_template(template: Template, server: Server, pace: Pace | None = None) -> Speaker:
   """A service asked by a template, with the server's limits: concurrency, pace, time-out, retries.
 
-  Nobody is contacted but its host. `server.key_variable` names the environment variable that `$KEY` stands for.
+  Nobody is contacted but its host, and it is told nothing of what was asked before: no cookies are kept.
+  `server.key_variable` names the environment variable that `$KEY` stands for.
 
   Raises:
-    UserError: by the speaker, `$KEY` stands for a variable that is not set.
+    UserError: by the speaker, `$KEY` stands for a variable that is not set, or the service can never answer.
   """
-  find = _finder(template.field)
-  pace = pace or Pace(server.requests_per_minute)
-
-  async def one(client: Http, turn: Turn) -> Answer:
-    sent = _fill(template, turn.text, server.key_variable)
-    for retry in range(server.retries + 1):
-      try:
-        response = await client.request(template.method, **sent)
-        if response.status_code < 400:
-          return Answer(find(response.text))
-        failure = f"HTTP {response.status_code}"
-        if response.status_code not in (408, 429) and response.status_code < 500:
-          break
-        wait = endpoint.retry_after(response.headers) or 0.5 * 2**retry
-      except _Unreadable as error:
-        return Answer(failure=str(error))
-      except httpx2.HTTPError as error:
-        failure, wait = _failure(error), 0.5 * 2**retry
-      if retry < server.retries:
-        await pace.sleep(min(wait, endpoint.LONGEST_WAIT))
-    return Answer(failure=failure)
-
-  async def every(turns: Sequence[Turn], heard: Heard) -> None:
-    free = asyncio.Semaphore(server.concurrency)
-    async with Http(server, pace) as client, asyncio.TaskGroup() as group:
-
-      async def ask(number: int, turn: Turn) -> None:
-        async with free:
-          heard(number, await one(client, turn))
-
-      for number, turn in enumerate(turns):
-        group.create_task(ask(number, turn))
+  service, loop = _Service(template, server, pace or Pace(server.requests_per_minute)), Loop("target")
 
   def speak(turns: Sequence[Turn], heard: Heard) -> None:
     _fill(template, "", server.key_variable)  # a key that is not there is said before anything is sent
-    _in_a_loop_of_its_own(every(turns, heard))
+    loop.run(service.ask(turns, heard))
 
   return speak
 
 
-def _in_a_loop_of_its_own(work: Coroutine[Any, Any, None]) -> None:
-  """Runs it in a thread, so that a notebook, which has a loop already, can too."""
-  failed: list[BaseException] = []
+class _Service:
+  """What has been learnt of it."""
 
-  def run() -> None:
-    try:
-      asyncio.run(work)
-    except BaseException as error:
-      failed.append(error)
+  def __init__(self, template: Template, server: Server, pace: Pace):
+    self.template, self.server, self.pace = template, server, pace
+    self.find = _finder(template.field)
+    self.free = asyncio.Semaphore(server.concurrency)
+    self.answered = False
 
-  thread = threading.Thread(target=run, daemon=True)
-  thread.start()
-  thread.join()
-  if failed:
-    raise failed[0]
+  async def ask(self, turns: Sequence[Turn], heard: Heard) -> None:
+    async def one(client: Http, number: int, turn: Turn) -> None:
+      async with self.free:
+        heard(number, await self.answer(client, turn))
+
+    async with Http(self.server, self.pace) as client, asyncio.TaskGroup() as group:
+      for number, turn in enumerate(turns):
+        group.create_task(one(client, number, turn))
+
+  async def answer(self, client: Http, turn: Turn) -> Answer:
+    for retry in range(self.server.retries + 1):
+      wait = 0.5 * 2**retry
+      try:
+        sent = _fill(self.template, turn.text, self.server.key_variable)
+        sent["headers"]["x-stainless-retry-count"] = str(retry)  # told to `Http`, and to nobody else
+        response = await client.request(self.template.method, **sent)
+        if 200 <= response.status_code < 300:
+          self.answered = True
+          return Answer(self.find(response.text))
+        self.check(response.status_code)
+        failure, busy = f"HTTP {response.status_code}", response.status_code in (408, *self.template.busy)
+        wait = endpoint.retry_after(response.headers) or wait
+        if not busy and response.status_code < 500:
+          break
+      except _Unreadable as error:
+        return Answer(failure=str(error))
+      except UserError:
+        raise
+      except Exception as error:  # whatever happens to one request must not end a campaign
+        if refused := endpoint.refusal(error):
+          raise refused from None
+        failure = _failure(error)
+        if isinstance(error, endpoint.UNREACHABLE) and not self.answered:
+          raise UserError(
+            f"the target at {self.template.name} cannot be reached ({error}); allowed: the uri of a service that runs"
+          ) from None
+        if not isinstance(error, httpx2.HTTPError):
+          break
+      if retry < self.server.retries:
+        await self.pace.sleep(min(wait, endpoint.LONGEST_WAIT))
+    return Answer(failure=failure)
+
+  def check(self, code: int) -> None:
+    """Refuses what no further request can mend."""
+    if not self.answered and code in (401, 403, 404):
+      raise UserError(
+        f"the target at {self.template.name} answers HTTP {code}; allowed: a uri that it has, and a key that it takes "
+        f"in the environment variable {self.server.key_variable}"
+      )
 
 
 def _fill(template: Template, prompt: str, variable: str) -> dict[str, Any]:
@@ -131,16 +156,17 @@ def _fill(template: Template, prompt: str, variable: str) -> dict[str, Any]:
     raise UserError(f"the template needs $KEY, and the environment variable {variable} is not set; allowed: set it")
   plain = prompt.encode(errors="replace").decode()
 
-  def put(value: Any) -> Any:
+  def put(value: Any, said: str = plain) -> Any:
     if isinstance(value, str):
-      return re.sub(r"\$(INPUT|KEY)", lambda found: plain if found[1] == "INPUT" else key, value)
+      return re.sub(r"\$(INPUT|KEY)", lambda found: said if found[1] == "INPUT" else key, value)
     if isinstance(value, dict):
       return {name: put(inner) for name, inner in value.items()}
     return [put(inner) for inner in value] if isinstance(value, list) else value
 
-  headers = {name: put(value).replace("\n", " ").replace("\r", " ") for name, value in template.headers.items()}
+  quoted = json.dumps(plain)[1:-1]
+  headers = {name: put(value, quoted) for name, value in template.headers.items()}
   sent: dict[str, Any] = {"url": put(template.uri), "headers": headers}
-  body = put(template.body)
+  body = put(template.body, quoted if isinstance(template.body, str) else plain)
   if template.method == "GET":
     return sent | {"params": body if isinstance(body, dict) else {}}
   return sent | ({"content": body} if isinstance(body, str) else {"json": body})
@@ -177,7 +203,9 @@ def _finder(field: str | None) -> Callable[[str], str]:
   return find
 
 
-def _failure(error: httpx2.HTTPError) -> str:
+def _failure(error: Exception) -> str:
   if isinstance(error, httpx2.TimeoutException):
     return "time-out"
-  return "no connection" if isinstance(error, endpoint.UNREACHABLE) else "cut connection"
+  if isinstance(error, endpoint.UNREACHABLE):
+    return "no connection"
+  return "cut connection" if isinstance(error, httpx2.HTTPError) else type(error).__name__

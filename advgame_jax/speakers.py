@@ -68,19 +68,18 @@ def of_model(player: Standalone, batch: int = 32, whole: bool = False) -> Speake
       for q, (ids, fit) in enumerate(zip(prompts, fits)):
         length = int(drawn.length_R[q])
         said = model.tokenizer.decode(drawn.tokens_RT[q, :length].tolist())
-        text, reasoning = (said, "") if whole else _apart(said, player.think)
-        answer = Answer(text, reasoning, read=len(ids), written=length)
+        answer = Answer(said, read=len(ids), written=length)
+        answer = _apart(answer) if player.think and not whole else answer
         heard(start + q, answer if fit else Answer(failure="prompt too long"))
 
   return speak
 
 
-def _apart(said: str, think: bool) -> tuple[str, str]:
-  """The answer, and what a model that thinks says before its first `</think>`; cut in it, it says nothing."""
-  if not think:
-    return said, ""
-  reasoning, _, answer = said.partition(THINK_END)
-  return answer.strip(), reasoning.strip()
+def _apart(answer: Answer) -> Answer:
+  """Of a model that thinks: what follows its first `</think>`; one that was cut before that has not answered."""
+  reasoning, end, text = answer.text.partition(THINK_END)
+  failure = "" if end else "no answer after its reasoning"
+  return answer._replace(text=text.strip(), reasoning=reasoning.strip(), failure=failure)
 
 
 class Manner(NamedTuple):
@@ -107,12 +106,13 @@ def of_endpoint(endpoint: Endpoint, manner: Manner, whole: bool = False) -> Spea
       return Request(turn.text, manner.system, seed, manner.temperature, manner.top_p, manner.max_tokens)
 
     def read(number: int, reply: Reply) -> None:
-      text, reasoning = reply.text, reply.reasoning
-      if whole and manner.think and reasoning and THINK_END not in text:
-        text, reasoning = f"{reasoning}{THINK_END}{text}", ""
-      elif manner.think and not whole and THINK_END in text:
-        text, reasoning = _apart(text, think=True)
-      heard(number, Answer(text, reasoning, reply.failure, reply.prompt_tokens, reply.completion_tokens))
+      answer = Answer(reply.text, reply.reasoning, reply.failure, reply.prompt_tokens, reply.completion_tokens)
+      if manner.think and not reply.failure:
+        if whole and reply.reasoning and THINK_END not in reply.text:
+          answer = answer._replace(text=f"{reply.reasoning}{THINK_END}{reply.text}", reasoning="")
+        elif not whole and not reply.reasoning:
+          answer = _apart(answer)
+      heard(number, answer)
 
     endpoint.ask([request(turn) for turn in turns], read)
 

@@ -1,6 +1,9 @@
 """A player by itself: of a run, or a Hugging Face folder. What is evaluated, served, and set on other models."""
 
 import dataclasses
+import hashlib
+import logging
+import os
 import pathlib
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -15,6 +18,9 @@ from advgame_jax.policies import LanguageModel
 from advgame_jax.prompts import Instructions
 from advgame_jax.scoring import Generator
 from advgame_jax.types import Params, UserError
+
+_GLANCE = 2**16  # bytes
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # what tells the folder of a run from that of a model
 
@@ -87,12 +93,29 @@ def is_run(path: str) -> bool:
   return (pathlib.Path(path) / CHECKPOINTS).is_dir()
 
 
+def fingerprint(path: str) -> str:
+  """What tells weights from others at a glance: a run's newest step; a folder's files' names, sizes and ends."""
+  if is_run(path):
+    steps = [int(file.name) for file in (pathlib.Path(path) / CHECKPOINTS).iterdir() if file.name.isdigit()]
+    return f"step {max(steps, default=0)}"
+  digest = hashlib.blake2b(digest_size=6)
+  for file in sorted(pathlib.Path(path).glob("*")):
+    if file.suffix in (".json", ".safetensors", ".jinja"):
+      with file.open("rb") as content:
+        head, size = content.read(_GLANCE), content.seek(0, os.SEEK_END)
+        content.seek(max(0, size - _GLANCE))
+        digest.update(repr((file.name, size)).encode() + head + content.read())
+  return digest.hexdigest()
+
+
 def _fitting(sampling: Sampling, folder: str) -> Sampling:
   """As much of the sampling's lengths as the model has positions for."""
   positions, longest = hf_config.load_config(folder).max_positions, sampling.prompt_buckets[-1]
   if longest + sampling.max_new_tokens <= positions:
     return sampling
   new = min(sampling.max_new_tokens, positions // 2)
+  told = (folder, positions, positions - new, new)
+  log.warning("%s has %d positions: prompts of at most %d tokens and answers of at most %d", *told)
   buckets = tuple(size for size in sampling.prompt_buckets if size <= positions - new) or (positions - new,)
   return dataclasses.replace(sampling, prompt_buckets=buckets, max_new_tokens=new)
 

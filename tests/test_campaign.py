@@ -93,7 +93,7 @@ def test_a_target_or_an_attacker_that_fails(tmp_path):
   (made,) = play(tmp_path / "target", [goal("kept")], people=cast()._replace(target=fail))
   assert (made.outcome, made.error, made.response) == (Outcome.TARGET_ERROR, "time-out", "")
   (made,) = play(tmp_path / "attacker", [goal("kept")], people=cast()._replace(attacker=fail))
-  assert (made.outcome, made.error) == (Outcome.INVALID_ATTACK, "time-out")
+  assert (made.outcome, made.error) == (Outcome.ATTACKER_ERROR, "time-out") and not made.outcome.counted
 
 
 def test_a_verdict_that_cannot_be_read_is_asked_for_again_with_another_key(tmp_path):
@@ -211,12 +211,24 @@ def test_a_torn_line_is_made_good_and_another_line_that_is_none_is_refused(tmp_p
   goals = [goal(name, queries=(name,)) for name in "abc"]
   whole = play(tmp_path, goals)
   path = tmp_path / attempts.ATTEMPTS
-  path.write_bytes(path.read_bytes()[:-20])
-  assert play(tmp_path, goals) == whole
+  lines = path.read_bytes()
+  for cut in (1, 2, 20, len(lines) // 2, len(lines)):
+    path.write_bytes(lines[:-cut])
+    assert play(tmp_path, goals) == whole
   first, *others = path.read_text().splitlines(keepends=True)
   path.write_text("".join([first[:30] + "\n", *others]))
   with pytest.raises(attempts.UserError, match=r"attempts\.jsonl, line 1: .*allowed: the file as it was written"):
     play(tmp_path, goals)
+
+
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
+  def answer(turn):
+    with pytest.raises(attempts.UserError, match="is being written by another process; allowed: one at a time"):
+      play(tmp_path, [goal("b", queries=("b",))])
+    return "yes"
+
+  (made,) = play(tmp_path, [goal("a", queries=("a",))], people=cast(answer))
+  assert made.outcome == Outcome.SUCCESS
 
 
 def test_errors_are_final_unless_they_are_to_be_tried_again(tmp_path):

@@ -258,3 +258,12 @@ def test_a_run_that_cannot_be_read_is_refused(tmp_path, content):
 def test_a_folder_without_attempts_is_refused(tmp_path):
   with pytest.raises(UserError, match=r"holds no attempts\.jsonl"):
     handover.write(tmp_path)
+
+
+def test_harmbench_has_the_benchmarks_own_ids_unless_two_benchmarks_share_one():
+  own = [attempt(seed="a", reference="id_a", query="one"), attempt(seed="a", k=1, reference="id_a", query="two")]
+  assert handover.harmbench(own) == {"id_a": ["one", "two"]}
+  both = [*own, attempt(seed="b", suite="other", reference="id_a", query="three")]
+  assert sorted(handover.harmbench(both).values()) == [["one", "two"], ["three"]] and "id_a" not in handover.harmbench(
+    both
+  )

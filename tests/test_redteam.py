@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 import target_server
 
-from advgame_jax import attempts, casting, findings
+from advgame_jax import attempts, casting, findings, standalone
 from advgame_jax.attempts import Outcome
 from advgame_jax.casting import Limits, Voice
 from advgame_jax.config import Judge
@@ -57,6 +57,11 @@ def log_of(server):
     return json.load(response)
 
 
+def written(folder):
+  """Bytes of what was said and tried so far."""
+  return sum((folder / name).stat().st_size for name in ("journal.jsonl", "attempts.jsonl") if (folder / name).exists())
+
+
 def without_times(path):
   said = json.loads(path.read_text())
   return {name: value for name, value in said.items() if name != "sessions"}
@@ -64,18 +69,23 @@ def without_times(path):
 
 def test_a_campaign_on_a_target_that_misbehaves_killed_ten_times(server, seeds, tmp_path, one_device):
   """Nothing is lost, nothing that was answered is asked again, and all comes to the same as without a kill."""
-  more = ("--n-attacks=4", "--rounds=2", "--batch=8", "--judge=heuristic", "--judge=phrases")
+  more = ("--n-attacks=6", "--rounds=3", "--batch=4", "--judge=heuristic", "--judge=phrases")
   with target_server.serving() as other:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(command(whole, other, seeds, *more), one_device)
     # The two servers answer alike, but by another address.
     same = json.loads((whole / "summary.json").read_text())
-  moments = random.Random(1)
+  moments, folder, alive = random.Random(1), killed, 0
   for _ in range(10):
-    process = subprocess.Popen(command(killed, server, seeds, *more), env=one_device, stderr=subprocess.DEVNULL)
-    time.sleep(moments.uniform(2.3, 4.0))
+    before = written(folder)
+    process = subprocess.Popen(command(folder, server, seeds, *more), env=one_device, stderr=subprocess.DEVNULL)
+    while process.poll() is None and written(folder) == before:
+      time.sleep(0.005)
+    time.sleep(moments.uniform(0, 0.4))
+    alive += process.poll() is None
     process.kill()
     process.wait()
+  assert alive >= 8
   run(command(killed, server, seeds, *more), one_device)
   summary = json.loads((killed / "summary.json").read_text())
   for name in ("target", "attacker"):
@@ -231,6 +241,36 @@ def test_a_judge_that_is_none_is_refused(said, sentence):
     casting.read_judge(said)
 
 
+def test_judges_of_one_name_are_refused():
+  with pytest.raises(UserError, match="the judge 'microworld' is named twice"):
+    casting.judging_of(["microworld", "microworld,failure_rate=1.0"], "")
+
+
+@pytest.mark.parametrize(
+  "voice, sentence",
+  [
+    ({"folder": "x", "system": "be good"}, "system cannot be set of a folder; allowed: of a model on a server"),
+    ({"template": "x", "temperature": 0.0, "max_tokens": 3}, "temperature, max_tokens cannot be set of a template"),
+  ],
+)
+def test_what_a_speaker_would_not_hear_is_refused(voice, sentence):
+  with pytest.raises(UserError, match=sentence):
+    Voice(**voice)
+
+
+def test_another_template_and_other_weights_are_another_campaign(tmp_path, world_folder):
+  path = tmp_path / "t.json"
+  form = {"uri": "http://h/x?key=secret", "req_template": "$INPUT"}
+  path.write_text(json.dumps(form))
+  one = casting.open_voice("target", Voice(template=str(path)), Limits())
+  assert one.name == "http://h/x"  # without what may be secret
+  path.write_text(json.dumps(form | {"req_template": "say $INPUT"}))
+  assert casting.open_voice("target", Voice(template=str(path)), Limits()).hash != one.hash
+  before = standalone.fingerprint(str(world_folder / "defender_base"))
+  assert before == standalone.fingerprint(str(world_folder / "defender_base"))
+  assert before != standalone.fingerprint(str(world_folder / "defender"))
+
+
 def test_who_tells_faithfulness():
   assert casting.judging_of(["phrases"], "").faithfulness == Judge(kind="heuristic")
   assert casting.judging_of(["phrases", "microworld"], "").faithfulness == Judge(kind="microworld")
@@ -243,9 +283,13 @@ def test_benign_prompts_stand_beside_harmful_ones(tmp_path):
   goals, hashes = casting.read_goals([str(path)], attacked=False, limit=4)
   harmful = [goal for goal in goals if goal.category == Category.HARMFUL]
   benign = [goal for goal in goals if goal.category == Category.BENIGN]
-  assert [goal.seed for goal in harmful] == ["do 0", "do 3", "do 6", "do 9"]
+  assert [goal.seed for goal in harmful] == ["do 0", "do 2", "do 5", "do 7"]
   assert 1 < len(benign) <= 4 and set(hashes) == {"advbench", "benign seeds of the project"}
   assert len(casting.read_goals([str(path)], False, 0)[0]) > 14
+  for limit in range(1, 12):
+    part = [g for g in casting.read_goals([str(path)], False, limit)[0] if g.category == Category.HARMFUL]
+    assert len(part) == min(limit, 10)
+  assert {g.category for g in casting.read_goals([], True, 3)[0]} == set(Category)  # the project's own
   assert casting.read_goals([str(path), str(path)], False, 4)[0] == goals  # a prompt that is there twice is tried once
   path.write_text(path.read_text().replace("do 9", "do ten"))
   assert casting.read_goals([str(path)], False, 4)[1]["advbench"] != hashes["advbench"]

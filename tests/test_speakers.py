@@ -11,7 +11,7 @@ import target_server
 
 from advgame_jax import rest, speakers, standalone
 from advgame_jax.config import Sampling, Server
-from advgame_jax.endpoint import Endpoint, Reply
+from advgame_jax.endpoint import Endpoint, Pace, Reply
 from advgame_jax.rest import Template
 from advgame_jax.speakers import Answer, Manner, Turn
 from advgame_jax.types import UserError
@@ -75,7 +75,8 @@ def test_a_template_fills_in_prompt_and_key_and_each_only_where_it_is_named(monk
   sent = rest._fill(made, "hello $KEY $INPUT\ud800", "TARGET_KEY")
   assert sent["url"] == "http://h/sk-1" and sent["headers"] == {"X": "Bearer sk-1"}
   assert sent["json"] == {"a": ["hello $KEY $INPUT?", 1], "b": "xhello $KEY $INPUT?"}  # the prompt is told no key
-  assert rest._fill(made._replace(body="say $INPUT"), "hi", "TARGET_KEY")["content"] == "say hi"
+  text = rest._fill(made._replace(body='{"q": "$INPUT"}'), 'say "hi"\nnow', "TARGET_KEY")["content"]
+  assert json.loads(text) == {"q": 'say "hi"\nnow'}
   monkeypatch.delenv("TARGET_KEY")
   with pytest.raises(UserError, match=r"needs \$KEY, and the environment variable TARGET_KEY is not set"):
     rest._fill(made, "hi", "TARGET_KEY")
@@ -104,7 +105,10 @@ def test_a_template_is_garaks(tmp_path):
     ("{", "cannot be read as JSON"),
     ("[]", "has no uri"),
     ('{"uri": "ftp://h"}', "has no uri that is an http or https address"),
-    ('{"uri": "http://h", "req_template_json_object": {"a": 1}}', r"no place for the prompt; allowed: \$INPUT"),
+    ('{"uri": "http://h", "req_template_json_object": {"a": 1}}', "no place for the prompt in its body or headers"),
+    ('{"uri": "http://h/$INPUT", "req_template": "$INPUT"}', "or one in its uri"),
+    ('{"uri": "http://me:secret@h"}', "without a name or password in it"),
+    ('{"uri": "http://h", "headers": ["a"]}', "has headers or ratelimit_codes that are none"),
     ('{"uri": "http://h", "response_json": true}', "response_json without a response_json_field"),
   ],
 )
@@ -127,6 +131,38 @@ def test_where_the_answer_is():
       find(wrong)
 
 
+def test_a_service_is_paced_over_several_calls_keeps_no_cookies_and_is_not_followed_elsewhere(url):
+  server = server_of(url, requests_per_minute=0)
+  speaker = rest.of_template(template(url), server, Pace(3, window=0.3))
+  for wave in range(3):
+    assert all(answer.text for answer in ask(speaker, [f"way=comply cookie {wave} {number}" for number in range(4)]))
+  with urllib.request.urlopen(url) as response:
+    assert json.load(response)["cookies"] == 0
+  (away,) = ask(speaker, ["way=away"])
+  assert away.failure == "HTTP 302" and not away.text
+
+
+@pytest.mark.parametrize("code, way", [(401, "unknown"), (404, "nowhere")])
+def test_a_service_that_can_never_answer_is_said_at_once(url, code, way):
+  speaker = rest.of_template(template(url), server_of(url))
+  with pytest.raises(UserError, match=f"answers HTTP {code}; allowed: a uri that it has, and a key"):
+    ask(speaker, [f"way={way}"] * 3)
+  ask(speaker, ["way=comply known"])
+  assert ask(speaker, [f"way={way}"])[0].failure == f"HTTP {code}"  # now it is this request's own
+
+
+def test_a_service_that_is_not_there_is_said_at_once():
+  speaker = rest.of_template(template("http://127.0.0.1:9"), server_of("http://127.0.0.1:9"))
+  with pytest.raises(UserError, match=r"the target at http://127\.0\.0\.1:9/ask cannot be reached"):
+    ask(speaker, ["a", "b"])
+
+
+def test_what_cannot_be_sent_is_a_failure_of_its_own(url):
+  speaker = rest.of_template(template(url, headers={"X-Q": "$INPUT"}), server_of(url))
+  bad, good = ask(speaker, ["way=comply caf\u00e9 \U0001f600 \n", "way=comply plain"])
+  assert good.text and (bad.text or bad.failure)
+
+
 def test_limits_are_kept():
   with target_server.serving() as url:
     ask(chat(url, concurrency=3), [f"way=comply {number}" for number in range(12)])
@@ -140,14 +176,17 @@ def test_reasoning_is_kept_apart_from_answers_and_given_to_parsers():
     def ask(self, requests, heard):
       heard(0, Reply("inline</think>answer"))
       heard(1, Reply("answer", "apart"))
+      heard(2, Reply("cut in its reas"))
 
   def say(manner, whole):
-    return ask(speakers.of_endpoint(Said(), manner, whole), ["a", "b"])
+    return ask(speakers.of_endpoint(Said(), manner, whole), ["a", "b", "c"])
 
   thinks = Manner(think=True)
-  assert [(a.text, a.reasoning) for a in say(thinks, False)] == [("answer", "inline"), ("answer", "apart")]
-  assert [a.text for a in say(thinks, True)] == ["inline</think>answer", "apart</think>answer"]
-  assert [a.text for a in say(Manner(), False)] == ["inline</think>answer", "answer"]
+  *said, cut = say(thinks, False)
+  assert [(a.text, a.reasoning) for a in said] == [("answer", "inline"), ("answer", "apart")]
+  assert cut.failure == "no answer after its reasoning" and not cut.text
+  assert [a.text for a in say(thinks, True)] == ["inline</think>answer", "apart</think>answer", "cut in its reas"]
+  assert [a.text for a in say(Manner(), False)] == ["inline</think>answer", "answer", "cut in its reas"]
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +222,7 @@ def test_a_player_of_a_run_or_folder_and_what_is_neither(world_folder, tmp_path)
 
 
 OFFLINE = """
-import socket, sys, urllib.request
+import os, socket, subprocess, sys, urllib.request
 from advgame_jax import offline
 offline.only([sys.argv[1]])
 def tried(what):
@@ -202,12 +241,14 @@ print(tried(lambda: other.connect("/tmp/none")))
 print(tried(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", 53))))
 print(tried(lambda: socket.gethostbyname("example.org")))
 print(tried(lambda: socket.create_server(("127.0.0.1", 0))))
+print(tried(lambda: subprocess.run(["true"])))
+print(tried(lambda: os.system("true")))
 """
 
 
 def test_offline_reaches_who_is_named_and_nobody_else(url):
   done = subprocess.run([sys.executable, "-c", OFFLINE, url], capture_output=True, text=True, check=True)
   first, *others = done.stdout.splitlines()
-  assert first == "reached" and len(others) == 6
+  assert first == "reached" and len(others) == 8
   for said in others:
     assert said.startswith("something tried to reach ") and "--offline" in said
