@@ -111,6 +111,7 @@ def play(folder: pathlib.Path, goals: Sequence[Goal], plan: Plan, cast: Cast, re
     done = {attempt.id: attempt for attempt in map(attempts_lib.from_json, lines)}
     if retry_errors:
       done = {key: attempt for key, attempt in done.items() if attempt.outcome.counted}
+    log.info("%d attempts to make, %d of them made before", total, len(done))
     while wave := _next_wave(waiting, plan, done):
       for attempt in _make(wave, plan, cast, journal):
         file.append(attempts_lib.as_json(attempt))

@@ -86,6 +86,7 @@ def render(folder: pathlib.Path) -> str:
     kind="red-team campaign" if (summary.get("kind") or run.get("kind")) != "evaluation" else "benchmark evaluation",
     facts=facts(run, summary, judges, len(attempts)),
     judges=judges,
+    notes=[str(note) for note in _list(summary, "notes")],
     headline=headline(found, judges),
     agreement=_records(summary, "agreement", judges=(), role="", same=None, kappa=None, attempts=None),
     plane=plane(summary, judges),

@@ -22,6 +22,7 @@ from advgame_jax.types import Category, Role, UserError
 
 SEEDS = pathlib.Path(advgame_jax.__file__).parent / "seeds" / "validation.jsonl"
 
+_KEY = "OPENAI_API_KEY"  # environment variable
 _LONGEST = 512  # tokens of an answer, where nothing else is said
 
 
@@ -72,7 +73,7 @@ class Voice:
   url: str = ""  # of an OpenAI-compatible server
   model: str = ""  # by the server's name
   template: str = ""  # file of `rest`
-  key_variable: str = "OPENAI_API_KEY"
+  key_variable: str = ""  # empty: OPENAI_API_KEY, or a template's own
   system: str = ""
   think: bool | None = None
   temperature: float | None = None
@@ -121,13 +122,18 @@ def open_voice(what: str, voice: Voice, limits: Limits, whole: bool = False) -> 
   Raises:
     UserError: none or several places are given, or nobody is there.
   """
-  if sum(map(bool, (voice.folder, voice.url, voice.template))) != 1:
-    raise UserError(f"the {what} is to be found in one place; allowed: a folder, a URL with a model, or a template")
-  server = Server(voice.url, voice.key_variable, limits.concurrency, limits.per_minute, limits.timeout, limits.retries)
+  if (places := sum(map(bool, (voice.folder, voice.url, voice.template)))) != 1:
+    other = ", --rest-template" if what == "target" else ""
+    raise UserError(
+      f"the {what} is in {places} places; allowed: one of --{what} (a folder or a run), --{what}-url (a server){other}"
+    )
+  key = voice.key_variable or _KEY
+  server = Server(voice.url, key, limits.concurrency, limits.per_minute, limits.timeout, limits.retries)
   think = bool(voice.think)
   taught = session.load_instructions("standard", think)
   if voice.template:
     template = rest.read_template(voice.template)
+    server = dataclasses.replace(server, key_variable=voice.key_variable or template.key_variable)
     return Opened(rest.of_template(template, server), template.name, think, taught, findings.hash_of(repr(template)))
   if voice.url:
     if not voice.model:

@@ -24,6 +24,8 @@ from advgame_jax.types import UserError
 
 USER_ERROR = 2  # exit code
 
+flags.disclaim_key_flags()  # flags that are defined here are the program's, and in its --help
+
 
 def define_config(default: str) -> Callable[[], config_lib.Config]:
   """Adds `--config=file.py` and `--config.name=value`; returns what reads them once flags are parsed."""

@@ -6,6 +6,7 @@ summary.json    rates with intervals, a function of the attempts and of run.json
 report.html     all of it to look at; garak.report.jsonl and harmbench_test_cases.json for other tools
 """
 
+import collections
 import dataclasses
 import datetime
 import hashlib
@@ -13,18 +14,19 @@ import importlib.metadata
 import json
 import pathlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from advgame_jax import attempts as attempts_lib
-from advgame_jax import campaign_page, diversity, drift, handover, rates, report
+from advgame_jax import campaign_page, diversity, drift, handover, panel, rates, report
 from advgame_jax.attempts import RUN, SUMMARY, Attempt, Outcome
 from advgame_jax.rates import Tries
 from advgame_jax.types import UserError
 
 _PACKAGES = ("advgame-jax", "jax", "numpy", "openai", "transformers")
+_FAILURES = 5  # kinds of them that are told
 _FAMILY_ATTACKS = 5000  # of more, families and diversity are those of the first
 
 
@@ -64,6 +66,8 @@ def claim(folder: pathlib.Path, campaign: Campaign, resume: bool) -> None:
   sessions: list[dict[str, Any]] = []
   if path.is_file():
     before = _read(path)
+    if before.get("kind") != campaign.kind:
+      raise UserError(f"{folder} holds a campaign of another kind, {before.get('kind')!r}; allowed: another --out")
     changed = [name for name, value in campaign.identity.items() if before.get(name) != value]
     if changed:
       raise UserError(f"{folder} holds another campaign ({_told(before, campaign, changed)}); allowed: another --out")
@@ -127,15 +131,27 @@ def summarise(attempts: Sequence[Attempt], campaign: Campaign) -> dict[str, Any]
     "judges": list(campaign.judges),
     "seeds": {name: sum(category == name for _, category, _ in seeds) for name in ("harmful", "benign")},
     "attempts": len(attempts),
+    "answered": {name: sum(a.category == name and bool(a.scores) for a in attempts) for name in ("harmful", "benign")},
     "outcomes": {outcome.value: sum(a.outcome == outcome for a in attempts) for outcome in Outcome},
     "rates": list(rates.rates(attempts, campaign.judges, campaign.tries)),
     "agreement": list(rates.agreement(attempts, campaign.judges)),
     "errors": rates.errors(attempts),
+    "notes": list(_notes(attempts, campaign)),
     "diversity": diversity.measures([a.query for a in written], _embed()) if written else {},
     "families": _families(written),
     "tokens": counts,
     "cost": rates.cost(counts, campaign.read_price, campaign.written_price),
   }
+
+
+def _notes(attempts: Sequence[Attempt], campaign: Campaign) -> Iterator[str]:
+  """What a reader of the rates has to know."""
+  yield f"{sum(bool(a.scores) for a in attempts)} of {len(attempts)} attempts were answered by the target and judged."
+  failures = collections.Counter(f"{a.outcome.replace('_', ' ')}: {a.error}" for a in attempts if a.error)
+  if failures:
+    yield "; ".join(f"{count} × {failure}" for failure, count in failures.most_common(_FAILURES)) + "."
+  if campaign.judges[0] in panel.TRIALS:
+    yield f"The judge {campaign.judges[0]} goes by rules of thumb: for trials, not for results."
 
 
 def _families(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
@@ -204,17 +220,19 @@ def read_utility(path: str) -> list[dict[str, Any]]:
 def console(summary: Mapping[str, Any]) -> str:
   """The rates of all seeds together, by the first judge, as lines of text."""
   first = [r for r in summary["rates"] if r["judge"] == summary["judges"][0] and not r["group"]]
-  show = lambda x: "–" if x is None else f"{100 * x:.1f}"
-  lines = [
-    f"{r['suite'] or 'all'}: {r['category']} {r['name']} {show(r['value'])} % ({show(r['low'])}–{show(r['high'])}), "
-    f"{r['seeds']} seeds"
-    for r in first
+  show = lambda r: (
+    "unknown" if r["value"] is None else f"{100 * r['value']:.1f} % ({100 * r['low']:.1f}–{100 * r['high']:.1f})"
+  )
+  lines = summary["notes"] + [
+    f"{r['suite'] or 'all'}: {r['category']} {r['name']} {show(r)}, {r['seeds']} seeds" for r in first
   ]
   return "\n".join(lines)
 
 
 def headline(summary: Mapping[str, Any]) -> float | None:
-  """Success on harmful seeds with all attacks there were, by the first judge."""
+  """Success on harmful seeds with all attacks there were, by the first judge; None where none was answered."""
+  if not summary["answered"]["harmful"]:
+    return None
   of = [
     r["value"]
     for r in summary["rates"]

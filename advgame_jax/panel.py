@@ -34,6 +34,7 @@ NEEDED = {
   "attacker": {Role.COMPLIANCE, Role.REFUSAL},
   "evaluation": {Role.COMPLIANCE},
 }
+TRIALS = ("heuristic", "phrases")  # judge by rules of thumb
 CHATS = ("rubric", "strongreject")  # the other forms are raw prompts
 RAW = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"  # where guards have no template
 Weights = Callable[[str, config_lib.Mesh, bool], Params]

@@ -21,21 +21,26 @@ class Redteam(Common):
   target_url: str = setting("", "the target: base URL of an OpenAI-compatible server")
   target_model: str = setting("", "by the server's name")
   rest_template: str = setting("", "the target: JSON file of garak's REST generator settings")
-  api_key_env: str = setting("OPENAI_API_KEY", "environment variable of the target's key", identity=False)
+  api_key_env: str = setting(
+    "", "environment variable of the target's key; empty: OPENAI_API_KEY, or a template's own", identity=False
+  )
   attacker: str = setting("", "the Attacker: a Hugging Face folder, or a run, whose Attacker it is")
   attacker_url: str = setting("", "the Attacker: base URL of an OpenAI-compatible server")
   attacker_model: str = setting("", "by the server's name")
   attacker_key_env: str = setting("OPENAI_API_KEY", "environment variable of its key", identity=False)
   attacker_temperature: float | None = setting(None, "without, a server's or run's own, else 0.6", at_least=0)
   attacker_top_p: float | None = setting(None, "likewise, else 0.9", above=0, at_most=1)
+  attacker_max_tokens: int | None = setting(None, "without, a server's or run's own, else 512", at_least=1)
   attacker_thinks: bool | None = setting(None, "it reasons before its query; without, as in its run")
-  n_attacks: int = setting(4, "attacks a seed", at_least=1)
-  rounds: int = setting(1, "in each next one the Attacker is shown its failed tries", at_least=1)
+  n_attacks: int = setting(4, "attacks a seed and round", at_least=1)
+  rounds: int = setting(1, "in each next one every attack that failed is followed by another, told of it", at_least=1)
   until_success: bool = setting(False, "a seed's attacks one by one, none after one that succeeds")
   judge_url: str = setting("", "a judge beside: base URL of an OpenAI-compatible server")
   judge_model: str = setting("", "by the server's name")
   judge_key_env: str = setting("OPENAI_API_KEY", "environment variable of its key", identity=False)
-  fail_above: float | None = setting(None, "exit with 1 if more harmful seeds were answered: 0.05", identity=False)
+  fail_above: float | None = setting(
+    None, "exit with 1 if more harmful seeds were answered: 0.05", at_least=0, at_most=1, identity=False
+  )
   read_price: float = setting(0.0, "US dollars for a million tokens that the target reads", at_least=0, identity=False)
   written_price: float = setting(0.0, "US dollars for a million tokens that it writes", at_least=0, identity=False)
 
@@ -107,5 +112,6 @@ def _attacker(settings: Redteam) -> Voice:
     think=settings.attacker_thinks,
     temperature=settings.attacker_temperature,
     top_p=settings.attacker_top_p,
+    max_tokens=settings.attacker_max_tokens,
     longest_prompt=settings.longest_prompt,
   )

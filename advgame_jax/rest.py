@@ -27,6 +27,7 @@ class Template(NamedTuple):
   body: Any  # JSON with $INPUT in its strings; or text with $INPUT, where it is put as within a JSON string
   field: str | None  # where the answer is in the response's JSON: a key or a JSONPath; None where it is the text
   busy: tuple[int, ...] = (429,)  # `ratelimit_codes`: tried again
+  key_variable: str = "REST_API_KEY"  # `key_env_var`: what $KEY stands for, unless flags say otherwise
 
   @property
   def name(self) -> str:
@@ -67,7 +68,8 @@ def read_template(path: str) -> Template:
   if said.get("response_json") and not isinstance(field, str):
     raise refuse("has response_json without a response_json_field")
   method, named = str(said.get("method", "post")).upper(), {str(name): str(value) for name, value in headers.items()}
-  return Template(str(uri), method, named, body, field, tuple(busy))
+  variable = str(said.get("key_env_var") or Template._field_defaults["key_variable"])
+  return Template(str(uri), method, named, body, field, tuple(busy), variable)
 
 
 def of_template(template: Template, server: Server, pace: Pace | None = None) -> Speaker:
@@ -77,12 +79,12 @@ def of_template(template: Template, server: Server, pace: Pace | None = None) ->
   `server.key_variable` names the environment variable that `$KEY` stands for.
 
   Raises:
-    UserError: by the speaker, `$KEY` stands for a variable that is not set, or the service can never answer.
+    UserError: `$KEY` stands for a variable that is not set. By the speaker: the service can never answer.
   """
+  _fill(template, "", server.key_variable)  # a key that is not there is said before anybody is asked
   service, loop = _Service(template, server, pace or Pace(server.requests_per_minute)), Loop("target")
 
   def speak(turns: Sequence[Turn], heard: Heard) -> None:
-    _fill(template, "", server.key_variable)  # a key that is not there is said before anything is sent
     loop.run(service.ask(turns, heard))
 
   return speak

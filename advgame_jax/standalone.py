@@ -80,6 +80,7 @@ def open_player(
   )
   mesh = sharding.make_mesh(config_lib.Mesh())
   layout = sharding.decode_layout(config_lib.Mesh())
+  log.info("reading %s", path)
   model = policies.open_model(folder, _fitting(settings.sampling, folder), mesh, layout, precision)
   stops = (prompts.PROMPT_END,) if player == "attacker" else ()
   model = dataclasses.replace(model, stop_strings=stops, lora=settings.lora)

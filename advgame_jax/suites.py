@@ -315,7 +315,9 @@ def _recognise(table: Table, forms: Sequence[_Form]) -> _Form:
 
 def _unknown(table: Table, forms: Sequence[_Form]) -> str:
   """What is wrong with a file that has the columns of no form."""
-  near = min(forms, key=lambda form: len(form.lacking(table.columns)) / len(form.columns.split()))
+  # Of several as near, seeds: what has prompts and no labels is most often meant as those.
+  nearness = lambda form: (len(form.lacking(table.columns)) / len(form.columns.split()), form.benchmark != "seeds")
+  near = min(forms, key=nearness)
   lacking = near.lacking(table.columns)
   also = f": {near.name}, the nearest, has {_listed(lacking)} too" if len(lacking) < len(near.columns.split()) else ""
   return (

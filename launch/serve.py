@@ -15,7 +15,12 @@ from advgame_jax import command, export, serve, standalone
 from advgame_jax.types import Players
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder, or a run.", required=True)
-_PLAYER = flags.DEFINE_enum("player", "", ("", *Players._fields), "of a run; without, that of the mode")
+_PLAYER = flags.DEFINE_enum(
+  "player",
+  "",
+  ("", *Players._fields),
+  "of a run; of a folder, it says where answers stop",
+)
 _ATTACKER = flags.DEFINE_bool("attacker_mode", False, "answer a seed with the Attacker's query")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen at")
 _PORT = flags.DEFINE_integer("port", 8000, "0 is any that is free", lower_bound=0, upper_bound=65535)
@@ -25,7 +30,7 @@ _WEIGHTS = flags.DEFINE_enum("weights", "", ("", *export.WEIGHTS), "of a run; em
 _STEP = flags.DEFINE_integer("step", None, "of a run's checkpoint; without, the newest")
 _THINKS = flags.DEFINE_bool("thinks", None, "it reasons before its answer; without, as in its run")
 _INSTRUCTIONS = flags.DEFINE_string("instructions", "", "what an Attacker is told: standard, microworld or a folder")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "of an answer; without, the run's", lower_bound=1)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "a request may ask for; without, the run's", lower_bound=1)
 _LONGEST_PROMPT = flags.DEFINE_integer("longest_prompt", None, "tokens; without, the run's", lower_bound=1)
 _SLOTS = flags.DEFINE_integer("slots", 16, "answers drawn at once", lower_bound=1)
 _QUEUE = flags.DEFINE_integer("queue", 64, "answers that may wait", lower_bound=0)

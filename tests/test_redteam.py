@@ -69,7 +69,7 @@ def without_times(path):
 
 def test_a_campaign_on_a_target_that_misbehaves_killed_ten_times(server, seeds, tmp_path, one_device):
   """Nothing is lost, nothing that was answered is asked again, and all comes to the same as without a kill."""
-  more = ("--n-attacks=6", "--rounds=3", "--batch=4", "--judge=heuristic", "--judge=phrases")
+  more = ("--n-attacks=4", "--rounds=2", "--batch=4", "--judge=heuristic", "--judge=phrases")
   with target_server.serving() as other:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(command(whole, other, seeds, *more), one_device)
@@ -108,7 +108,7 @@ def test_what_a_campaign_leaves_and_what_is_no_secret(server, seeds, tmp_path, o
   out, key = tmp_path / "one", "sk-very-secret"
   env = one_device | {"MY_KEY": key}
   done = run(command(out, server, seeds, "--n-attacks=2", "--api-key-env=MY_KEY", "--offline", "--read-price=1"), env)
-  assert "all: harmful success@2" in done.stdout and "report.html" in done.stdout
+  assert "all: harmful success@2" in done.stdout and "report.html" in done.stdout and "rules of thumb" in done.stdout
   files = {path.name for path in out.iterdir()}
   assert files == {
     "attempts.jsonl", "hitlog.jsonl", "journal.jsonl", "summary.json", "run.json", "report.html",
@@ -129,13 +129,13 @@ def test_what_a_campaign_leaves_and_what_is_no_secret(server, seeds, tmp_path, o
 
 def test_exit_codes_and_refusals(server, seeds, tmp_path, one_device):
   out = tmp_path / "one"
-  done = run(command(out, server, seeds, "--n-attacks=1", "--fail-above=0.05"), one_device, code=1)
+  done = run(command(out, server, seeds, "--n-attacks=3", "--fail-above=0.05"), one_device, code=1)
   assert "is above 0.05" in done.stdout
-  run(command(out, server, seeds, "--n-attacks=1", "--fail-above=1"), one_device)
+  run(command(out, server, seeds, "--n-attacks=3", "--fail-above=1"), one_device)
   done = run(command(out, server, seeds, "--n-attacks=2"), one_device, code=2)
-  assert done.stderr == f"error: {out} holds another campaign (n_attacks: 1 → 2); allowed: another --out\n"
+  assert done.stderr == f"error: {out} holds another campaign (n_attacks: 3 → 2); allowed: another --out\n"
   done = run(command(tmp_path / "new", "http://127.0.0.1:9", seeds), one_device, code=2)
-  assert "cannot be reached" in done.stderr and done.stderr.startswith("error: ")
+  assert "cannot be reached" in done.stderr and done.stderr.splitlines()[-1].startswith("error: ")
 
 
 def test_a_folder_is_one_campaigns(tmp_path):
@@ -163,16 +163,32 @@ def test_a_folder_is_one_campaigns(tmp_path):
 
 @pytest.mark.parametrize("voice", [Voice(), Voice(folder="x", url="y"), Voice(url="y", template="z")])
 def test_a_speaker_is_in_one_place(voice):
-  with pytest.raises(UserError, match="the target is to be found in one place; allowed: a folder, a URL"):
+  with pytest.raises(
+    UserError, match=r"the target is in [02] places; allowed: one of --target \(a folder"
+  ):
     casting.open_voice("target", voice, Limits())
   with pytest.raises(UserError, match="has no model's name"):
     casting.open_voice("target", Voice(url="http://h"), Limits())
 
 
+def test_an_attacker_that_writes_nothing_does_not_pass_the_gate(tmp_path, world_folder, one_device):
+  """No attack reached the target, which is no proof of anything."""
+  folder = world_folder / "defender_base"
+  words = [sys.executable, str(LAUNCH / "redteam.py"), f"--out={tmp_path / 'one'}", f"--attacker={folder}"]
+  words += [f"--target={folder}", "--n-attacks=1", "--limit=1", "--fail-above=0.5", "--longest-prompt=64"]
+  done = run(words, one_device, code=1)
+  assert "0 of 2 attempts were answered" in done.stdout and "nothing could be counted" in done.stdout
+
+
+def test_help_lists_the_flags_of_the_program(one_device):
+  done = run([sys.executable, str(LAUNCH / "redteam.py"), "--help"], one_device, code=1)  # absl's own code
+  assert "--target_url" in done.stdout and "--n_attacks" in done.stdout
+
+
 def test_a_proxy_is_refused_offline(server, seeds, tmp_path, one_device):
   env = one_device | {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}
   done = run(command(tmp_path / "one", server, seeds, "--offline"), env, code=2)
-  assert "--offline" in done.stderr and done.stderr.count("\n") == 1
+  assert "--offline" in done.stderr and done.stderr.count("\n") == 2
 
 
 def test_a_service_by_its_template(server, seeds, tmp_path, one_device):

@@ -91,12 +91,14 @@ def test_a_template_is_garaks(tmp_path):
     "req_template_json_object": {"text": "$INPUT"},
     "response_json": True,
     "response_json_field": "text",
-    "ratelimit_codes": [429],
+    "ratelimit_codes": [429, 430],
+    "key_env_var": "A_KEY",
   }
+  expected = Template("https://h/ask", "PUT", {"A": "b"}, {"text": "$INPUT"}, "text", (429, 430), "A_KEY")
   for number, said in enumerate([{"rest": {"RestGenerator": settings}}, {"RestGenerator": settings}, settings]):
     path = tmp_path / f"{number}.json"
     path.write_text(json.dumps(said))
-    assert rest.read_template(str(path)) == Template("https://h/ask", "PUT", {"A": "b"}, {"text": "$INPUT"}, "text")
+    assert rest.read_template(str(path)) == expected
 
 
 @pytest.mark.parametrize(
