@@ -82,14 +82,6 @@ def _voices(settings: Assess, role: str) -> tuple[Voice, Voice | None]:
   if settings.opponent:
     answers = dataclasses.replace(answers, folder=settings.opponent, url="", model="", system="")
   # What is said of answers is of those of a Defender: as an Attacker it draws as it was taught.
-  writes = Voice(
-    folder=settings.model,
-    player=settings.player or "attacker",
-    url=settings.model_url,
-    model=settings.model_name,
-    key_variable=settings.api_key_env,
-    think=settings.thinks,
-    longest_prompt=settings.longest_prompt,
-    batch=settings.batch,
-  )
+  as_taught: dict[str, Any] = {"temperature": None, "top_p": None, "max_tokens": None, "system": ""}
+  writes = dataclasses.replace(model, player=settings.player or "attacker", think=settings.thinks, **as_taught)
   return answers, writes
