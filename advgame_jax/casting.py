@@ -12,10 +12,11 @@ from advgame_jax import campaign as campaign_lib
 from advgame_jax import config as config_lib
 from advgame_jax import findings, offline, panel, rest, session, speakers, standalone, suites
 from advgame_jax.campaign import Cast, Goal, NamedJudge, Plan
-from advgame_jax.config import Judge, Sampling, Server, Settings, setting
+from advgame_jax.config import Judge, Sampling, Server
 from advgame_jax.endpoint import Endpoint
 from advgame_jax.findings import Beside, Campaign
 from advgame_jax.prompts import Instructions
+from advgame_jax.settings import Settings, flatten, from_dict, setting
 from advgame_jax.speakers import Manner, Speaker
 from advgame_jax.standalone import Standalone
 from advgame_jax.types import Category, Role, UserError
@@ -173,7 +174,7 @@ def read_judge(said: str) -> Judge:
     inner: Any = functools.reduce(lambda where, group: where.setdefault(group, {}), groups, values)
     inner[last] = _literal((value if equal else name).strip())
   try:
-    judge: Judge = config_lib.from_config_dict(values, Judge(kind="heuristic"), "judge")
+    judge: Judge = from_dict(values, Judge(kind="heuristic"), "judge")
   except TypeError as error:
     raise UserError(
       f"the judge is {said!r}, which does not fit together ({error}); allowed: such as heuristic"
@@ -289,7 +290,7 @@ def hashes(target: Opened, attacker: Opened | None) -> dict[str, str]:
 
 def identity(settings: Common) -> dict[str, Any]:
   """What makes a campaign another."""
-  return {name: value for name, value, own in config_lib.flatten(settings) if own}
+  return {name: value for name, value, own in flatten(settings) if own}
 
 
 def stay_offline(*voices: Voice, judging: Judging) -> None:

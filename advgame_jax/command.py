@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from advgame_jax import config as config_lib
-from advgame_jax.config import SettingsT
+from advgame_jax.settings import SettingsT, flatten
 from advgame_jax.types import UserError
 
 USER_ERROR = 2  # exit code
@@ -144,7 +144,7 @@ def _flags_refused(arguments: Sequence[str]) -> Iterator[None]:
 
 def _of_a_setting(arguments: Sequence[str], said: str) -> str:
   """What the settings themselves say to the `--config.…` that flags did not take; "" where it was none."""
-  known = {f"config.{name}" for name, _, _ in config_lib.flatten(config_lib.Config())}
+  known = {f"config.{name}" for name, _, _ in flatten(config_lib.Config())}
   given = [argument.lstrip("-").partition("=")[::2] for argument in arguments]
   wrong = re.findall(r"^flag --(config\..*?)=(.*?): ", said) or [
     (name, value) for name, value in given if name not in known

@@ -6,9 +6,9 @@ from typing import Any
 from advgame_jax import casting
 from advgame_jax.campaign import Plan
 from advgame_jax.casting import Common, Voice
-from advgame_jax.config import setting
 from advgame_jax.findings import Campaign
 from advgame_jax.rates import Tries
+from advgame_jax.settings import setting
 from advgame_jax.types import UserError
 
 

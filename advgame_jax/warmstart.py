@@ -18,7 +18,7 @@ import optax
 from advgame_jax import architecture, data, hf, hf_config, policies, prompts, scoring, sharding, tokenizer
 from advgame_jax import config as config_lib
 from advgame_jax import state as state_lib
-from advgame_jax.config import setting
+from advgame_jax.settings import Settings, part, setting
 from advgame_jax.tokenizer import Tokenizer
 from advgame_jax.types import Params, UserError
 
@@ -27,7 +27,7 @@ _FORM = '{"prompt": "…", "completion": "…"}'
 
 
 @dataclasses.dataclass(frozen=True)
-class WarmStart(config_lib.Settings):
+class WarmStart(Settings):
   """A supervised run."""
 
   model: str = setting("", "Hugging Face folder to start from")
@@ -38,9 +38,9 @@ class WarmStart(config_lib.Settings):
   steps: int = setting(300, "optimiser steps", at_least=1)
   batch: int = setting(64, "examples per step", at_least=1)
   row_tokens: int = setting(512, "longest prompt and completion together", at_least=2)
-  optimizer: config_lib.Optimizer = config_lib.part(config_lib.Optimizer, learning_rate=1e-5, weight_decay=0.0)
-  precision: config_lib.Precision = config_lib.part(config_lib.Precision)
-  mesh: config_lib.Mesh = config_lib.part(config_lib.Mesh)
+  optimizer: config_lib.Optimizer = part(config_lib.Optimizer, learning_rate=1e-5, weight_decay=0.0)
+  precision: config_lib.Precision = part(config_lib.Precision)
+  mesh: config_lib.Mesh = part(config_lib.Mesh)
 
   def __post_init__(self) -> None:
     super().__post_init__()

@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 
 from advgame_jax import command
 from advgame_jax import config as config_lib
+from advgame_jax import settings as settings_lib
 from advgame_jax.types import UserError
 
 
@@ -193,15 +194,15 @@ def test_where_compiled_programs_are_kept(run, monkeypatch, environment, folder)
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(config_lib.Settings):
+class Flags(settings_lib.Settings):
   """One setting of each type."""
 
-  some_url: str = config_lib.setting("", "where")
-  count: int = config_lib.setting(3, "how many", at_least=1)
-  share: float | None = config_lib.setting(None, "of all", at_least=0, at_most=1)
-  names: tuple[str, ...] = config_lib.setting(("a",), "who")
-  how: Literal["", "fast", "slow"] = config_lib.setting("", "in a word")
-  loud: bool = config_lib.setting(True, "or not")
+  some_url: str = settings_lib.setting("", "where")
+  count: int = settings_lib.setting(3, "how many", at_least=1)
+  share: float | None = settings_lib.setting(None, "of all", at_least=0, at_most=1)
+  names: tuple[str, ...] = settings_lib.setting(("a",), "who")
+  how: Literal["", "fast", "slow"] = settings_lib.setting("", "in a word")
+  loud: bool = settings_lib.setting(True, "or not")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import ml_collections
 import pytest
 
 from advgame_jax import config as config_lib
+from advgame_jax import settings as settings_lib
 from advgame_jax.config import Config, Data, Game, Judge, Judges, Loss, Mesh, Optimizer, Player, Sampling
 from advgame_jax.types import UserError
 
@@ -28,7 +29,7 @@ def leaves(settings, path=()):
   """(path, field) of every setting that is no group."""
   for field in dataclasses.fields(settings):
     value = getattr(settings, field.name)
-    if isinstance(value, config_lib.Settings):
+    if isinstance(value, settings_lib.Settings):
       yield from leaves(value, (*path, field.name))
     else:
       yield (*path, field.name), field
@@ -190,14 +191,14 @@ def test_differences_name_what_makes_another_run():
 
 
 def test_only_where_a_run_lives_and_how_it_is_written_may_change():
-  free = {name for name, _, identity in config_lib.flatten(Config()) if not identity}
+  free = {name for name, _, identity in settings_lib.flatten(Config()) if not identity}
   roles = ("training", "faithfulness", "defender", "attacker", "evaluation")
   groups = ("mesh.", "checkpoint.", "report.", *(f"judges.{role}.mesh." for role in roles))
   asking = {"url", "key_variable", "concurrency", "requests_per_minute", "timeout_seconds", "retries"}
   alone = {"max_bad_steps", "precision.remat", "precision.offload", "precision.logit_chunk"}
   alone |= {f"judges.{role}.server.{name}" for role in roles for name in asking}
   alone |= {"judges.canaries", *(f"judges.{role}.batch" for role in roles)}
-  assert free == {name for name, _, _ in config_lib.flatten(Config()) if name.startswith(groups)} | alone
+  assert free == {name for name, _, _ in settings_lib.flatten(Config()) if name.startswith(groups)} | alone
 
 
 # The paper.
@@ -206,7 +207,7 @@ def test_only_where_a_run_lives_and_how_it_is_written_may_change():
 def test_defaults_are_the_paper_s():
   """2512.20806: AdvGame-DPO-MD."""
   config = Config()
-  values = {name: value for name, value, _ in config_lib.flatten(config)}
+  values = {name: value for name, value, _ in settings_lib.flatten(config)}
   for name, expected in {
     "optimizer.learning_rate": 1e-6,
     "optimizer.b1": 0.9,

@@ -11,7 +11,7 @@ import advgame_jax
 
 PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
-  "types config",
+  "types settings config",
   "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers paper offline diversity tables",
   "architecture matrices lora blockwise kernels attention experts model scoring sampler slots drawn programs engine "
   "hf_rope hf_config hf_shards hf hf_gguf peft frozen",
@@ -23,7 +23,7 @@ LEVELS = (
 )
 # Within a level, only a module to the right may import one to its left.
 CHAINS = (
-  "types → config",
+  "types → settings → config",
   "refusals → prompts",
   "rounding → optimizers",
   "architecture → experts → model → scoring → sampler → programs → engine",

@@ -7,7 +7,7 @@ import runpy
 import pytest
 
 from advgame_jax import config as config_lib
-from advgame_jax import paper
+from advgame_jax import paper, settings
 from advgame_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -30,7 +30,7 @@ def run(argument):
 
 
 def changed(one, other):
-  one, other = ({name: value for name, value, _ in config_lib.flatten(config)} for config in (one, other))
+  one, other = ({name: value for name, value, _ in settings.flatten(config)} for config in (one, other))
   return {name for name in one if one[name] != other[name]}
 
 
