@@ -163,9 +163,7 @@ def test_a_folder_is_one_campaigns(tmp_path):
 
 @pytest.mark.parametrize("voice", [Voice(), Voice(folder="x", url="y"), Voice(url="y", template="z")])
 def test_a_speaker_is_in_one_place(voice):
-  with pytest.raises(
-    UserError, match=r"the target is in [02] places; allowed: one of --target \(a folder"
-  ):
+  with pytest.raises(UserError, match=r"the target is in [02] places; allowed: one of --target \(a folder"):
     casting.open_voice("target", voice, Limits())
   with pytest.raises(UserError, match="has no model's name"):
     casting.open_voice("target", Voice(url="http://h"), Limits())
@@ -318,3 +316,26 @@ def test_results_that_are_none_are_refused(tmp_path):
   path.write_text('{"results": 3}')
   with pytest.raises(UserError, match="holds no results"):
     findings.read_utility(str(path))
+
+
+def test_a_campaign_over_http_on_players_of_our_own(world_folder, tmp_path, one_device):
+  """Both players are served; the campaign knows them by their addresses alone."""
+  players, servers = {}, []
+  try:
+    for name in ("attacker", "defender"):
+      words = [sys.executable, str(LAUNCH / "serve.py"), f"--model={world_folder / name}_base", f"--player={name}"]
+      words += ["--port=0", "--max_tokens=24", "--longest_prompt=40", "--slots=8"]
+      servers.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=one_device))
+    for name, server in zip(("attacker", "defender"), servers):
+      players[name] = server.stdout.readline().removeprefix("serving ").strip().split(" at ")
+    words = [sys.executable, str(LAUNCH / "redteam.py"), f"--out={tmp_path / 'one'}", "--offline", "--attacker-thinks"]
+    for flag, (model, url) in zip(("attacker", "target"), players.values()):
+      words += [f"--{flag}-url={url}", f"--{flag}-model={model}"]
+    words += [f"--seeds={world_folder / 'validation.jsonl'}", "--n-attacks=2", "--limit=2"]
+    run([*words, "--judge=microworld", "--instructions=microworld", "--attacker-temperature=1"], one_device)
+  finally:
+    for server in servers:
+      server.terminate()
+  made = attempts.read(tmp_path / "one")
+  assert len(made) == 8 and not {a.outcome for a in made} & {Outcome.ATTACKER_ERROR, Outcome.TARGET_ERROR}
+  assert any(a.query and a.attacker_tokens for a in made)
