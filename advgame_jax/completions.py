@@ -31,9 +31,7 @@ class Settings:
   queue: int = 64  # answers that wait for a row; who comes then is told to come again
   most: int = 16  # answers to one request
   timeout: float = 300.0  # seconds for a whole request
-  read_timeout: float = (
-    10.0  # seconds for a request's head, and for its body; idle connections are closed after as many
-  )
+  read_timeout: float = 10.0  # seconds for a request's head, and for its body; an idle connection lasts as long
   body_bytes: int = 2**18
   grace: float = 5.0  # seconds that what is under way has when the server ends
 
