@@ -63,17 +63,12 @@ def assess(settings: Assess) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _voices(settings: Assess, role: str) -> tuple[Voice, Voice | None]:
   """Who answers, and in an Attacker's role who attacks."""
-  model = Voice(
+  model = settings.answering(
     folder=settings.model,
     player=settings.player or "defender",
     url=settings.model_url,
     model=settings.model_name,
     key_variable=settings.api_key_env,
-    system=settings.system,
-    temperature=settings.temperature,
-    top_p=settings.top_p,
-    max_tokens=settings.max_tokens,
-    longest_prompt=settings.longest_prompt,
     batch=settings.batch,
   )
   if role == "defender":

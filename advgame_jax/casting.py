@@ -64,6 +64,17 @@ class Common(Settings):
   def limits(self) -> "Limits":
     return Limits(self.max_concurrency, self.rpm, self.timeout, self.retries)
 
+  def answering(self, **where: Any) -> "Voice":
+    """Who is there, asked for answers as these settings say."""
+    return Voice(
+      **where,
+      system=self.system,
+      temperature=self.temperature,
+      top_p=self.top_p,
+      max_tokens=self.max_tokens,
+      longest_prompt=self.longest_prompt,
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Voice:

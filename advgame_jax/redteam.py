@@ -88,17 +88,12 @@ def redteam(settings: Redteam) -> dict[str, Any]:
 
 
 def _target(settings: Redteam) -> Voice:
-  return Voice(
+  return settings.answering(
     folder=settings.target,
     url=settings.target_url,
     model=settings.target_model,
     template=settings.rest_template,
     key_variable=settings.api_key_env,
-    system=settings.system,
-    temperature=settings.temperature,
-    top_p=settings.top_p,
-    max_tokens=settings.max_tokens,
-    longest_prompt=settings.longest_prompt,
   )
 
 

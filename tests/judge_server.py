@@ -9,10 +9,10 @@ import contextlib
 import http.server
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
+
+import local_server
 
 GAME = ("case", "case_slowly", "case_after_busy", "case_after_broken", "json", "cut")
 
@@ -200,20 +200,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serving():
   """The address of a server in a process of its own."""
-  process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
-  try:
-    yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
-  finally:
-    process.kill()
-    process.wait()
-
-
-class Server(http.server.ThreadingHTTPServer):
-  request_queue_size = 128
-  daemon_threads = True
+  with local_server.serving(__file__) as url:
+    yield f"{url}/v1"
 
 
 if __name__ == "__main__":
-  server = Server(("127.0.0.1", 0), Handler)
-  print(server.server_port, flush=True)
-  server.serve_forever()
+  local_server.serve(Handler)

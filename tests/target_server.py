@@ -6,15 +6,14 @@ treats each query in one of the ways of `WAYS`. Prints its port; GET / is how of
 """
 
 import collections
-import contextlib
 import hashlib
 import http.server
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
+
+import local_server
 
 WAYS = (
   "comply",
@@ -158,26 +157,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.wfile.write(data)
 
 
-@contextlib.contextmanager
 def serving():
   """The address of a server in a process of its own."""
-  process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
-  try:
-    yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-  finally:
-    process.kill()
-    process.wait()
-
-
-class Server(http.server.ThreadingHTTPServer):
-  request_queue_size = 128
-  daemon_threads = True
-
-  def handle_error(self, request, client_address):
-    pass  # a client that was killed
+  return local_server.serving(__file__)
 
 
 if __name__ == "__main__":
-  server = Server(("127.0.0.1", 0), Handler)
-  print(server.server_port, flush=True)
-  server.serve_forever()
+  local_server.serve(Handler)
