@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -38,13 +37,12 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
       )
   elif workdir.is_dir() and any(file != partial for file in workdir.iterdir()):
     raise UserError(f"{workdir} holds files but no {CONFIG} of a run; allowed: an empty or new folder, or a run's own")
-  if jax.process_index() == 0:
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-      raise UserError(f"{workdir} cannot be made: {error.strerror}; allowed: a folder that can be written to") from None
-    partial.write_text(config_lib.to_json(config))
-    partial.replace(path)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    raise UserError(f"{workdir} cannot be made: {error.strerror}; allowed: a folder that can be written to") from None
+  partial.write_text(config_lib.to_json(config))
+  partial.replace(path)
 
 
 def read_config(path: pathlib.Path) -> Config:

@@ -117,14 +117,12 @@ class Game(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Mesh(Settings):
-  """Devices by axis; one axis may be −1 and takes what is left."""
+  """Devices by axis, where they are to differ from what `config.sharding` says: 0 leaves it, −1 takes what is left."""
 
-  data: int = setting(-1, "replicas", at_least=-1, identity=False)
-  fsdp: int = setting(1, "shards of parameters along their width", at_least=-1, identity=False)
-  tensor: int = setting(1, "shards of heads, feed-forward and vocabulary", at_least=-1, identity=False)
-  decode: Literal["replicated", "tensor"] = setting(
-    "replicated", "generate with whole weights on each device, or split over `tensor`", identity=False
-  )
+  data: int = setting(0, "replicas", at_least=-1, identity=False)
+  fsdp: int = setting(0, "shards of parameters along their width", at_least=-1, identity=False)
+  sequence: int = setting(0, "shards of the tokens of a training row", at_least=-1, identity=False)
+  tensor: int = setting(0, "shards of heads, feed-forward and vocabulary", at_least=-1, identity=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +167,6 @@ class Judge(Settings):
   sampling: Sampling = part(Sampling, prompt_buckets=(1024, 4096), max_new_tokens=512)
   batch: int = setting(32, "calls of one device batch", at_least=1, identity=False)
   int8: bool = setting(False, "keep the model's matrices in 8 bits")
-  mesh: Mesh = part(Mesh)  # left as it is, the run's
   server: Server = part(Server)
   shared_noise: float = setting(
     0.0, "microworld: standard deviation of a bias that all texts of one call share", at_least=0
@@ -332,6 +329,9 @@ class Config(Settings):
   judges: Judges = part(Judges)
   loss: Loss = part(Loss)
   data: Data = part(Data)
+  sharding: str = setting(
+    "ddp", "where the roles live: a file of configs/sharding, or the path of another", identity=False
+  )
   mesh: Mesh = part(Mesh)
   precision: Precision = part(Precision)
   checkpoint: Checkpoint = part(Checkpoint)

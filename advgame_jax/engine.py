@@ -61,7 +61,7 @@ class Engine:
   stops_ZV: np.ndarray  # of `sampler.stop_table`
 
   def shapes(self, prompts: int, group: int, prefix: bool) -> Shapes:
-    """For a load of so many prompts of this process with G rows each."""
+    """For a load of so many prompts with G rows each."""
     settings, parts = self.sampling, self._parts
     lanes = max(1, -(-(settings.slots or prompts * group) // (group * parts)))
     longest, budget = settings.prompt_buckets[-1], settings.prefill_tokens
@@ -109,7 +109,7 @@ class Engine:
     """
     if prefixes and len(prefixes) != len(generator.members):
       raise ValueError(f"{len(prefixes)} prefixes for {len(generator.members)} members; allowed: one of each")
-    before = int(sharding.to_host(prefixes[0].length_Q)[0]) if prefixes else 0
+    before = int(jax.device_get(prefixes[0].length_Q.addressable_shards[0].data)[0]) if prefixes else 0
     with jax.set_mesh(self.mesh):
       return Generation(self, self._programs(generator)[0], generator, prompts, group, key, prefixes, before)
 
@@ -138,7 +138,7 @@ class Engine:
 
   @functools.cached_property
   def _parts(self) -> int:
-    return sharding.local_parts(self.mesh, self.layout)
+    return sharding.shards(self.mesh, self.layout.rows)
 
   def _programs(self, generator: Generator) -> tuple[Programs, Programs]:
     """What runs for it, and where the outputs are."""
@@ -337,7 +337,7 @@ class Generation:
       needed = min(needed, _least(self.shapes.own_pools, max(part.own_pages.taken for part in self.parts)))
     self._resize_own(needed)
     self.idle += self._step * sum(len(part.free) for part in self.parts)
-    chunk = sharding.to_host(self._run_chunk())
+    chunk = jax.device_get(self._run_chunk())
     return [piece for number, part in enumerate(self.parts) for piece in collect(part, number * part.slots, chunk)]
 
   def _run_chunk(self) -> Chunk:

@@ -171,8 +171,8 @@ def answer_probabilities(player: LanguageModel, generator: Generator) -> Probabi
   logprob_X = []
   for start in range(0, len(tokens_XT), _ROWS):
     with jax.set_mesh(player.mesh):
-      part = jax.device_put((tokens_XT[start : start + _ROWS], mask_XT[start : start + _ROWS]), rows)
-      logprob_X.append(sharding.to_host(score(generator, *part)))
+      part = sharding.to_global((tokens_XT[start : start + _ROWS], mask_XT[start : start + _ROWS]), rows)
+      logprob_X.append(jax.device_get(score(generator, *part)))
   probability_X = np.exp(np.concatenate(logprob_X)[: len(query_X)].astype(np.float64))
   count = len(microworld.queries())
   table = {kind: np.bincount(query_X, probability_X * (kind_X == kind), minlength=count) for kind in WHOLE_ANSWERS}
@@ -197,7 +197,7 @@ def _answer_score(player: LanguageModel) -> Callable[..., jax.Array]:
     )
     return scored.sum(-1)
 
-  return jax.jit(score)
+  return jax.jit(score, out_shardings=sharding.replicated(player.mesh))
 
 
 @functools.lru_cache(maxsize=2)

@@ -27,17 +27,9 @@ def mix(
   names = ("router", "gate", "up", "down")
   layer = {name: dense(layer[name], x_RTM.dtype) for name in names}
   route = lambda x_RTM, *weights: _route(config, dict(zip(names, weights)), x_RTM, activate)
-  if not layout.rows:
-    return route(x_RTM, *(layer[name] for name in names))
-  rows = layout.spec(("rows",))
-  route = jax.shard_map(
-    route,
-    in_specs=(rows, *(jax.P(),) * len(names)),
-    out_specs=rows,
-    axis_names=set(layout.rows),
-    check_vma=False,
-  )
-  return route(x_RTM, *(layer[name] for name in names))
+  rows = layout.by_hand.spec(("rows",))
+  weights = [layer[name] for name in names]
+  return layout.by_hand.local(route, (rows, *(jax.P(),) * len(names)), rows)(x_RTM, *weights)
 
 
 def _route(config: ModelConfig, layer: Params, x_RTM: jax.Array, activate: Callable[[Any], Any]) -> jax.Array:

@@ -6,7 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import checkpoint, hf, hf_config, lora, peft, session, sharding, tokenizer
+from advgame_jax import checkpoint, hf, hf_config, lora, peft, placement, session, tokenizer
 from advgame_jax import config as config_lib
 from advgame_jax.types import Params, UserError
 from advgame_jax.update import Recipe
@@ -72,13 +72,12 @@ def read_player(workdir: str, player: str, weights: str = "", step: int | None =
   if weights not in ("", *WEIGHTS):
     raise UserError(f"weights is {weights!r}; allowed: {', '.join(WEIGHTS)}")
   config = read_run(workdir)
-  recipes = session.make_recipes(config)
+  recipes = session.make_recipes(config, placement.place("single", config_lib.Mesh(), jax.local_devices()))
   recipe: Recipe = getattr(recipes, player)
   settings = recipe.player
   weights = weights or ("ema" if settings.generator == "ema" and not settings.frozen else "train")
   part = "params" if weights == "train" else weights
-  mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
-  abstract = session.abstract_state(recipes, mesh)
+  abstract = session.abstract_state(recipes)
   wanted = getattr(getattr(abstract.players, player), part)
   if not wanted:
     raise UserError(f"the {player} of {folder} keeps no moving average; allowed: --weights=train")

@@ -86,14 +86,12 @@ def splash(
   T = query_RTNH.shape[1]
   pad = lambda x: jnp.pad(x, ((0, 0), (0, -T % _LANES), *((0, 0),) * (x.ndim - 2)))
   scaled_RTNH = (query_RTNH.astype(jnp.float32) * rule.scale).astype(query_RTNH.dtype)
-  heads_axes, rows_axes = layout.spec(("rows", None, "heads", None)), layout.spec(("rows", None))
+  heads_axes, rows_axes = layout.spec(("rows", None, "heads")), layout.spec(("rows",))
   parts = [pad(x) for x in (scaled_RTNH, key_RTKH, value_RTKH)]
   axes = [heads_axes] * 3
   if segment_RT is not None:
     parts, axes = [*parts, pad(segment_RT)], [*axes, rows_axes]
-  run = lambda *parts: _splash_rows(rule, interpret, *parts)
-  if layout != LOCAL:
-    run = jax.shard_map(run, in_specs=tuple(axes), out_specs=heads_axes, check_vma=False)
+  run = layout.local(lambda *parts: _splash_rows(rule, interpret, *parts), tuple(axes), heads_axes)
   return run(*parts)[:, :T]
 
 

@@ -85,7 +85,8 @@ class Ledger:
     self._settle()
     self._timers.open.append(role)
     try:
-      yield
+      with jax.profiler.TraceAnnotation(role):
+        yield
     finally:
       self._settle()
       self._timers.open.pop()

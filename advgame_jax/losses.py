@@ -71,6 +71,7 @@ def totals(batch: PreferenceBatch) -> Totals:
   return Totals(jnp.maximum(jnp.sum(batch.weight_P), 1), jnp.maximum(tokens, 1))
 
 
+@jax.named_scope("loss")
 def preference_loss(
   settings: Loss,
   batch: PreferenceBatch,

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
-from advgame_jax import architecture, canary, judges, update
+from advgame_jax import architecture, canary, judges, peaks, profile, update
 from advgame_jax.ledger import GENERATE, Ledger, Work
 from advgame_jax.panel import Panel
 from advgame_jax.policies import LanguageModel
@@ -111,14 +112,40 @@ def of_play(tree: RolloutTree, judgments: Judgments, reward: Rewards) -> dict[st
   }
 
 
-def rates(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-  """What the step between two readings of the ledger took, the totals so far, and tokens per second."""
+def peak(run: Session) -> peaks.Peak:
+  """The most that the run's devices could do together; measured once where nobody knows."""
+  return peaks.of_devices(run.devices, run.recipes.defender.dtype)
+
+
+def facts(run: Session) -> profile.Facts:
+  """What a profile has to be told of the run."""
+  read = {role: _weight_bytes(player, recipe) for role, player, recipe in zip(GENERATE, run.players, run.recipes)}
+  return profile.Facts(peak(run), len(run.devices), read)
+
+
+def _weight_bytes(player: LanguageModel, recipe: update.Recipe) -> float:
+  """What a device holds of a player that generates; adapters and scales of eight bits are not counted."""
+  specs = architecture.param_specs(player.model)
+  where = architecture.shardings(specs, player.mesh, player.layout)
+  numbers = jax.tree.map(lambda spec, where: math.prod(where.shard_shape(spec.shape)), specs, where)
+  width = 1 if recipe.adapted and recipe.precision.frozen == "int8" else jax.numpy.dtype(player.dtype).itemsize
+  return float(sum(jax.tree.leaves(numbers)) * width)
+
+
+def rates(before: Mapping[str, float], after: Mapping[str, float], peak: float) -> dict[str, float]:
+  """What the step between two readings of the ledger took, the totals so far, tokens per second, and MFU.
+
+  MFU: FLOPs that the model needs, by the second, of `peak`, the most that all devices could do.
+  """
   spent = lambda name: after[f"cost/{name}"] - before[f"cost/{name}"]
   generate = spent("seconds/attacker_generate") + spent("seconds/defender_generate")
   seconds = {"generate": generate, "judge": spent("seconds/judge"), "update": spent("seconds/update")}
   tokens = {"generate": spent("tokens_generated"), "update": spent("tokens_trained")}
+  drawn = spent("flops/attacker_generate") + spent("flops/defender_generate")
+  flops = {"generate": drawn, "update": spent("flops/update")}
   return {
     **after,
     **{f"seconds/{name}": value for name, value in seconds.items()},
     **{f"tokens_per_second/{name}": value / max(seconds[name], 1e-9) for name, value in tokens.items()},
+    **{f"mfu/{name}": value / max(seconds[name], 1e-9) / peak for name, value in flops.items()},
   }

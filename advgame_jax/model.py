@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from advgame_jax import attention, experts
-from advgame_jax.architecture import ModelConfig, Rope
-from advgame_jax.matrices import Int8, cast, project, quantise
+from advgame_jax.architecture import ModelConfig, ParamSpec, Rope, param_specs
+from advgame_jax.matrices import Adapted, Int8, cast, project, quantise
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
 
@@ -147,7 +147,7 @@ def _block(
   with jax.named_scope("mlp"):
     y_RTM = _norm(config, layer, "mlp_norm", x_RTM)
     x_RTM += _norm(config, layer, "mlp_out_norm", _feed_forward(config, layout, layer, y_RTM))
-  return layout.constrain(x_RTM, "rows", None, None)
+  return layout.constrain(x_RTM, "rows", "tokens", None)
 
 
 def _feed_forward(config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax.Array) -> jax.Array:
@@ -157,11 +157,12 @@ def _feed_forward(config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax
   return _linear(layer, "down", activate(_linear(layer, "gate", x_RTM)) * _linear(layer, "up", x_RTM))
 
 
+@jax.named_scope("embed")
 def embed(config: ModelConfig, params: Params, tokens: jax.Array, layout: Layout = LOCAL) -> jax.Array:
   """[...] → [..., M].
 
   Of a vocabulary that is split over devices each looks up its own words, and they are added up: XLA would make the
-  table whole on every device, and its gradient too.
+  table whole on every device, and its gradient too. Its width is gathered.
   """
   table_VM = params["embed"]
   scale = jnp.asarray(config.embed_scale, table_VM.dtype)
@@ -169,13 +170,14 @@ def embed(config: ModelConfig, params: Params, tokens: jax.Array, layout: Layout
     return table_VM[tokens] * scale
 
   def look_up(part_VM: jax.Array, tokens: jax.Array) -> jax.Array:
+    part_VM = layout.gather_width(part_VM, axis=1)
     first = jax.lax.axis_index(layout.vocab) * len(part_VM)
     here = (tokens >= first) & (tokens < first + len(part_VM))
     found = jnp.where(here[..., None], part_VM[jnp.where(here, tokens - first, 0)], 0)
     return jax.lax.psum(found, layout.vocab)
 
-  rows = layout.spec(("rows",))
-  return jax.shard_map(look_up, in_specs=(layout.spec(("vocab",)), rows), out_specs=rows)(table_VM, tokens) * scale
+  rows = layout.spec(("rows", "tokens"))
+  return layout.local(look_up, (layout.spec(("vocab", "width")), rows), rows)(table_VM, tokens) * scale
 
 
 def forward(
@@ -203,32 +205,71 @@ def forward(
     segment_RT: int32; a token sees only its own segment of a packed row.
   """
   params = cast(params, dtype)
-  x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", None, None)
+  x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", "tokens", None)
+  by_row = "rows" if place_RT is not None or prefix else None  # else all rows turn alike
   place_RT = jnp.arange(tokens_RT.shape[1])[None] if place_RT is None else place_RT
   if prefix:
     place_RT = place_RT + jnp.repeat(prefix.length_Q, len(tokens_RT) // len(prefix.length_Q))[:, None]
   turns = turns_of_ropes(config, place_RT)
   place_RT = jnp.broadcast_to(place_RT, tokens_RT.shape)
+  axes = _axes_of_layer(config, params["layers"])
+  by_hand, inner = layout.by_hand, layout.by_compiler
 
-  def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Cache]:
-    layer, kind, before = inputs
+  def on_device(layer: Params, x_RTM: Any, turn: Turn, kind: Kind, before: Any, length_Q: Any, *of_tokens: Any) -> Any:
+    """One layer of a device's part of the tokens: what is split by width is gathered, and its gradient scattered."""
+    place_RT, segment_RT = of_tokens
     kept: list[jax.Array] = []
 
     def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
       kept.extend((attention.keys_of_cache(key_RTKH), value_RTKH.swapaxes(1, 2)))
-      if prefix is None:
+      if before is None:
         return _attend_rows(config, kernel, layout, kind.which, query_RTNH, key_RTKH, value_RTKH, segment_RT)
-      there_QgTS = (jnp.arange(before.key_RKHS.shape[3]) < prefix.length_Q[:, None])[:, None, None]
+      there_QgTS = (jnp.arange(before.key_RKHS.shape[3]) < length_Q[:, None])[:, None, None]
       shared, rule = attention.Segment(before.key_RKHS, before.value_RKSH, there_QgTS), attention_rules(config)[0]
       return attention.continued(
         query_RTNH, key_RTKH, value_RTKH, shared, place_RT, rule, kind.window, segment_RT=segment_RT
       )
 
-    return _block(config, layout, layer, x_RTM, _turn(turns, kind), attend), Cache(*kept)
+    whole = jax.tree.map(functools.partial(_gather, layout), axes, layer, is_leaf=_is_axes)
+    return _block(config, inner, whole, x_RTM, turn, attend), Cache(*kept)
+
+  by_tokens, by_rows = by_hand.spec(("rows", "tokens")), by_hand.spec(("rows",))
+  of_layer = jax.tree.map(by_hand.spec, axes, is_leaf=_is_axes)
+  given = (of_layer, by_tokens, by_hand.spec((by_row, "tokens")), jax.P(), by_rows, by_rows, by_tokens, by_tokens)
+  cached: Any = (by_hand.spec(("rows", None, None, "tokens")), by_hand.spec(("rows", None, "tokens")))
+  on_devices = by_hand.local(on_device, given, (by_tokens, Cache(*cached)))
+
+  def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Cache]:
+    layer, kind, before = inputs
+    length_Q = prefix and prefix.length_Q
+    return on_devices(layer, x_RTM, _turn(turns, kind), kind, before, length_Q, place_RT, segment_RT)
 
   step = layer_step if remat == "none" else jax.checkpoint(layer_step, policy=_KEPT[remat])
   x_RTM, cache = _over_layers(config, step, x_RTM, params["layers"], prefix and prefix.cache)
   return rms_norm(x_RTM, params["final_norm"], config.norm_epsilon, config.norm_offset), cache
+
+
+def _axes_of_layer(config: ModelConfig, layers: Layers) -> Any:
+  """The logical axes of what one layer has: tuples in the structure of its parameters, whatever their form."""
+
+  def axes(spec: ParamSpec, matrix: Any) -> Any:
+    of_plain: Any = spec.axes[1:]
+    inputs = spec.stacked - 1 + (spec.inputs or 0)
+    before, outputs = of_plain[:inputs], of_plain[inputs:]
+    if isinstance(matrix, Adapted):
+      return Adapted(axes(spec, matrix.weight), (*before, None), (None, *outputs))  # type: ignore[arg-type]
+    return Int8(of_plain, (*(None,) * inputs, *outputs)) if isinstance(matrix, Int8) else of_plain  # type: ignore[arg-type]
+
+  specs, layer = param_specs(config)["layers"], layers[0] if one_by_one(layers) else layers
+  return {name: axes(specs[name], matrix) for name, matrix in layer.items()}
+
+
+def _is_axes(x: Any) -> bool:
+  return type(x) is tuple
+
+
+def _gather(layout: Layout, axes: Sequence[str | None], x: jax.Array) -> jax.Array:
+  return layout.gather_width(x, axes.index("width")) if "width" in axes else x
 
 
 def _over_layers(
@@ -283,10 +324,12 @@ def _attend_rows(
   segment_RT: jax.Array | None,
 ) -> jax.Array:
   """Causal attention in this layer's window; kernels know windows only before they are compiled."""
-  query_key_value = (query_RTNH, key_RTKH, value_RTKH)
-  attend = functools.partial(attention.causal, implementation=kernel, layout=layout, segment_RT=segment_RT)
+  query_key_value = [layout.gather_tokens(x) for x in (query_RTNH, key_RTKH, value_RTKH)]
+  heads = layout.by_compiler
+  attend = functools.partial(attention.causal, implementation=kernel, layout=heads, segment_RT=segment_RT)
   branches = [functools.partial(attend, rule=rule) for rule in attention_rules(config)]
-  return jax.lax.switch(which, branches, *query_key_value) if len(branches) > 1 else branches[0](*query_key_value)
+  read = jax.lax.switch(which, branches, *query_key_value) if len(branches) > 1 else branches[0](*query_key_value)
+  return layout.scatter_tokens(read)
 
 
 def _windows(config: ModelConfig) -> list[int]:
@@ -325,7 +368,7 @@ def decode(
     place_R: int32, the token's.
     pools: of `empty_pool`'s form, and who reads their pages. Each part of the rows has its own pages.
   """
-  x_RTM = layout.constrain(embed(config, params, token_R[:, None], layout), "rows", None, None)
+  x_RTM = layout.constrain(embed(config, params, token_R[:, None], layout), "rows", "tokens", None)
   turns = turns_of_ropes(config, place_R[:, None])
   rule, indices = attention_rules(config)[0], [index for _, index in pools]  # the window is the layer's
   rows, heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
@@ -358,6 +401,7 @@ def no_tokens(config: ModelConfig, stacked: bool, rows: int, dtype: Any) -> Laye
   return empty_pool(config, stacked, rows, 1, dtype)
 
 
+@jax.named_scope("write")
 def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layout: Layout = LOCAL) -> Layers:
   """The pool with each row's new token in its slot of its page; a page there is none of is written nowhere."""
 
@@ -372,9 +416,14 @@ def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layou
   return each_layer(lambda cache, new: put(cache, new, page_R, slot_R), pool, new)
 
 
+def head(params: Params) -> jax.Array:
+  """What gives the logits, [V, M]."""
+  return params["head"] if "head" in params else params["embed"]
+
+
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
   """[..., M] → float32 [..., V]."""
-  head_VM = params.get("head", params["embed"]).astype(hidden.dtype)
+  head_VM = head(params).astype(hidden.dtype)
   with jax.named_scope("head"):
     logits = jnp.einsum("...M,VM->...V", hidden, head_VM, preferred_element_type=jnp.float32)
     return attention.softcap(logits, config.logit_softcap)

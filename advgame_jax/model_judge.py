@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import jax
 import numpy as np
 
-from advgame_jax import architecture
+from advgame_jax import architecture, hosts
 from advgame_jax import config as config_lib
 from advgame_jax.cases import MOST_LABELS, Case, Scores, show
 from advgame_jax.guards import RawCase
@@ -53,7 +53,7 @@ class ModelJudge:
   reuse: bool = True  # keep the cache of the instructions; without, they are read again with every case
 
   def __call__(self, questions: Sequence[Question]) -> list[Verdict]:
-    calls = [self._encode(question) for question in questions]
+    calls = self._encode(questions)
     verdicts = [Verdict(())] * len(calls)
     fitting = [i for i, call in enumerate(calls) if len(call.ids) <= self.player.longest_prompt]
     answer = self._weigh if self.settings.readout == "probability" else self._read
@@ -142,15 +142,21 @@ class ModelJudge:
       self._prefixes[instructions] = self.player.read_prefix(self.params, ids, self._slots)
     return self._prefixes[instructions]
 
-  def _encode(self, question: Question) -> Call:
-    """The question as tokens that fit: while they do not, less is shown of the text that is longest in tokens."""
+  def _encode(self, questions: Sequence[Question]) -> list[Call]:
+    """The questions as tokens."""
+    fitted = hosts.together(lambda mine: list(map(self._fit, mine)), questions)
+    cases = (self.put(question, limits=limits) for question, (_, limits) in zip(questions, fitted))
+    return [Call(getattr(case, "instructions", ""), ids, case) for case, (ids, _) in zip(cases, fitted)]
+
+  def _fit(self, question: Question) -> tuple[list[int], list[int]]:
+    """Its tokens, and how much is shown of each text: while they do not fit, less of the one longest in tokens."""
     texts = (question.query, *question.texts)
     limits = [self.settings.text_characters] * len(texts)
     while True:
       call = self._tokens(self.put(question, limits=limits))
       shown = [show(*each) for each in zip(texts, limits)]
       if len(call.ids) <= self.player.longest_prompt or not any(shown):
-        return call
+        return call.ids, limits
       longest = int(np.argmax([len(self.player.tokenizer.encode_turn("", text)[1]) for text in shown]))
       limits[longest] = min(limits[longest], len(texts[longest])) // 2
 
@@ -178,10 +184,9 @@ class ModelJudge:
     J, read = self.settings.votes, self._to_read(instructions, calls)
     fold_R = np.array([fold_key(key, 0) % 2**32 for key in keys], np.uint32)
     drawn = self._reader.draw(Generator((self.params,)), read, J, jax.random.key(0), fold_R, self._prefix(instructions))
-    decode, scores = self.player.tokenizer.decode, list[Scores]()
+    written, scores = self.player.texts(drawn), list[Scores]()
     for r, call in enumerate(calls):
-      rows = [row for row in range(r * J, r * J + J) if drawn.stopped_R[row]]
-      answers = [decode(drawn.tokens_RT[row, : drawn.length_R[row]].tolist()) for row in rows]
+      answers = [written[row] for row in range(r * J, r * J + J) if drawn.stopped_R[row]]
       votes = [found for answer in answers if (found := call.case.read(answer))]
       scores.append(tuple(np.mean(votes, 0).tolist()) if votes else ())
     return self._verdicts(instructions, scores, read, drawn.length_R.reshape(-1, J).sum(-1).tolist())

@@ -20,7 +20,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from advgame_jax import charts, ledger, report
+from advgame_jax import charts, ledger, profile, report
 from advgame_jax.charts import PLAYERS, Rows
 from advgame_jax.prompts import visible
 from advgame_jax.types import Category, Status, UserError
@@ -29,6 +29,7 @@ PAGE = "report.html"
 CONFIG = "config.json"
 TEXT_LIMIT = 1500  # characters of one text shown
 NODES_SHOWN = 3  # attacks of one step shown
+SCOPES_SHOWN = 25  # of a profile
 
 # name: (label, what it is, whether lower (−1) or higher (+1) is better, 0 for neither)
 METRICS = {
@@ -96,6 +97,7 @@ def render(folder: pathlib.Path) -> str:
     plane=charts.plane(evaluations),
     sections=charts.sections(scalars, evaluations),
     costs=costs(last),
+    profile=profiled(read_config(folder / profile.FOLDER / profile.SUMMARY)),
     evaluations=evaluation_table(evaluations),
     transcript=transcript(folder / report.TRANSCRIPT),
     config=json.dumps(config, indent=2),
@@ -254,6 +256,34 @@ def costs(last: Mapping[str, Any]) -> dict[str, Any] | None:
   found = {name.removeprefix("cost/"): value for name, value in last.items() if name.startswith("cost/")}
   total = dict.fromkeys(TOTALS) | found
   return {"rows": [row for row in rows if any(row[1:])], "total": total} if found else None
+
+
+def profiled(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+  """The tables of a profile's summary, each a list of rows that are lists of values; None if there is none."""
+  tables = {
+    "roles": ("role", "seconds", "busy", "idle", "tokens_per_second", "mfu"),
+    "scopes": ("role", "scope", "seconds", "share"),
+    "decode": ("role", "bytes_per_second", "of_peak"),
+  }
+  steps = summary.get("steps")
+  if not isinstance(steps, list) or len(steps) != 2 or not all(map(is_number, steps)):
+    return None
+  rows = lambda table, names: [[_at(row, name) for name in names] for row in _rows(summary, table)]
+  return {
+    **{table: rows(table, names) for table, names in tables.items()},
+    **{name: summary.get(name) for name in ("seconds", "busy", "idle")},
+    "first": steps[0],
+    "last": steps[1] - 1,
+    "devices": len(_rows(summary, "devices")),
+    "collectives": _at(summary, "collectives", "share"),
+    "exposed": _at(summary, "collectives", "exposed"),
+    "peak": [_at(summary, "peak", name) for name in ("flops", "source")],
+  }
+
+
+def _rows(record: Any, name: str) -> list[Any]:
+  rows = _at(record, name)
+  return rows[:SCOPES_SHOWN] if isinstance(rows, list) else []
 
 
 def evaluation_table(evaluations: Rows) -> dict[str, Any]:

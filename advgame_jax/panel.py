@@ -11,17 +11,19 @@ from advgame_jax import (
   frozen,
   guards,
   heuristic,
+  hosts,
   judges,
   microworld,
   phrases,
+  placement,
   policies,
-  sharding,
 )
 from advgame_jax import config as config_lib
 from advgame_jax import rubrics as rubrics_lib
 from advgame_jax.config import Config
 from advgame_jax.endpoint import Pace
 from advgame_jax.model_judge import ModelJudge, Put
+from advgame_jax.placement import Place
 from advgame_jax.rubrics import Rubrics
 from advgame_jax.server_judge import server_judge
 from advgame_jax.types import Category, Judge, Params, Players, Question, Role, UserError
@@ -37,8 +39,8 @@ NEEDED = {
 TRIALS = ("heuristic", "phrases")  # judge by rules of thumb
 CHATS = ("rubric", "strongreject")  # the other forms are raw prompts
 RAW = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"  # where guards have no template
-Weights = Callable[[str, config_lib.Mesh, bool], Params]
-"""(folder, mesh, int8) → the frozen weights of a local judge, in its decode layout."""
+Weights = Callable[[str, Place, bool], Params]
+"""(folder, place, int8) → the frozen weights of a local judge, in its decode layout."""
 
 
 class Panel(NamedTuple):
@@ -71,7 +73,7 @@ class Panel(NamedTuple):
       model.warm_up()
 
 
-def open_panel(config: Config, weights: Weights, devices: Sequence[Any] | None = None) -> Panel:
+def open_panel(config: Config, weights: Weights, place: Place) -> Panel:
   """Binds every role's judge; weights are read when one is first asked.
 
   Raises:
@@ -86,7 +88,7 @@ def open_panel(config: Config, weights: Weights, devices: Sequence[Any] | None =
         f"judges.{role} is {describe(settings)!r}, which cannot tell {', '.join(sorted(NEEDED[role] - known))}; "
         "allowed: another kind, or a language model with form='rubric'"
       )
-  opener = _Opener(config, rubrics, functools.cache(weights), devices)
+  opener = _Opener(config, rubrics, functools.cache(weights), place)
   evaluation, evaluated = _with_refusal(opener.judge(chosen["evaluation"]), roles_of(chosen["evaluation"]) & SCORED)
   return Panel(
     faithfulness=opener.judge(chosen["faithfulness"]),
@@ -115,14 +117,15 @@ def open_outside(
   """Binds judges that belong to no run; servers among them are asked whether they are there.
 
   Args:
-    config: its mesh, precision, rubrics and seed are read.
+    config: its sharding, precision, rubrics and seed are read.
     weights: of local models; None reads their folders.
 
   Raises:
     UserError: a judge that cannot be used, or that cannot tell what it is asked for.
   """
   load = weights or functools.partial(load_weights, config)
-  opener = _Opener(config, rubrics_lib.load(config.judges.rubrics), functools.cache(load), None)
+  place = placement.place(config.sharding, config.mesh).judge
+  opener = _Opener(config, rubrics_lib.load(config.judges.rubrics), functools.cache(load), place)
   for settings, needed in ((faithfulness, Role.FAITHFULNESS), *((settings, Role.COMPLIANCE) for settings in judges)):
     if needed not in roles_of(settings):
       raise UserError(f"the judge {describe(settings)!r} cannot tell {needed}; allowed: another kind or form")
@@ -133,12 +136,10 @@ def open_outside(
   return outside
 
 
-def load_weights(
-  config: Config, folder: str, mesh: config_lib.Mesh, int8: bool, devices: Sequence[Any] | None = None
-) -> Params:
-  """Of a local judge, a copy of its own in its decode layout; `devices`: None is all there are."""
-  over, dtype = sharding.make_mesh(mesh, devices), policies.compute_dtype(config.precision)
-  return frozen.one_by_one(frozen.load(folder, over, sharding.decode_layout(mesh), dtype, int8))
+def load_weights(config: Config, folder: str, place: Place, int8: bool) -> Params:
+  """Of a local judge, a copy of its own in its decode layout."""
+  dtype = policies.compute_dtype(config.precision)
+  return frozen.one_by_one(frozen.load(folder, place.mesh, place.generate, dtype, int8))
 
 
 def _with_refusal(judge: Judge, roles: frozenset[Role]) -> tuple[Judge, frozenset[Role]]:
@@ -189,8 +190,8 @@ def describe(settings: config_lib.Judge) -> str:
 class _Opener:
   """Judges of the same settings are the same, models of the same folder and layout have the same weights."""
 
-  def __init__(self, config: Config, rubrics: Rubrics, weights: Weights, devices: Sequence[Any] | None):
-    self.config, self.rubrics, self.weights, self.devices = config, rubrics, weights, devices
+  def __init__(self, config: Config, rubrics: Rubrics, weights: Weights, place: Place):
+    self.config, self.rubrics, self.weights, self.place = config, rubrics, weights, place
     self.models: list[ModelJudge] = []
     self.greetings: list[Callable[[], Any]] = []
     self.judge = functools.cache(self._judge)
@@ -200,14 +201,14 @@ class _Opener:
     if settings.kind == "none":
       return judges.nobody
     if settings.kind == "microworld":
-      return microworld.rule_judge(settings, self.config.seed)
+      return hosts.divided(microworld.rule_judge(settings, self.config.seed))
     if settings.kind in ("heuristic", "phrases", "drift"):
       make: dict[str, Callable[[], Judge]] = {
         "heuristic": heuristic.heuristic_judge,
         "phrases": phrases.phrase_judge,
         "drift": drift.drift_judge,
       }
-      return make[settings.kind]()
+      return hosts.divided(make[settings.kind]())
     if settings.form != "rubric":  # published forms read one text, and are greedy
       settings = dataclasses.replace(settings, sampling=dataclasses.replace(settings.sampling, temperature=0.0))
     judge = self._server(settings) if settings.kind == "server" else self._model(settings)
@@ -220,15 +221,14 @@ class _Opener:
     pace = self.pace(settings.server.url, settings.server.requests_per_minute)
     judge = server_judge(settings, lambda question: put(question, limits=limits), pace)  # type: ignore[arg-type, return-value]
     self.greetings.append(functools.partial(judge, _examples(settings)[:1]))
-    return judge
+    return hosts.divided(judge)
 
   def _model(self, settings: config_lib.Judge) -> Judge:
-    where = self.config.mesh if settings.mesh == config_lib.Mesh() else settings.mesh
-    mesh, layout = sharding.make_mesh(where, self.devices), sharding.decode_layout(where)
+    mesh, layout = self.place.mesh, self.place.generate
     template = "" if settings.form in CHATS else RAW
     player = policies.open_model(settings.model, settings.sampling, mesh, layout, self.config.precision, template)
     frozen.shardings(player.model, mesh, layout, settings.int8)  # refuses shapes that do not divide
-    load = lambda: self.weights(settings.model, where, settings.int8)
+    load = lambda: self.weights(settings.model, self.place, settings.int8)
     judge = ModelJudge(player, load, _put(settings, self.rubrics), _examples(settings), settings)
     judge.check(f"judges: {describe(settings)}")
     self.models.append(judge)

@@ -6,7 +6,7 @@ The defaults of `Config` are the paper's; here is what differs from run to run.
 import dataclasses
 from collections.abc import Callable
 
-from advgame_jax.config import Config, Data, Game, Judge, Judges, Lora, Loss, Mesh, Player, Sampling
+from advgame_jax.config import Config, Data, Game, Judge, Judges, Lora, Loss, Player, Sampling
 from advgame_jax.types import UserError
 
 LOSSES = ("dpo", "ipo", "grpo")
@@ -58,15 +58,14 @@ def config(argument: str, attacker: str, defender: str, judge: str, seeds: tuple
   samples = 4 if loss == "grpo" else 2
   shards = 1 if lora else 2  # of the rows, on the 8 cards of a run of all weights
   each = samples if loss == "grpo" else 1  # comparisons of a node: every sample, or the best against the worst
-  mesh = Mesh() if lora else Mesh(data=1, fsdp=-1, tensor=4, decode="tensor")
   made = Config(
     game=Game(attacks=samples, responses=samples),
     attacker=_player(attacker, 1024, SEEDS * each // shards, think=True, lora=lora),
     defender=_player(defender, 512, SEEDS * samples * each // shards, think=False, lora=lora),
     loss=Loss(kind=loss),  # type: ignore[arg-type]
     data=Data(train=seeds[:1], validation=seeds[1:], batch=SEEDS),
-    judges=Judges(training=Judge(kind="model", model=defender if lora else judge, mesh=mesh)),
-    mesh=mesh,
+    judges=Judges(training=Judge(kind="model", model=defender if lora else judge)),
+    sharding="ddp" if lora else "fsdp_tensor",
   )
   return ABLATIONS[ablations[0] if ablations else "md"](made)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from advgame_jax import architecture, hf, hf_config, kernels, lora, matrices, model, sampler, sharding, tokenizer
+from advgame_jax import architecture, hf, hf_config, hosts, kernels, lora, matrices, model, sampler, sharding, tokenizer
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.drawn import Drawn, drawn_by_nobody
@@ -73,6 +73,20 @@ class LanguageModel:
     # The embedding may be longer than the tokenizer; what lies beyond is never a stop.
     return np.pad(table_SV, ((0, 0), (0, self.model.vocab - table_SV.shape[1])))
 
+  def encode(self, prompts: Sequence[str], present_R: np.ndarray) -> list[list[int]]:
+    """User turns as tokens, template included; those that are absent or too long for the largest bucket as none."""
+
+    def encode(places: Sequence[int]) -> list[list[int]]:
+      encoded = [self.tokenizer.encode_chat(prompts[place]) if present_R[place] else [] for place in places]
+      return [ids if len(ids) <= self.longest_prompt else [] for ids in encoded]
+
+    return hosts.together(encode, range(len(prompts)))
+
+  def texts(self, drawn: Drawn) -> list[str]:
+    """What was drawn, row by row."""
+    decode = lambda r: self.tokenizer.decode(drawn.tokens_RT[r, : drawn.length_R[r]].tolist())
+    return hosts.together(lambda rows: list(map(decode, rows)), range(len(drawn.tokens_RT)))
+
   def prompt_length(self, prompt: str) -> int:
     """Tokens of a user turn, template included."""
     return len(self.tokenizer.encode_chat(prompt))
@@ -95,7 +109,7 @@ class LanguageModel:
     fold_Q: np.ndarray | None = None,
     prefix: Prefix | None = None,
   ) -> Drawn:
-    """This process's prompts as tokens, an absent one as none → what was drawn for them, by `Engine.generate`.
+    """Prompts as tokens, an absent one as none → what was drawn for them, by `Engine.generate`.
 
     Args:
       fold_Q: uint32, what each prompt's keys are folded from; None is its number.
@@ -105,7 +119,7 @@ class LanguageModel:
 
   def read_prefix(self, params: Params, ids: Sequence[int], slots: int) -> Prefix:
     """A text that many prompts will continue, read once: whole on every device, or split over the heads' axis."""
-    tokens_QT, length_Q = pad_rows([ids] * sharding.local_parts(self.mesh, self.layout), slots)
+    tokens_QT, length_Q = pad_rows([ids] * sharding.shards(self.mesh, self.layout.rows), slots)
     with jax.set_mesh(self.mesh):
       tokens, length = sharding.to_global((tokens_QT, length_Q), self._rows)
       return Prefix(self._read(params, tokens), length)
@@ -114,13 +128,13 @@ class LanguageModel:
     self, params: Params, tokens_RT: np.ndarray, length_R: np.ndarray, labels_CV: np.ndarray, prefix: Prefix | None
   ) -> np.ndarray:
     """Log-probabilities [R, C], nats, that a prompt is continued by one of each label's tokens. Nothing is drawn."""
-    parts = sharding.local_parts(self.mesh, self.layout)
+    parts = sharding.shards(self.mesh, self.layout.rows)
     tokens, length = sharding.pad_leading((tokens_RT, length_R), parts)
     row_R = np.arange(len(tokens)) % (len(tokens) // parts)  # of its part
     last_R = row_R * tokens.shape[1] + np.maximum(length, 1) - 1  # an absent prompt still has one token
     with jax.set_mesh(self.mesh):
       rows = sharding.to_global((tokens, last_R.astype(np.int32)), self._rows)
-      return sharding.to_host(self._next(params, *rows, labels_CV, prefix))[: len(tokens_RT)]
+      return jax.device_get(self._next(params, *rows, labels_CV, prefix))[: len(tokens_RT)]
 
   @functools.cached_property
   def _rows(self) -> jax.NamedSharding:
@@ -141,7 +155,7 @@ class LanguageModel:
       )
       return sampler.next_token(self.model, params, last_RM, labels_CV)
 
-    return jax.jit(next_token, out_shardings=self._rows)
+    return jax.jit(next_token, out_shardings=sharding.replicated(self.mesh))
 
   @property
   def longest_prompt(self) -> int:
@@ -185,9 +199,7 @@ def _play(
   player: LanguageModel, generator: Generator, prompts: Sequence[str], present_R: np.ndarray, group: int, key: jax.Array
 ) -> Samples:
   """`Policy` of a model. A prompt longer than the largest bucket is not played, as if it were absent."""
-  encoded = [player.tokenizer.encode_chat(p) if here else [] for p, here in zip(prompts, present_R, strict=True)]
-  present_R = present_R & np.array([len(ids) <= player.longest_prompt for ids in encoded])
-  encoded = [ids if here else [] for ids, here in zip(encoded, present_R)]
+  encoded = player.encode(prompts, present_R)
   longest = max(map(len, encoded), default=0)
   bucket = next(size for size in player.sampling.prompt_buckets if size >= longest)
   tokens_RT, length_R = pad_rows(encoded, bucket)
@@ -204,9 +216,7 @@ def _as_samples(
   """Rows of a device batch → prompts × samples, decoded."""
   R, split = len(tokens_RT), lambda x: x.reshape(len(tokens_RT), group, *x.shape[1:])
   tokens_RGT, length_RG, stopped_RG = split(drawn.tokens_RT), split(drawn.length_R), split(drawn.stopped_R)
-  text_RG = np.empty((R, group), object)
-  for r, g in np.ndindex(R, group):
-    text_RG[r, g] = player.tokenizer.decode(tokens_RGT[r, g, : length_RG[r, g]].tolist())
+  text_RG = np.array(player.texts(drawn), object).reshape(R, group)
   status_RG = np.where(stopped_RG, Status.VALID, Status.MAX_LENGTH)
   return Samples(
     text_RG=text_RG,

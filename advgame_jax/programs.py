@@ -27,7 +27,7 @@ class Programs(NamedTuple):
   resize_stack: Callable[..., jax.Array]  # as `sampler.resize`, of all layers
   resize_layer: Callable[..., jax.Array]  # of one
   gather: Callable[..., Rows]  # as `sampler.gather`
-  by_rows: Callable[[np.ndarray], jax.Array]  # what the host has of this process's rows
+  by_rows: Callable[[np.ndarray], jax.Array]  # what the host has of the rows
   whole: Callable[[np.ndarray], jax.Array]  # what every device has
   free: Callable[[jax.Array], None]  # what nobody needs any more
 
@@ -57,20 +57,25 @@ def compiled(
   def blank_pools(pages: int) -> tuple[Layers, ...]:
     return tuple(model.empty_pool(config, each, pages, page, dtype, int8) for each in stacked)
 
+  @jax.named_scope("generate")
   def read(params: Any, tokens_XT: Any, place_XT: Any, segment_XT: Any, last_Q: Any, prefixes: Any) -> Any:
     arrays = (tokens_XT, place_XT, segment_XT, last_Q)
     one = lambda params, prefix: sampler.read(config, params, *arrays, prefix, layout=layout, kernel=attention)
     return tuple(zip(*map(one, params, prefixes)))
 
+  @jax.named_scope("generate")
+  def start(*args: Any) -> Any:
+    return sampler.start(*args, layout=layout)
+
+  @jax.named_scope("generate")
   def advance(params: Any, prefixes: Any, prompts: Any, own: Any, *others: Any) -> Any:
     members = list(map(Member, params, prefixes, prompts, own))
     return sampler.advance(config, members, *others, steps=steps, layout=layout)
 
   resize = functools.partial(sampler.resize, layout=layout)
-  start = functools.partial(sampler.start, layout=layout)
   whole = sharding.replicated(mesh)
   stack, layer = (_by_pages(mesh, layout, each) for each in (True, False))
-  started, advanced = (rows, pools), (rows, pools, rows)
+  started, advanced = (rows, pools), (rows, pools, whole)
   where = Programs(rows, pools, started, started, advanced, stack, layer, rows, rows, whole, None)  # type: ignore[arg-type]
   jitted = Programs(
     blank_rows=jax.jit(blank_rows, static_argnums=0, out_shardings=where.blank_rows),
@@ -82,7 +87,7 @@ def compiled(
     resize_layer=jax.jit(resize, out_shardings=layer),
     gather=jax.jit(functools.partial(sampler.gather, layout=layout), out_shardings=where.gather),
     by_rows=lambda x: sharding.to_global(x, rows),
-    whole=lambda x: jax.device_put(x, whole),
+    whole=lambda x: sharding.to_global(x, whole),
     free=lambda x: x.delete(),
   )
   return jitted, where

@@ -286,6 +286,7 @@ def _pools(member: Member, prompts: Index, R: int) -> list[tuple[Layers, Index]]
   return pools
 
 
+@jax.named_scope("draw")
 def _draw_next(
   config: ModelConfig, members: Sequence[Member], share: jax.Array, rows: Rows, choice: Choice, stops_ZV: jax.Array
 ) -> tuple[Rows, jax.Array, dict[str, jax.Array]]:

@@ -156,32 +156,50 @@ def score_generator(
   """
   forward = functools.partial(model.forward, config, dtype=dtype, layout=layout, remat=remat, kernel=kernel)
   hidden = [forward(params, tokens_RT)[0] for params in generator.members]
-  R, T = tokens_RT.shape
+  heads = [model.head(params).astype(dtype) for params in generator.members]
+  to_next = lambda x_RT: jnp.pad(x_RT[:, 1:], ((0, 0), (0, 1)))  # position t says something of token t + 1
+  by_rows, by_width = layout.by_hand.spec(("rows", "tokens")), layout.by_hand.spec(("vocab", "width"))
+  measured = layout.by_hand.local(
+    functools.partial(_measure, config, measure, chunk, layout), (by_width, by_rows, by_rows, by_rows, None), by_rows
+  )(heads, hidden, to_next(tokens_RT), to_next(mask_RT), generator.share)
+  return jax.tree.map(lambda x_RT: jnp.pad(x_RT[:, :-1], ((0, 0), (1, 0))), measured)
+
+
+def _measure(
+  config: ModelConfig,
+  measure: Measure,
+  chunk: int,
+  layout: Layout,
+  heads: Sequence[jax.Array],
+  hidden: Sequence[jax.Array],
+  token_RT: jax.Array,
+  mask_RT: jax.Array,
+  share: Sequence[Any],
+) -> Any:
+  """A measure of a device's part of the rows, stretch by stretch.
+
+  Heads are gathered once before all stretches, and their gradients scattered once after all: that is why the devices'
+  parts are taken by hand.
+  """
+  whole = [{"head": layout.gather_width(head_VM, axis=1)} for head_VM in heads]
+  generator, (R, T) = Generator(tuple(whole), tuple(share)), token_RT.shape
   stretch = min(max(1, chunk // R), T)
-  # What position t − 1 says of token t: shift by one, and pad to whole stretches.
-  padding = (0, -(T - 1) % stretch)
-  inputs = (
-    [jnp.pad(hidden_RTM[:, :-1], ((0, 0), padding, (0, 0))) for hidden_RTM in hidden],
-    jnp.pad(tokens_RT[:, 1:], ((0, 0), padding)),
-    jnp.pad(mask_RT[:, 1:], ((0, 0), padding)),
-  )
-  stretches = jax.tree.map(lambda x: x.reshape(R, -1, stretch, *x.shape[2:]).swapaxes(0, 1), inputs)
+
+  def in_stretches(x_RT: jax.Array) -> jax.Array:
+    x_RT = jnp.pad(x_RT, ((0, 0), (0, -T % stretch), *((0, 0),) * (x_RT.ndim - 2)))
+    return x_RT.reshape(R, -1, stretch, *x_RT.shape[2:]).swapaxes(0, 1)
 
   def measure_stretch(inputs: tuple[list[jax.Array], jax.Array, jax.Array]) -> Any:
     hidden, token_Rt, mask_Rt = inputs
 
     def compute() -> Any:
-      logits_XV = mixed_logits(config, generator, [hidden_RtM.reshape(R * stretch, -1) for hidden_RtM in hidden])
-      logits_XV = layout.constrain(logits_XV, "rows", "vocab")
-      measured = measure(logits_XV, token_Rt.reshape(-1))
+      logits_XV = mixed_logits(config, generator, [x_RtM.reshape(R * stretch, -1) for x_RtM in hidden])
+      measured = measure(layout.by_compiler.constrain(logits_XV, None, "vocab"), token_Rt.reshape(-1))
       return jax.tree.map(lambda x_X: jnp.where(mask_Rt, x_X.reshape(R, stretch), 0), measured)
 
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
     return jax.lax.cond(jnp.any(mask_Rt), compute, lambda: empty)
 
+  stretches = jax.tree.map(in_stretches, (list(hidden), token_RT, mask_RT))
   measured = jax.lax.map(jax.checkpoint(measure_stretch), stretches)
-
-  def join(x: jax.Array) -> jax.Array:
-    return jnp.pad(x.swapaxes(0, 1).reshape(R, -1)[:, : T - 1], ((0, 0), (1, 0)))
-
-  return jax.tree.map(join, measured)
+  return jax.tree.map(lambda x_SRt: x_SRt.swapaxes(0, 1).reshape(R, -1)[:, :T], measured)

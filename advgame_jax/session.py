@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from advgame_jax import (
   lora,
   microworld,
   peft,
+  placement,
   policies,
   prompts,
   sharding,
@@ -30,6 +31,7 @@ from advgame_jax import state as state_lib
 from advgame_jax.config import Config
 from advgame_jax.data import Seed
 from advgame_jax.panel import Panel, load_weights, open_panel
+from advgame_jax.placement import Place, Roles
 from advgame_jax.policies import LanguageModel
 from advgame_jax.scoring import Generator
 from advgame_jax.state import TrainState
@@ -42,7 +44,7 @@ class Session:
   """What does not change during a run. Weights are not in it."""
 
   config: Config
-  mesh: Mesh
+  places: Roles[Place]
   players: Players[LanguageModel]
   recipes: Players[Recipe]
   rules: game.Rules
@@ -51,39 +53,51 @@ class Session:
 
   def load_weights(self, recipe: Recipe) -> Params:
     """What a player starts to learn from, in the training layout: its folder's weights, or adapters."""
-    settings = recipe.player
+    settings, mesh, layout = recipe.player, recipe.mesh, recipe.layout
     if not recipe.adapted:
-      return hf.load(settings.model, self.mesh, sharding.TRAIN, recipe.precision.master)
+      return hf.load(settings.model, mesh, layout, recipe.precision.master)
     if settings.lora.start:
-      return peft.load(settings.lora.start, recipe.model, settings.lora, self.mesh, sharding.TRAIN)
-    where = architecture.shardings(recipe.specs, self.mesh, sharding.TRAIN)
+      return peft.load(settings.lora.start, recipe.model, settings.lora, mesh, layout)
+    where = architecture.shardings(recipe.specs, mesh, layout)
     return jax.jit(functools.partial(lora.init, recipe.specs), out_shardings=where)(jax.random.key(recipe.seed))
 
-  @functools.cached_property
-  def bases(self) -> Bases:
-    """The frozen weights that adapters are on, in the training layout: one copy a folder."""
-    precision = self.config.precision
-    load = lambda folder, dtype: frozen.load(folder, self.mesh, sharding.TRAIN, dtype, precision.frozen == "int8")
-    return {recipe.player.model: load(recipe.player.model, recipe.dtype) for recipe in self.recipes if recipe.adapted}
+  @property
+  def devices(self) -> tuple[jax.Device, ...]:
+    """Those that a run uses, of all processes."""
+    return tuple(dict.fromkeys(device for place in self.places for device in place.mesh.devices.flat))
 
   @functools.cached_property
-  def _decode_bases(self) -> Bases:
-    """The same in the decode layout; where the layouts are alike, the very same arrays."""
-    int8 = self.config.precision.frozen == "int8"
-    layouts = {recipe.player.model: player for recipe, player in zip(self.recipes, self.players) if recipe.adapted}
-    where = {folder: frozen.shardings(p.model, self.mesh, p.layout, int8) for folder, p in layouts.items()}
-    return {folder: jax.device_put(base, where[folder]) for folder, base in self.bases.items()}
+  def bases(self) -> dict[Mesh, Bases]:
+    """The frozen weights that adapters are on, in the training layout: one copy a mesh and folder."""
+    int8, found = self.config.precision.frozen == "int8", dict[Mesh, Any]()
+    for recipe in self.recipes:
+      there, folder = found.setdefault(recipe.mesh, {}), recipe.player.model
+      if recipe.adapted and folder not in there:
+        there[folder] = frozen.load(folder, recipe.mesh, recipe.layout, recipe.dtype, int8)
+    return found
+
+  @functools.cached_property
+  def _decode_base(self) -> Callable[[str, Place], Params]:
+    """The same in a decode layout; where the layouts are alike, the very same arrays."""
+    int8, models = self.config.precision.frozen == "int8", {r.player.model: r.model for r in self.recipes}
+
+    @functools.cache
+    def lay_out(folder: str, place: Place) -> Params:
+      where = frozen.shardings(models[folder], place.mesh, place.generate, int8)
+      return jax.device_put(self.bases[place.mesh][folder], where)
+
+    return lay_out
 
   @functools.cached_property
   def panel(self) -> Panel:
     """The judges."""
-    return open_panel(self.config, self._judge_weights, list(self.mesh.devices.flat))
+    return open_panel(self.config, self._judge_weights, self.places.judge)
 
-  def _judge_weights(self, folder: str, mesh: config_lib.Mesh, int8: bool) -> Params:
+  def _judge_weights(self, folder: str, place: Place, int8: bool) -> Params:
     """Of a local judge, in its decode layout: the players' base where it is the same, else a copy of its own."""
-    if folder in self.bases and mesh == self.config.mesh and int8 == (self.config.precision.frozen == "int8"):
-      return self._decode_bases[folder]
-    return load_weights(self.config, folder, mesh, int8, list(self.mesh.devices.flat))
+    if folder in self.bases.get(place.mesh, {}) and int8 == (self.config.precision.frozen == "int8"):
+      return self._decode_base(folder, place)
+    return load_weights(self.config, folder, place, int8)
 
   @property
   def versions(self) -> dict[str, str]:
@@ -94,15 +108,15 @@ class Session:
   def _to_play(self, generators: Players[Generator]) -> Players[Generator]:
     """Weights as they are trained → as they generate."""
 
-    def lay_out(recipe: Recipe, player: LanguageModel, w: Params) -> Params:
+    def lay_out(recipe: Recipe, player: LanguageModel, place: Place, w: Params) -> Params:
       if not recipe.adapted:
         return player.decode_weights(w)
-      return lora.attach(self._decode_bases[recipe.player.model], player.decode_adapters(w) if w else {})
+      return lora.attach(self._decode_base(recipe.player.model, place), player.decode_adapters(w) if w else {})
 
-    def all_members(recipe: Recipe, player: LanguageModel, generator: Generator) -> Generator:
-      return generator._replace(members=tuple(lay_out(recipe, player, w) for w in generator.members))
+    def all_members(recipe: Recipe, player: LanguageModel, place: Place, generator: Generator) -> Generator:
+      return generator._replace(members=tuple(lay_out(recipe, player, place, w) for w in generator.members))
 
-    return Players(*map(all_members, self.recipes, self.players, generators))
+    return Players(*map(all_members, self.recipes, self.players, self.places, generators))
 
   def generators(self, state: TrainState) -> Players[Generator]:
     """The weights that play now, in the decode layout: one resharding copy of each member."""
@@ -128,40 +142,60 @@ class Session:
   def init_state(self) -> TrainState:
     """The state before the first step, in the training layout."""
 
-    def init(weights: Players[Params]) -> TrainState:
-      players = Players(
-        *(
-          state_lib.init_player(recipe.player, recipe.precision, recipe.optimizer, w)
-          for recipe, w in zip(self.recipes, weights)
-        )
-      )
-      return TrainState(players=players, step=jax.numpy.int32(0))
+    def init(recipe: Recipe, where: Any) -> state_lib.PlayerState:
+      make = functools.partial(state_lib.init_player, recipe.player, recipe.precision, recipe.optimizer)
+      return jax.jit(make, donate_argnums=0, out_shardings=where)(self.load_weights(recipe))
 
-    weights = Players(*map(self.load_weights, self.recipes))
-    return jax.jit(init, donate_argnums=0, out_shardings=self.state_shardings)(weights)
+    players = Players(*map(init, self.recipes, self.state_shardings.players))
+    return TrainState(players=players, step=sharding.to_global(np.int32(0), self.state_shardings.step))
 
   @functools.cached_property
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of the state, without any array."""
-    return abstract_state(self.recipes, self.mesh)
+    return abstract_state(self.recipes)
 
   @functools.cached_property
   def state_shardings(self) -> Any:
     """A `TrainState` of shardings."""
-    return state_shardings(self.recipes, self.mesh)
+    return state_shardings(self.recipes)
 
   @functools.cached_property
-  def _jitted_update(self) -> Any:
-    update = functools.partial(joint_update, self.recipes)
-    return jax.jit(update, donate_argnums=0, out_shardings=(self.state_shardings, sharding.replicated(self.mesh)))
+  def _jitted_updates(self) -> dict[Mesh, Any]:
+    """`joint_update` of the players on each mesh: of both where they share it."""
+    return {mesh: jit_update(self.recipes, mesh) for mesh in dict.fromkeys(recipe.mesh for recipe in self.recipes)}
 
   def update(self, state: TrainState, batch: Players[PreferenceBatch]) -> tuple[TrainState, Metrics]:
-    """`joint_update`, jitted and sharded. `state` is donated: it must not be read again."""
-    rows = sharding.rows_sharding(self.mesh, sharding.TRAIN)
-    parts = sharding.local_parts(self.mesh, sharding.TRAIN)
-    padded = Players(*(sharding.pad_leading(b, parts * r.player.accumulate) for b, r in zip(batch, self.recipes)))
-    with jax.set_mesh(self.mesh):
-      return self._jitted_update(state, sharding.to_global(padded, rows), self.bases)
+    """`joint_update`, jitted and sharded. `state` is donated: it must not be read again.
+
+    Players on meshes of their own are updated at the same time.
+    """
+    place = lambda batch, recipe: sharding.to_global(
+      sharding.pad_leading(batch, sharding.shards(recipe.mesh, recipe.layout.rows) * recipe.player.accumulate),
+      sharding.rows_sharding(recipe.mesh, recipe.layout),
+    )
+    batch, step = Players(*map(place, batch, self.recipes)), np.int32(state.step)
+    updated = []
+    for mesh, update in self._jitted_updates.items():
+      there = TrainState(players=on_mesh(self.recipes, mesh, state.players), step=step)  # type: ignore[arg-type]
+      with jax.set_mesh(mesh):
+        updated.append(update(there, on_mesh(self.recipes, mesh, batch), self.bases[mesh]))
+    states, metrics = zip(*updated)
+    players = Players(*(next(filter(None, each)) for each in zip(*(state.players for state in states))))
+    return TrainState(players=players, step=states[0].step), {k: v for each in metrics for k, v in each.items()}
+
+
+def on_mesh(recipes: Players[Recipe], mesh: Mesh, each: Players[Any]) -> Players[Any]:
+  """What belongs to the players on a mesh, None in the others' place."""
+  return Players(*(x if recipe.mesh == mesh else None for x, recipe in zip(each, recipes)))
+
+
+def jit_update(recipes: Players[Recipe], mesh: Mesh) -> Any:
+  """`joint_update` of the players on a mesh, with what is donated and where it leaves its results."""
+  shardings = state_shardings(recipes)
+  players = on_mesh(recipes, mesh, shardings.players)
+  where = TrainState(players=players, step=sharding.replicated(mesh))  # type: ignore[arg-type]
+  update = functools.partial(joint_update, recipes)
+  return jax.jit(update, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
 
 
 def open_session(config: Config, devices: Sequence[jax.Device] | None = None) -> Session:
@@ -173,21 +207,19 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
   Raises:
     UserError: seeds, model folders or a mesh that cannot be used.
   """
-  if jax.process_count() > 1:
-    raise UserError(f"{jax.process_count()} processes run this; allowed: one, with all its devices, as of this version")
   config = played(config)
   train_seeds = data.load(config.data.train, "train", config.data.duplicates)
   validation_seeds = data.load(config.data.validation, "validation", config.data.duplicates)
   data.check_disjoint(train_seeds, validation_seeds)
-  mesh = sharding.make_mesh(config.mesh, devices)
-  if config.overlap and mesh.size > 1:
+  places = placement.place(config.sharding, config.mesh, devices)
+  if config.overlap and (used := max(place.mesh.size for place in places)) > 1:
     # Two threads would hand the devices their programs in different orders, and collectives would wait for each other.
-    raise UserError(f"overlap is on and the mesh has {mesh.size} devices; allowed: one device, or overlap=False")
-  players = Players(_language_model(config, mesh, "attacker"), _language_model(config, mesh, "defender"))
-  recipes = make_recipes(config)
+    raise UserError(f"overlap is on and the mesh has {used} devices; allowed: one device, or overlap=False")
+  players = Players(*(_language_model(config, place, name) for name, place in zip(Players._fields, places)))
+  recipes = make_recipes(config, places)
   session = Session(
     config=config,
-    mesh=mesh,
+    places=places,
     players=players,
     recipes=recipes,
     rules=game.Rules(
@@ -210,10 +242,10 @@ def played(config: Config) -> Config:
   return dataclasses.replace(config, attacker=dataclasses.replace(config.attacker, frozen=True))
 
 
-def make_recipes(config: Config) -> Players[Recipe]:
+def make_recipes(config: Config, places: Roles[Place]) -> Players[Recipe]:
   """How both players are updated; their folders are read for the architectures alone."""
 
-  def make(player: config_lib.Player, place: int) -> Recipe:
+  def make(player: config_lib.Player, place: Place, number: int) -> Recipe:
     return Recipe(
       model=hf_config.load_config(player.model),
       player=player,
@@ -221,19 +253,19 @@ def make_recipes(config: Config) -> Players[Recipe]:
       precision=config.precision,
       steps=config.steps,
       dtype=policies.compute_dtype(config.precision),
-      layout=sharding.TRAIN,
-      seed=fold_key(config.seed, place) % 2**31,
+      mesh=place.mesh,
+      layout=place.train,
+      seed=fold_key(config.seed, number) % 2**31,
     )
 
-  return Players(make(config.attacker, 0), make(config.defender, 1))
+  return Players(make(config.attacker, places.attacker, 0), make(config.defender, places.defender, 1))
 
 
-def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
+def _language_model(config: Config, place: Place, name: str) -> LanguageModel:
   settings: config_lib.Player = getattr(config, name)
   if not settings.model:
     raise UserError(f"config.{name}.model is empty; allowed: a Hugging Face folder with weights and tokenizer")
-  layout = sharding.decode_layout(config.mesh)
-  player = policies.open_model(settings.model, settings.sampling, mesh, layout, config.precision)
+  player = policies.open_model(settings.model, settings.sampling, place.mesh, place.generate, config.precision)
   if settings.lora.start:
     peft.check(settings.lora.start, player.model, settings.lora)
   longest = settings.sampling.prompt_buckets[-1] + settings.sampling.max_new_tokens
@@ -242,6 +274,8 @@ def _language_model(config: Config, mesh: Mesh, name: str) -> LanguageModel:
       f"config.{name}.sampling: the longest prompt and completion take {longest} tokens, the model has "
       f"{player.model.max_positions} positions; allowed: prompt_buckets + max_new_tokens up to that"
     )
+  if not settings.frozen:
+    placement.check(place, player.model, [player.row_tokens(n) for n in settings.sampling.prompt_buckets], name)
   stops = (prompts.PROMPT_END,) if name == "attacker" else ()
   return dataclasses.replace(player, stop_strings=stops, lora=settings.lora)
 
@@ -270,21 +304,21 @@ def _check_prompts(session: Session, seeds: list[Seed]) -> None:
     )
 
 
-def abstract_state(recipes: Players[Recipe], mesh: Mesh) -> TrainState:
+def abstract_state(recipes: Players[Recipe]) -> TrainState:
   """Shapes, dtypes and shardings of a state, without any array."""
 
   def init() -> TrainState:
     return TrainState(players=Players(*map(_blank_player, recipes)), step=jax.numpy.int32(0))
 
   describe = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-  return jax.tree.map(describe, jax.eval_shape(init), state_shardings(recipes, mesh))
+  return jax.tree.map(describe, jax.eval_shape(init), state_shardings(recipes))
 
 
-def state_shardings(recipes: Players[Recipe], mesh: Mesh) -> Any:
+def state_shardings(recipes: Players[Recipe]) -> Any:
   """A `TrainState` of shardings."""
   return TrainState(
-    players=Players(*(_player_shardings(recipe, mesh) for recipe in recipes)),
-    step=sharding.replicated(mesh),  # type: ignore[arg-type]
+    players=Players(*map(_player_shardings, recipes)),
+    step=sharding.replicated(recipes.attacker.mesh),  # type: ignore[arg-type]
   )
 
 
@@ -294,10 +328,10 @@ def _blank_player(recipe: Recipe) -> state_lib.PlayerState:
   return state_lib.init_player(recipe.player, recipe.precision, recipe.optimizer, zeros)
 
 
-def _player_shardings(recipe: Recipe, mesh: Mesh) -> Any:
+def _player_shardings(recipe: Recipe) -> Any:
   """Weights, averages and moments are laid out alike; everything else is replicated."""
-  whole = sharding.replicated(mesh)
-  params = architecture.shardings(recipe.specs, mesh, sharding.TRAIN)
+  whole = sharding.replicated(recipe.mesh)
+  params = architecture.shardings(recipe.specs, recipe.mesh, recipe.layout)
   kept = lambda where: where.with_memory_kind("pinned_host") if recipe.precision.offload else where
   abstract = jax.eval_shape(lambda: _blank_player(recipe))
   moments = lambda: optax.tree.map_params(

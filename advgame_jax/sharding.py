@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from advgame_jax import config as config_lib
 from advgame_jax.types import Array, UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 MeshAxes = tuple[str, ...]
 
 
@@ -21,6 +21,7 @@ class Layout:
   """The mesh axes that each logical axis is split over; `()` is replicated."""
 
   rows: MeshAxes = ()
+  tokens: MeshAxes = ()  # of a row
   width: MeshAxes = ()
   heads: MeshAxes = ()
   feed_forward: MeshAxes = ()
@@ -40,43 +41,92 @@ class Layout:
       return x
     return jax.lax.with_sharding_constraint(x, self.spec(axes))
 
+  @property
+  def by_hand(self) -> "Layout":
+    """Of rows and what they are computed with, where a function is written for one device's part; see `by_compiler`."""
+    return dataclasses.replace(self, heads=(), feed_forward=(), vocab=())
+
+  @property
+  def by_compiler(self) -> "Layout":
+    """The rest, inside such a function."""
+    return dataclasses.replace(self, rows=(), tokens=(), width=())
+
+  def gather_width(self, x: jax.Array, axis: int) -> jax.Array:
+    """Inside a function of one device's part: the whole of what is split by width. Its gradient is scattered again."""
+    return jax.lax.all_gather(x, self.width, axis=axis, tiled=True) if _parts(self.width) > 1 else x
+
+  def gather_tokens(self, x_RTNH: jax.Array) -> jax.Array:
+    """Likewise: whole rows of a part of the heads, from a part of the rows' tokens (Ulysses, 2309.14509)."""
+    if _parts(self.tokens) == 1:
+      return x_RTNH
+    return jax.lax.all_to_all(x_RTNH, self.tokens, split_axis=2, concat_axis=1, tiled=True)
+
+  def scatter_tokens(self, x_RTNH: jax.Array) -> jax.Array:
+    """The way back."""
+    if _parts(self.tokens) == 1:
+      return x_RTNH
+    return jax.lax.all_to_all(x_RTNH, self.tokens, split_axis=1, concat_axis=2, tiled=True)
+
   def local(self, f: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
-    """`f` of each device's part, given by the partitions of inputs and outputs; they may be prefixes of their trees."""
-    return f if self == LOCAL else jax.shard_map(f, in_specs=inputs, out_specs=outputs, check_vma=False)
+    """`f` of each device's part, given by the partitions of inputs and outputs; they may be prefixes of their trees.
+
+    Mesh axes that this layout does not use are left to the compiler.
+    """
+    if self == LOCAL:
+      return f
+    axes = {name for names in dataclasses.astuple(self) for name in names}
+    return jax.shard_map(f, in_specs=inputs, out_specs=outputs, axis_names=axes, check_vma=False)
 
 
 LOCAL = Layout()
-TRAIN = Layout(rows=("data", "fsdp"), width=("fsdp",), heads=("tensor",), feed_forward=("tensor",), vocab=("tensor",))
+# Every parameter is split along its width over as many devices as have one row's tokens or other rows, and along what
+# `tensor` takes; so are gradients, moments and averages.
+TRAIN = Layout(
+  rows=("data", "fsdp"),
+  tokens=("sequence",),
+  width=("fsdp", "sequence"),
+  heads=("tensor",),
+  feed_forward=("tensor",),
+  vocab=("tensor",),
+)
 # A decode step reads every weight once: gathering them layer by layer for each token would drown it.
-DECODE_REPLICATED = Layout(rows=AXES)
-DECODE_TENSOR = dataclasses.replace(TRAIN, width=())
+GENERATE_REPLICATED = Layout(rows=AXES)
+GENERATE_TENSOR = dataclasses.replace(TRAIN, rows=("data", "fsdp", "sequence"), tokens=(), width=())
 
 
-def decode_layout(settings: config_lib.Mesh) -> Layout:
-  """The layout a player generates in."""
-  return {"replicated": DECODE_REPLICATED, "tensor": DECODE_TENSOR}[settings.decode]
+def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
+  """The mesh of `AXES` over these devices; where they are of several slices, `data` runs over the slices first.
 
-
-def make_mesh(settings: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh `data × fsdp × tensor` over all devices.
+  Args:
+    sizes: of each axis; one may be −1 and takes what is left.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
-  devices = list(jax.devices() if devices is None else devices)
-  sizes = [settings.data, settings.fsdp, settings.tensor]
-  given = math.prod(size for size in sizes if size > 0)
-  if sizes.count(-1) == 1 and len(devices) % given == 0:
-    sizes[sizes.index(-1)] = len(devices) // given
-  if math.prod(sizes) != len(devices) or min(sizes) < 1:
+  filled = list(sizes)
+  given = math.prod(size for size in filled if size > 0)
+  if filled.count(-1) == 1 and len(devices) % given == 0:
+    filled[filled.index(-1)] = len(devices) // given
+  if math.prod(filled) != len(devices) or min(filled) < 1:
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
     raise UserError(
-      f"mesh data={settings.data}, fsdp={settings.fsdp}, tensor={settings.tensor} does not fit {len(devices)} devices; "
-      f"allowed: sizes whose product is {len(devices)}, one of them may be -1"
+      f"mesh {named} does not fit {len(devices)} devices; allowed: sizes whose product is {len(devices)}, one of them "
+      "may be -1"
     )
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices > 1 and filled[0] % slices == 0:
+    within, across = [filled[0] // slices, *filled[1:]], [slices, 1, 1, 1]
+    placed = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return jax.make_mesh(tuple(filled), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def shards(mesh: Mesh, axes: MeshAxes) -> int:
+def _parts(axes: MeshAxes) -> int:
+  """Under `jax.set_mesh`."""
+  return shards(jax.sharding.get_abstract_mesh(), axes) if axes else 1
+
+
+def shards(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
   """How many parts an axis laid over these mesh axes is split into."""
   return math.prod(mesh.shape[name] for name in axes)
 
@@ -109,32 +159,18 @@ def rows_sharding(mesh: Mesh, layout: Layout) -> NamedSharding:
   return NamedSharding(mesh, layout.spec(("rows",)))
 
 
-def local_parts(mesh: Mesh, layout: Layout) -> int:
-  """How many parts this process's rows are split into; their number must be a multiple of it."""
-  return max(1, shards(mesh, layout.rows) // jax.process_count())
-
-
 def pad_leading(tree: Any, multiple: int) -> Any:
   """Zeros at the end of every array's leading axis, up to a multiple."""
   return jax.tree.map(lambda x: np.pad(x, ((0, -len(x) % multiple), *((0, 0),) * (x.ndim - 1))), tree)
 
 
 def to_global(tree: Any, sharding: NamedSharding) -> Any:
-  """Each process's own rows → global arrays."""
+  """Arrays that every process has whole → global arrays, of which each process puts its devices' parts in place."""
 
   def place(x: Array) -> jax.Array:
-    return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
   return jax.tree.map(place, tree)
-
-
-def to_host(tree: Any) -> Any:
-  """Global arrays → this process's own rows, as numpy."""
-
-  def fetch(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-      return np.asarray(x)
-    parts = {shard.index[0].start or 0: np.asarray(shard.data) for shard in x.addressable_shards}
-    return np.concatenate([parts[start] for start in sorted(parts)])
-
-  return jax.tree.map(fetch, tree)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from advgame_jax import config as config_lib
-from advgame_jax import export, frozen, hf_config, lora, policies, prompts, session, sharding
+from advgame_jax import export, frozen, hf_config, lora, placement, policies, prompts, session, sharding
 from advgame_jax.config import Precision, Sampling
 from advgame_jax.policies import LanguageModel
 from advgame_jax.prompts import Instructions
@@ -78,10 +78,9 @@ def open_player(
     think=settings.think if think is None else think,
     sampling=dataclasses.replace(sampling or settings.sampling, **changes),
   )
-  mesh = sharding.make_mesh(config_lib.Mesh())
-  layout = sharding.decode_layout(config_lib.Mesh())
+  place = placement.place("ddp", config_lib.Mesh()).attacker
   log.info("reading %s", path)
-  model = policies.open_model(folder, _fitting(settings.sampling, folder), mesh, layout, precision)
+  model = policies.open_model(folder, _fitting(settings.sampling, folder), place.mesh, place.generate, precision)
   stops = (prompts.PROMPT_END,) if player == "attacker" else ()
   model = dataclasses.replace(model, stop_strings=stops, lora=settings.lora)
   params = _to_play(model, settings, learnt)

@@ -17,7 +17,21 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from advgame_jax import canary, checkpoint, data, evaluate, game, judges, metrics, page, preferences, rewards, session
+from advgame_jax import (
+  canary,
+  checkpoint,
+  data,
+  evaluate,
+  game,
+  hosts,
+  judges,
+  metrics,
+  page,
+  preferences,
+  profile,
+  rewards,
+  session,
+)
 from advgame_jax.config import Config
 from advgame_jax.ledger import Ledger
 from advgame_jax.panel import Panel
@@ -41,7 +55,11 @@ log = logging.getLogger(__name__)
 
 
 def train(
-  config: Config, workdir: str, allow_changes: bool = False, devices: Sequence[jax.Device] | None = None
+  config: Config,
+  workdir: str,
+  allow_changes: bool = False,
+  devices: Sequence[jax.Device] | None = None,
+  profiled: profile.Window | None = None,
 ) -> None:
   """Plays and learns until `config.steps`, from the last checkpoint in `workdir` if there is one.
 
@@ -51,23 +69,28 @@ def train(
   Args:
     allow_changes: continue a run of other settings.
     devices: what the run is laid out over; None is all there are.
+    profiled: the steps to profile, see `profile`.
 
   Raises:
     UserError: what a user can mend, before anything in `workdir` is written over.
   """
   folder = pathlib.Path(workdir)
   run = session.open_session(config, devices)
-  checkpoint.claim(folder, config, allow_changes)
+  hosts.first_alone(lambda: checkpoint.claim(folder, config, allow_changes))
   checkpoints = checkpoint.Checkpoints(folder, config)
-  ledger = Ledger(run.mesh.size)
+  facts = metrics.facts(run)
+  ledger = Ledger(len(run.devices))
   restored = checkpoints.restore(run.abstract_state)
   state = restored[0] if restored else run.init_state()
   if restored:
     ledger.load(restored[1])
     log.info("resuming at step %d of %d", int(state.step), config.steps)
   stop = _stop_on_sigterm()
-  with Reporter(folder, config.report, config.steps, int(state.step), write=jax.process_index() == 0) as reporter:
-    state, objective, finished = _loop(run, state, ledger, reporter, checkpoints, stop)
+  with (
+    Reporter(folder, config.report, config.steps, int(state.step), write=jax.process_index() == 0) as reporter,
+    profile.Profiler(folder, profiled, ledger, facts) as profiler,
+  ):
+    state, objective, finished = _loop(run, state, ledger, reporter, checkpoints, stop, profiler)
   checkpoints.save(state, ledger.state_dict(), objective)
   checkpoints.close()
   if not finished:
@@ -83,6 +106,7 @@ def _loop(
   reporter: Reporter,
   checkpoints: checkpoint.Checkpoints,
   stop: threading.Event,
+  profiler: profile.Profiler,
 ) -> tuple[TrainState, float | None, bool]:
   """From `state.step` to the last step, or to the one in which `stop` is set.
 
@@ -96,8 +120,9 @@ def _loop(
   objective, ahead = None, None
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
     for step in range(int(state.step), config.steps + 1):
-      if stop.is_set():
+      if hosts.anywhere(stop.is_set()):
         return state, objective, False
+      profiler.at(step)
       if step % config.evaluation.every == 0 or step == config.steps:
         with ledger.timed("evaluate"):
           values = dict(evaluator(state))
@@ -159,7 +184,7 @@ def learn(
   told = (played.asked + asked).scalars()
   scalars = metrics.of_play(tree, judgments, reward) | told | canaries(run, tree, panel, step)
   scalars |= {name: float(value) for name, value in learnt.items()}
-  reporter.write(step, scalars | metrics.rates(before, ledger.scalars()))
+  reporter.write(step, scalars | metrics.rates(before, ledger.scalars(), metrics.peak(run).flops))
   _check_gradients(config, step, scalars)
   return state
 

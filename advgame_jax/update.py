@@ -31,6 +31,7 @@ class Recipe:
   precision: config_lib.Precision
   steps: int
   dtype: Any = jnp.float32
+  mesh: Any = None  # a `Mesh`; None: the device that arrays are on
   layout: Layout = LOCAL
   seed: int = 0  # of fresh adapters and of stochastic rounding
 
@@ -58,11 +59,13 @@ class Recipe:
     return lora.attach(bases[self.player.model], lora.scale(params, self.player.lora))
 
 
+@jax.named_scope("update")
 def joint_update(
   recipes: Players[Recipe], state: TrainState, batch: Players[PreferenceBatch], bases: Bases
 ) -> tuple[TrainState, Metrics]:
   """One step of both players from the same tree; `step` advances by one.
 
+  A player that is None, with its batch, is updated elsewhere.
   A player whose batch has no comparison with a weight, or whose gradients are not finite, stays as it is: weights,
   moments, schedule and moving average. So does a frozen one. Pure: programs apply `jit`, donation and shardings.
 
@@ -70,7 +73,10 @@ def joint_update(
     The new state, and scalars by '{player}/{name}'.
   """
   keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(recipe.seed), 1), state.step) for recipe in recipes]
-  updated = Players(*(_update_player(*player, bases) for player in zip(recipes, keys, state.players, batch)))
+  updated: list[tuple[Any, Metrics]] = [
+    (None, {}) if player is None else _update_player(recipe, key, player, part, bases)
+    for recipe, key, player, part in zip(recipes, keys, state.players, batch)
+  ]
   metrics = {
     f"{name}/{key}": value for name, (_, scalars) in zip(Players._fields, updated) for key, value in scalars.items()
   }
@@ -93,12 +99,13 @@ def _update_player(
   steps, optimizer = recipe.steps, recipe.player.optimizer
   rate = state_lib.learning_rate(optimizer, steps, state)
 
-  changes, optimizer_state = recipe.optimizer.update(gradient, state.optimizer, state.params)
-  weights_key, average_key = jax.random.split(key)
-  params = optimizers.apply_updates(state.params, changes, weights_key)
-  ema = optimizers.average(params, state.ema, recipe.player.ema_decay, average_key) if state.ema else {}
-  new = dataclasses.replace(state, params=params, ema=ema, optimizer=optimizer_state)
-  new = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, state)
+  with jax.named_scope("optimizer"):
+    changes, optimizer_state = recipe.optimizer.update(gradient, state.optimizer, state.params)
+    weights_key, average_key = jax.random.split(key)
+    params = optimizers.apply_updates(state.params, changes, weights_key)
+    ema = optimizers.average(params, state.ema, recipe.player.ema_decay, average_key) if state.ema else {}
+    new = dataclasses.replace(state, params=params, ema=ema, optimizer=optimizer_state)
+    new = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, state)
   bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
   new = dataclasses.replace(new, bad_steps=jnp.where(comparisons > 0, bad_steps, state.bad_steps))
   if recipe.precision.offload:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from advgame_jax import architecture, data, hf, hf_config, policies, prompts, scoring, sharding, tokenizer
+from advgame_jax import architecture, data, hf, hf_config, placement, policies, prompts, scoring, sharding, tokenizer
 from advgame_jax import config as config_lib
 from advgame_jax import state as state_lib
 from advgame_jax.settings import Settings, part, setting
@@ -40,6 +40,7 @@ class WarmStart(Settings):
   row_tokens: int = setting(512, "longest prompt and completion together", at_least=2)
   optimizer: config_lib.Optimizer = part(config_lib.Optimizer, learning_rate=1e-5, weight_decay=0.0)
   precision: config_lib.Precision = part(config_lib.Precision)
+  sharding: str = setting("ddp", "as config.sharding; the Attacker's place")
   mesh: config_lib.Mesh = part(config_lib.Mesh)
 
   def __post_init__(self) -> None:
@@ -62,14 +63,14 @@ def warm_start(settings: WarmStart) -> float:
   words, config = tokenizer.load(settings.model), hf_config.load_config(settings.model)
   hf.check(settings.model, words)
   tokens_XT, mask_XT = _load_examples(settings, words)
-  mesh = sharding.make_mesh(settings.mesh)
-  params = hf.load(settings.model, mesh, sharding.TRAIN)
+  mesh, layout, _ = placement.place(settings.sharding, settings.mesh).attacker
+  params = hf.load(settings.model, mesh, layout)
   optimizer = state_lib.make_optimizer(settings.optimizer, settings.steps, architecture.param_specs(config))
   opt_state = jax.jit(optimizer.init)(params)
-  step = jax.jit(functools.partial(_step, config, optimizer, settings.precision), donate_argnums=(0, 1))
-  rows = sharding.rows_sharding(mesh, sharding.TRAIN)
+  step = jax.jit(functools.partial(_step, config, optimizer, settings.precision, layout), donate_argnums=(0, 1))
+  rows = sharding.rows_sharding(mesh, layout)
   order = grain.MapDataset.source(np.arange(len(tokens_XT))).seed(settings.seed).shuffle().repeat()
-  batch = -(-settings.batch // (parts := sharding.shards(mesh, sharding.TRAIN.rows))) * parts
+  batch = -(-settings.batch // (parts := sharding.shards(mesh, layout.rows))) * parts
   losses: list[Any] = []
   start = time.perf_counter()
   for number in range(settings.steps):
@@ -90,6 +91,7 @@ def _step(
   config: Any,
   optimizer: optax.GradientTransformation,
   precision: config_lib.Precision,
+  layout: sharding.Layout,
   params: Params,
   opt_state: optax.OptState,
   tokens_RT: jax.Array,
@@ -103,7 +105,7 @@ def _step(
       mask_RT,
       chunk=precision.logit_chunk,
       dtype=policies.compute_dtype(precision),
-      layout=sharding.TRAIN,
+      layout=layout,
       remat=precision.remat,
       kernel=precision.attention,
     )

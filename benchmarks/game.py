@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from advgame_jax import config, engine, hf, model, preferences, session, sharding, state, tokenizer
+from advgame_jax import config, engine, hf, model, placement, preferences, session, sharding, state, tokenizer
 from advgame_jax.scoring import Generator
 from advgame_jax.types import Players, PreferenceBatch, Samples, Status
 from advgame_jax.update import joint_update
@@ -50,9 +50,10 @@ class Game:
     self.loss, precision = config.Loss(kind="dpo", beta=BETA), config.Precision(remat="none", logit_chunk=CHUNK)
     settings = config.Config(attacker=player, defender=player, loss=self.loss, precision=precision)
     local = functools.partial(dataclasses.replace, layout=sharding.LOCAL)
-    self.recipes = Players(*map(local, session.make_recipes(settings)))
+    places = placement.place("single", settings.mesh)
+    self.recipes = Players(*map(local, session.make_recipes(settings, places)))
     self.prompts, architecture = prompts, self.recipes.defender.model
-    weights, mesh = hf.load(MODEL.value), sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    weights, mesh = hf.load(MODEL.value), places.defender.mesh
     make = lambda recipe: state.init_player(recipe.player, recipe.precision, recipe.optimizer, weights)
     self.state = state.TrainState(Players(*map(make, self.recipes)), jnp.int32(0))
     never = np.zeros((2, architecture.vocab), np.int16)

@@ -34,7 +34,7 @@ def main() -> None:
   seeds = data.load((str(SEEDS),), "validation")[: _ROWS.value]
   encoded = [words.encode_chat(seed.text) for seed in seeds]
   tokens_RT, length_R = policies.pad_rows(encoded, max(map(len, encoded)))
-  mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+  mesh = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])
 
   @jax.jit
   def logprobs(params: Params) -> jax.Array:

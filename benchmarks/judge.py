@@ -18,7 +18,7 @@ from absl import app, flags
 
 import advgame_jax
 from advgame_jax import config as config_lib
-from advgame_jax import data, frozen, judges, panel, policies, sharding
+from advgame_jax import data, frozen, judges, panel, placement, policies
 from advgame_jax.judges import Node
 from advgame_jax.model_judge import ModelJudge
 from advgame_jax.types import Category, Question, Role, Verdict, fold_key
@@ -56,9 +56,9 @@ def open_judge(readout: str, reuse: bool) -> ModelJudge:
   sampling = config_lib.Sampling(temperature=0.0, prompt_buckets=(256,), max_new_tokens=TOKENS.value)
   settings = config_lib.Judge(kind="model", model=MODEL.value, readout=readout, batch=8, sampling=sampling)
   config = config_lib.Config(judges=config_lib.Judges(training=settings, evaluation=config_lib.Judge(kind="heuristic")))
-  layout, mesh = sharding.decode_layout(config.mesh), sharding.make_mesh(config.mesh)
-  load = lambda folder, _, int8: frozen.load(folder, mesh, layout, policies.compute_dtype(config.precision), int8)
-  judge = panel.open_panel(config, load).defender
+  place, dtype = placement.place(config.sharding, config.mesh).judge, policies.compute_dtype(config.precision)
+  load = lambda folder, place, int8: frozen.load(folder, place.mesh, place.generate, dtype, int8)
+  judge = panel.open_panel(config, load, place).defender
   return judge if reuse else dataclasses.replace(judge, reuse=False)
 
 

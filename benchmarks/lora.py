@@ -78,7 +78,7 @@ def measure(config: Config) -> Measured:
   seconds: list[float] = []
   losses: list[float] = []
   held = {
-    "base": gib(run.bases),
+    "base": gib(list(run.bases.values())),
     "learnt": gib([player.params for player in state.players]),
     "average": gib([player.ema for player in state.players]),
     "reference": gib([player.initial for player in state.players]),

@@ -25,7 +25,7 @@ from absl import app, flags
 
 from advgame_jax import architecture, hf, ledger, model, sharding
 from advgame_jax.architecture import ModelConfig
-from advgame_jax.config import Mesh, Sampling
+from advgame_jax.config import Sampling
 from advgame_jax.engine import Engine, Load
 from advgame_jax.scoring import Generator
 
@@ -62,7 +62,7 @@ def ours(job: dict[str, Any], config: ModelConfig, generator: Generator) -> tupl
     max_new_tokens=max(job["limits"]),
     slots=job["slots"],
   )
-  mesh, never = sharding.make_mesh(Mesh(), jax.devices()[:1]), np.zeros((2, config.vocab), np.int16)
+  mesh, never = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1]), np.zeros((2, config.vocab), np.int16)
   engine = Engine(config, sampling, mesh, sharding.LOCAL, np.dtype("float32"), "auto", never)
   fold_Q, limit_Q = np.arange(len(job["prompts"]), dtype=np.uint32), np.array(job["limits"])
   compilations, start = ledger.process_compilations(), time.perf_counter()

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from advgame_jax import architecture, config, hf, scoring, session, sharding, state
+from advgame_jax import architecture, config, hf, placement, scoring, session, sharding, state
 from advgame_jax.types import Players, PreferenceBatch
 from advgame_jax.update import joint_update
 
@@ -60,7 +60,7 @@ def ours(job: dict[str, Any]) -> tuple[list[float], list[float]]:
   loss, precision = config.Loss(kind="dpo", beta=BETA), config.Precision(remat="none", logit_chunk=CHUNK)
   settings = config.Config(attacker=frozen, defender=player, loss=loss, precision=precision)
   local = functools.partial(dataclasses.replace, layout=sharding.LOCAL)
-  recipes = Players(*map(local, session.make_recipes(settings)))
+  recipes = Players(*map(local, session.make_recipes(settings, placement.place("single", settings.mesh))))
   weights = hf.load(MODEL.value)
   make = lambda recipe: state.init_player(recipe.player, recipe.precision, recipe.optimizer, weights)
   now = state.TrainState(Players(*map(make, recipes)), jnp.int32(0))

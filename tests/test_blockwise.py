@@ -11,7 +11,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 
-from advgame_jax import attention, blockwise, config, kernels, sharding
+from advgame_jax import attention, blockwise, kernels, sharding
 from advgame_jax.attention import Rule
 from advgame_jax.types import UserError
 
@@ -173,7 +173,7 @@ def test_the_block_that_suits_a_length_changes_nothing(tokens):
 
 
 def test_eight_devices_give_what_one_gives_and_gather_nothing():
-  mesh = sharding.make_mesh(config.Mesh(data=4, tensor=2))
+  mesh = tiny.mesh(data=4, tensor=2)
   parts, rule = draw(10, rows=4), RULES["plain"]
   spec = sharding.TRAIN.spec(("rows", None, "heads", None))
   run = jax.grad(lambda *parts: jnp.sum(blockwise.causal(*parts, rule, block=16) ** 2), (0, 1, 2))
@@ -186,7 +186,7 @@ def test_eight_devices_give_what_one_gives_and_gather_nothing():
 
 
 def test_splash_on_eight_devices_gives_what_one_gives():
-  mesh = sharding.make_mesh(config.Mesh(data=4, tensor=2))
+  mesh = tiny.mesh(data=4, tensor=2)
   parts = draw(11, rows=4)
   with jax.set_mesh(mesh):
     found = jax.jit(functools.partial(SPLASH, rule=RULES["plain"], layout=sharding.TRAIN))(*parts)

@@ -88,7 +88,7 @@ def test_every_bound_holds_at_its_edge(path, field):
      "mean temperature? allowed here: cache, decode_chunk, max_new_tokens, min_p, page, prefill_tokens, "
      "prompt_buckets, slots, temperature, top_k, top_p"),
     ({"xyzzy": 1}, "there is no setting config.xyzzy: allowed here: attacker, checkpoint, data, defender, evaluation, "
-     "game, judges, loss, max_bad_steps, mesh, overlap, precision, report, seed, steps"),
+     "game, judges, loss, max_bad_steps, mesh, overlap, precision, report, seed, sharding, steps"),
     ({"loss": {"kind": "ppo"}}, "config.loss.kind is 'ppo'; allowed: one of 'dpo', 'ipo', 'grpo'"),
     ({"steps": True}, "config.steps is True; allowed: a whole number"),
     ({"steps": 1.5}, "config.steps is 1.5; allowed: a whole number"),
@@ -99,7 +99,7 @@ def test_every_bound_holds_at_its_edge(path, field):
     ({"attacker": {"think": 1}}, "config.attacker.think is 1; allowed: True or False"),
     ({"attacker": {"sampling": {"prompt_buckets": (8, 0)}}},
      "config.attacker.sampling.prompt_buckets is (8, 0); allowed: at least 1"),
-    ({"mesh": 8}, "config.mesh is 8; allowed: the settings data, fsdp, tensor, decode"),
+    ({"mesh": 8}, "config.mesh is 8; allowed: the settings data, fsdp, sequence, tensor"),
   ],
 )  # fmt: skip
 def test_what_is_said(values, said):
@@ -107,7 +107,7 @@ def test_what_is_said(values, said):
 
 
 def test_a_group_is_refused_in_python_too():
-  with pytest.raises(UserError, match=r"^mesh is 8; allowed: the settings data, fsdp, tensor, decode$"):
+  with pytest.raises(UserError, match=r"^mesh is 8; allowed: the settings data, fsdp, sequence, tensor$"):
     Config(mesh=8)
 
 
@@ -193,11 +193,11 @@ def test_differences_name_what_makes_another_run():
 def test_only_where_a_run_lives_and_how_it_is_written_may_change():
   free = {name for name, _, identity in settings_lib.flatten(Config()) if not identity}
   roles = ("training", "faithfulness", "defender", "attacker", "evaluation")
-  groups = ("mesh.", "checkpoint.", "report.", *(f"judges.{role}.mesh." for role in roles))
+  groups = ("mesh.", "checkpoint.", "report.")
   asking = {"url", "key_variable", "concurrency", "requests_per_minute", "timeout_seconds", "retries"}
   alone = {"max_bad_steps", "precision.remat", "precision.offload", "precision.logit_chunk"}
   alone |= {f"judges.{role}.server.{name}" for role in roles for name in asking}
-  alone |= {"judges.canaries", *(f"judges.{role}.batch" for role in roles)}
+  alone |= {"sharding", "judges.canaries", *(f"judges.{role}.batch" for role in roles)}
   assert free == {name for name, _, _ in settings_lib.flatten(Config()) if name.startswith(groups)} | alone
 
 

@@ -31,8 +31,7 @@ PROMPTS = [RNG.integers(1, CONFIG.vocab, length).tolist() for length in LENGTH_Q
 
 @functools.cache
 def engine(mesh=(1, 1, 1), decode="replicated", stops="few", **changes):
-  settings = config_lib.Mesh(*mesh, decode=decode)
-  over, layout = sharding.make_mesh(settings, jax.devices()[: int(np.prod(mesh))]), sharding.decode_layout(settings)
+  over, layout = tiny.mesh(*mesh), tiny.GENERATE[decode]
   table = {"few": STOPS, "never": NEVER}[stops]
   return Engine(CONFIG, dataclasses.replace(SAMPLING, **changes), over, layout, np.dtype("float32"), "auto", table)
 

@@ -11,6 +11,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 
 from advgame_jax import architecture, hf, hf_config, model, sharding
@@ -55,7 +56,7 @@ def test_greedy_tokens_drawn_with_a_cache_are_transformers(name):
   longest, lengths = expected["tokens"].shape[1], expected["length"]
   sampling = config_lib.Sampling(temperature=0.0, top_p=1.0, prompt_buckets=(longest,), max_new_tokens=8, page=4)
   never, dtype = np.zeros((2, config.vocab), np.int16), np.dtype("float32")
-  who = Engine(config, sampling, sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1]), LOCAL, dtype, "auto", never)
+  who = Engine(config, sampling, tiny.mesh(), LOCAL, dtype, "auto", never)
   prompts = [tokens_T[:length].tolist() for tokens_T, length in zip(expected["tokens"], lengths)]
   fold_Q = np.arange(len(prompts), dtype=np.uint32)
   drawn = who.generate(Load(Generator((model.unstack(params),)), prompts, fold_Q, 1, jax.random.key(0)))
@@ -100,8 +101,7 @@ def test_a_mesh_computes_the_same(name):
   """Rows, width and, where the heads allow it, tensor shards."""
   config, _, expected = loaded(name)
   divides = config.kv_heads % 2 == 0
-  settings = config_lib.Mesh(data=2, fsdp=2, tensor=2) if divides else config_lib.Mesh(data=4, fsdp=2)
-  mesh = sharding.make_mesh(settings)
+  mesh = tiny.mesh(data=2, fsdp=2, tensor=2) if divides else tiny.mesh(data=4, fsdp=2)
   sharded = hf.load(GOLDEN / name, mesh, sharding.TRAIN)
   rows = sharding.rows_sharding(mesh, sharding.TRAIN)
   tokens_RT = sharding.to_global(sharding.pad_leading(expected["tokens"], 8), rows)

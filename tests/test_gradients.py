@@ -9,6 +9,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 
 from advgame_jax import architecture, hf, sharding, update
@@ -78,8 +79,8 @@ def test_gradients_are_torch_s(name, remat):
 
 def test_gradients_on_a_mesh_are_torch_s():
   """Rows, width, heads, feed-forward and a tied vocabulary split; comparisons without a weight fill the rows."""
-  name, mesh = "gemma2", sharding.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
-  batch = sharding.pad_leading(stored(name)[0], sharding.local_parts(mesh, sharding.TRAIN))
+  name, mesh = "gemma2", tiny.mesh(data=2, fsdp=2, tensor=2)
+  batch = sharding.pad_leading(stored(name)[0], sharding.shards(mesh, sharding.TRAIN.rows))
   batch = sharding.to_global(batch, sharding.rows_sharding(mesh, sharding.TRAIN))
   params = hf.load(GOLDEN / name, mesh, sharding.TRAIN)
   with jax.set_mesh(mesh):

@@ -17,7 +17,6 @@ import safetensors.numpy
 import tiny
 
 from advgame_jax import architecture, hf, hf_config, sharding, worldfiles
-from advgame_jax import config as config_lib
 from advgame_jax.architecture import Rope
 from advgame_jax.types import UserError
 
@@ -71,10 +70,10 @@ def test_an_index_names_every_tensor_and_the_whole_size(max_shard_bytes, tmp_pat
       assert shard.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("layout", [sharding.TRAIN, sharding.DECODE_TENSOR, sharding.DECODE_REPLICATED])
+@pytest.mark.parametrize("layout", [sharding.TRAIN, sharding.GENERATE_TENSOR, sharding.GENERATE_REPLICATED])
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (8, 1, 1)])
 def test_each_device_reads_its_slice(layout, shape):
-  mesh = sharding.make_mesh(config_lib.Mesh(*shape))
+  mesh = tiny.mesh(*shape)
   folder = GOLDEN / "llama_tied"
   sharded = hf.load(folder, mesh, layout)
   assert_same(sharded, hf.load(folder))
@@ -83,7 +82,7 @@ def test_each_device_reads_its_slice(layout, shape):
 
 
 def test_a_sharded_model_is_written_as_a_local_one(tmp_path):
-  mesh = sharding.make_mesh(config_lib.Mesh(2, 2, 2))
+  mesh = tiny.mesh(2, 2, 2)
   config = hf.load_config(GOLDEN / "llama_tied")
   hf.save(tmp_path / "out", config, hf.load(GOLDEN / "llama_tied", mesh, sharding.TRAIN))
   assert_same(tensors(tmp_path / "out"), tensors(GOLDEN / "llama_tied"))
@@ -326,7 +325,7 @@ def test_bfloat16_makes_no_detour_through_float32():
 
 
 def test_a_mesh_that_does_not_divide_is_refused():
-  mesh = sharding.make_mesh(config_lib.Mesh(1, 1, 8))
+  mesh = tiny.mesh(1, 1, 8)
   with pytest.raises(UserError, match=r"k_proj.*axis 'heads' of size 2 does not divide"):
     hf.load(GOLDEN / "llama_tied", mesh, sharding.TRAIN)
 

@@ -38,7 +38,7 @@ IMPORT = """
 import sys
 import jax
 from advgame_jax import config, hf, sharding
-mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=jax.device_count()))
+mesh = sharding.make_mesh((1, -1, 1, 1), jax.devices())
 jax.numpy.zeros(8).block_until_ready()
 print("ready", flush=True)
 input()

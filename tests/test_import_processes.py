@@ -16,7 +16,7 @@ import numpy as np
 
 folder, port, process, axis = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
-from advgame_jax import config, hf, sharding
+from advgame_jax import hf, sharding
 
 read, original = [], hf._read
 def counted(spec, name, shards, *bounds):
@@ -25,7 +25,8 @@ def counted(spec, name, shards, *bounds):
   return part
 hf._read = counted
 
-mesh = sharding.make_mesh(config.Mesh(data=1, **{axis: 2}))
+sizes = {"fsdp": (1, 2, 1, 1), "tensor": (1, 1, 1, 2)}[axis]
+mesh = sharding.make_mesh(sizes, jax.devices())
 params = jax.block_until_ready(hf.load(folder, mesh, sharding.TRAIN))
 mine, whole = sum(read), 0
 for array, expected in zip(jax.tree.leaves(params), jax.tree.leaves(hf.load(folder)), strict=True):

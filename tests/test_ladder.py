@@ -12,12 +12,13 @@ import advgame_jax
 PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types settings config",
-  "sharding tokenizer refusals prompts rewards preferences losses rounding optimizers paper offline diversity tables",
+  "sharding hosts cluster supervise tokenizer refusals prompts rewards preferences losses rounding optimizers "
+  "paper offline diversity tables chips collectives targets roofline",
   "architecture matrices lora blockwise kernels attention experts model scoring sampler slots drawn programs engine "
-  "hf_rope hf_config hf_shards hf hf_gguf peft frozen",
+  "hf_rope hf_config hf_shards hf hf_gguf peft frozen placement",
   "policies game judges canary rubrics cases guards phrases drift model_judge endpoint server_judge heuristic "
   "microworld worldfiles state update",
-  "data checkpoint ledger report plots charts page suites attempts handover campaign_page",
+  "data checkpoint ledger report plots charts trace peaks profile page suites attempts handover campaign_page",
   "command panel session evaluate metrics train warmstart export standalone",
   "speakers rest campaign rates findings casting redteam assess live chat completions serve",
 )
@@ -26,6 +27,9 @@ CHAINS = (
   "types → settings → config",
   "refusals → prompts",
   "rounding → optimizers",
+  "chips → targets",
+  "chips → roofline",
+  "collectives → roofline",
   "architecture → experts → model → scoring → sampler → programs → engine",
   "attention → sampler",
   "attention → slots → drawn → engine",
@@ -46,6 +50,7 @@ CHAINS = (
   "model → frozen",
   "matrices → frozen",
   "architecture → frozen",
+  "architecture → placement",
   "rubrics → cases → guards",
   "cases → server_judge",
   "endpoint → server_judge",
@@ -63,6 +68,10 @@ CHAINS = (
   "attempts → campaign_page",
   "attempts → handover",
   "report → handover",
+  "ledger → profile → page",
+  "trace → profile",
+  "peaks → profile",
+  "report → profile",
   "ledger → page",
   "report → page",
   "session → evaluate → train",

@@ -121,7 +121,7 @@ def test_a_matrix_of_zeros_stays_zero_in_int8():
 
 @pytest.mark.parametrize("name", ["llama_tied", "mixtral"])
 def test_int8_projects_what_its_numbers_say(name):
-  mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+  mesh = tiny.mesh()
   config = hf.load_config(GOLDEN / name)
   narrow = frozen.load(str(GOLDEN / name), mesh, sharding.TRAIN, jnp.float32, int8=True)
   assert isinstance(narrow["layers"]["query"], Int8) and isinstance(narrow["layers"]["down"], Int8)
@@ -245,9 +245,10 @@ def lora_config(folder, **changes):
 def test_players_share_one_base_and_the_state_holds_adapters_only(world_folder):
   run = world.open_session(lora_config(world_folder, attacker__model=str(world_folder / "defender_base")))
   states = [run.init_state()]
-  assert list(run.bases) == [run.config.attacker.model]
+  ((mesh, bases),) = run.bases.items()
+  assert list(bases) == [run.config.attacker.model] and mesh == run.places.attacker.mesh
   pointer = lambda x: x.unsafe_buffer_pointer()
-  kept, decoding = run.bases[run.config.attacker.model], run._decode_bases[run.config.attacker.model]
+  kept, decoding = bases[run.config.attacker.model], run._decode_base(run.config.attacker.model, run.places.attacker)
   assert jax.tree.all(jax.tree.map(lambda a, b: pointer(a) == pointer(b), kept, decoding))
   for player, initial in zip(states[0].players, run.initial_generators):
     assert player.params.keys() == {"layers"} and player.initial == {}
@@ -261,12 +262,12 @@ def test_adapters_learn_and_their_base_does_not(world_folder):
   before, after = states[0].players.defender, states[2].players.defender
   assert not world.same(before.params, after.params) and not world.same(before.ema, after.ema)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
-  assert world.same(run.bases[run.config.defender.model], hf.load(run.config.defender.model))
+  assert world.same(run.bases[run.places.defender.mesh][run.config.defender.model], hf.load(run.config.defender.model))
   assert recorder.scalars[0]["defender/grad_norm"] > 0
 
 
 def test_a_mesh_plays_as_one_device_does(world_folder):
-  mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "mesh__decode": "tensor"}
+  mesh = {"sharding": "fsdp_tensor", "mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
   one, many = (
     world.play(world.open_session(lora_config(world_folder, **changes), devices), 1)
     for changes, devices in (({}, 1), (mesh, 8))

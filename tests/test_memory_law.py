@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
 from advgame_jax import config as config_lib
 from advgame_jax import frozen, session, sharding
@@ -52,15 +53,15 @@ def size(tree):
 @pytest.fixture(scope="module")
 def step():
   """The joint update of two players with adapters on one base, compiled; its state and its base."""
-  mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+  mesh = tiny.mesh()
   player = Player(model="qwen", lora=Lora(rank=16), accumulate=P, reference="initial")
   precision = config_lib.Precision(logit_chunk=CHUNK, attention="xla")
-  recipe = Recipe(QWEN_7B, player, config_lib.Loss(), precision, 10, jnp.float32, sharding.TRAIN)
+  recipe = Recipe(QWEN_7B, player, config_lib.Loss(), precision, 10, jnp.float32, mesh, sharding.TRAIN)
   recipes = Players(recipe, recipe)
   where = frozen.shardings(QWEN_7B, mesh, sharding.TRAIN, int8=False)
   specs = recipe.__class__(QWEN_7B, Player(), config_lib.Loss(), precision, 10).specs
   base = jax.tree.map(lambda spec, at: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=at), specs, where)
-  state = session.abstract_state(recipes, mesh)
+  state = session.abstract_state(recipes)
   batch = abstract_batch(sharding.rows_sharding(mesh, sharding.TRAIN))
   update = jax.jit(functools.partial(joint_update, recipes), donate_argnums=0)
   quick = {"xla_backend_optimization_level": 0}  # of the machine code; the buffers are those of a run

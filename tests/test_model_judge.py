@@ -10,7 +10,7 @@ import pytest
 import test_tokenizer_families as families
 import tiny
 
-from advgame_jax import architecture, cases, guards, ledger, model, rubrics, sharding
+from advgame_jax import architecture, cases, guards, ledger, model, rubrics
 from advgame_jax import config as config_lib
 from advgame_jax.model_judge import ModelJudge
 from advgame_jax.policies import LanguageModel
@@ -63,8 +63,7 @@ def raw_weights(question, *, limits):
 
 
 def judge(mesh=(1, 1, 1), decode="replicated", reuse=True, put=put, **changes):
-  settings = config_lib.Mesh(*mesh, decode=decode)
-  over, layout = sharding.make_mesh(settings, jax.devices()[: int(np.prod(mesh))]), sharding.decode_layout(settings)
+  over, layout = tiny.mesh(*mesh), tiny.GENERATE[decode]
   asked = dataclasses.replace(SETTINGS, **changes)
   player = LanguageModel(
     model=config(),
@@ -175,8 +174,8 @@ def test_of_the_text_that_does_not_fit_less_is_shown_and_of_no_other():
 
   flood = Question(Role.REFUSAL, Category.BENIGN, "q", ("x y " * 5000, "a short answer"), 1)
   (verdict,) = judge(put=recording)([flood])
-  *_, before, last = [limits for key, *limits in seen if key == flood.key]
-  assert last == [8000, before[1] // 2, 8000] and len(verdict.scores) == 1
+  *_, before, last = dict.fromkeys(tuple(limits) for key, *limits in seen if key == flood.key)
+  assert last == (8000, before[1] // 2, 8000) and len(verdict.scores) == 1
   assert scores(judge()([flood])) == scores([verdict])
 
 
@@ -188,7 +187,7 @@ def test_a_case_whose_frame_alone_does_not_fit_is_unreadable_and_refused_before(
 
 
 def test_no_more_of_a_text_is_shown_than_the_settings_allow():
-  call = judge(text_characters=100)._encode(Question(Role.REFUSAL, Category.BENIGN, "q", ("x" * 300,), 1))
+  (call,) = judge(text_characters=100)._encode([Question(Role.REFUSAL, Category.BENIGN, "q", ("x" * 300,), 1)])
   assert "x" * 100 in call.case.text and "x" * 101 not in call.case.text
 
 
@@ -228,7 +227,7 @@ def test_a_vocabulary_without_a_token_for_an_answer_is_refused(monkeypatch):
 
 
 def test_a_verdict_costs_what_was_read_for_it_and_written():
-  verdict, call = reference()[0], judge()._encode(QUESTIONS[0])
+  verdict, call = reference()[0], judge()._encode(QUESTIONS[:1])[0]
   head, _ = words().encode_turn(call.case.instructions, call.case.text)
   written = verdict.tokens - len(call.ids)
   assert 1 <= written <= SETTINGS.sampling.max_new_tokens

@@ -150,7 +150,7 @@ def test_a_step_taken_twice_is_the_same_and_draws_follow_from_seed_and_step():
 
 def test_eight_devices_give_the_bits_of_one():
   optimizer = make(BF16)
-  mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
+  mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
   where = jax.tree.map(lambda x: sharding.named(mesh, sharding.TRAIN, ("width", "heads"), x.shape, "w"), weights())
   whole = sharding.replicated(mesh)
   held = optax.tree.map_params(

@@ -17,7 +17,7 @@ import world
 from judge_server import GAME, serving
 from test_judges import make_tree
 
-from advgame_jax import cases, data, hf, judges, panel, phrases, rubrics, train
+from advgame_jax import cases, data, hf, judges, panel, phrases, placement, rubrics, train
 from advgame_jax import config as config_lib
 from advgame_jax.model_judge import ModelJudge
 from advgame_jax.panel import settings_of
@@ -161,11 +161,11 @@ def test_published_forms_are_greedy_and_have_room_to_answer(folder):
 
 def test_weights_are_read_once_a_folder_and_lie_on_the_run_s_mesh(folder):
   read = []
-  mesh = config_lib.Mesh(data=2)
-  config = config_lib.Config(mesh=mesh, judges=config_lib.Judges(training=model_judge(folder)))
-  whole = panel.open_panel(config, lambda *what: read.append(what) or {}, jax.devices()[:2])
+  config = config_lib.Config(judges=config_lib.Judges(training=model_judge(folder)))
+  place = placement.place("ddp", config_lib.Mesh(), jax.devices()[:2]).judge
+  whole = panel.open_panel(config, lambda *what: read.append(what) or {}, place)
   assert all(model.params == {} for model in whole.models) and len(whole.models) == 2
-  assert read == [(folder, mesh, False)]
+  assert read == [(folder, place, False)]
 
 
 def test_who_does_not_read_is_not_talked_to(folder):

@@ -47,8 +47,8 @@ def test_an_ablation_changes_what_it_is_named_after(loss, ablation):
 def test_a_twin_by_lora_changes_only_what_learns_and_where(loss):
   found = changed(run(loss), run(f"{loss},lora"))
   own = ("learning_rate", "accumulate")
-  judge = ("judges.training.model", "judges.training.mesh.")
-  assert all(name.startswith(("mesh.", *judge)) or ".lora." in name or name.endswith(own) for name in found)
+  where = ("judges.training.model", "sharding")
+  assert all(name in where or ".lora." in name or name.endswith(own) for name in found)
   assert run(f"{loss},lora").judges.training.model == "d" and run(loss).judges.training.model == "j"
   assert run(f"{loss},lora").attacker.lora.rank == run(f"{loss},lora").defender.lora.rank == 64
 

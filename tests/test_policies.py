@@ -6,9 +6,9 @@ import functools
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+import tiny
 
-from advgame_jax import architecture, policies, sharding, worldfiles
+from advgame_jax import architecture, policies, worldfiles
 from advgame_jax import config as config_lib
 from advgame_jax.policies import LanguageModel
 from advgame_jax.scoring import Generator
@@ -30,16 +30,10 @@ def weights():
   return jax.tree.map(lambda x: 4 * x, architecture.init(CONFIG, jax.random.key(0)))
 
 
-def mesh_of(*sizes: int) -> Mesh:
-  settings = config_lib.Mesh(*sizes)
-  return sharding.make_mesh(settings, jax.devices()[: int(np.prod(sizes))])
-
-
 @functools.cache
 def player(mesh=(1, 1, 1), decode="replicated", **changes) -> LanguageModel:
-  layout = sharding.decode_layout(config_lib.Mesh(decode=decode))
-  sampling = dataclasses.replace(SAMPLING, **changes)
-  return LanguageModel(CONFIG, tokenizer(), sampling, mesh_of(*mesh), layout, np.dtype("float32"), ("</prompt>",))
+  sampling, over = dataclasses.replace(SAMPLING, **changes), tiny.mesh(*mesh)
+  return LanguageModel(CONFIG, tokenizer(), sampling, over, tiny.GENERATE[decode], np.dtype("float32"), ("</prompt>",))
 
 
 def play(who: LanguageModel, prompts=PROMPTS, present=None, group=2, key=KEY) -> Samples:

@@ -20,7 +20,7 @@ from advgame_jax import checkpoint, command
 from advgame_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
-COSTS = ("time", "cost/", "seconds/", "tokens_per_second/")
+COSTS = ("mfu/", "time", "cost/", "seconds/", "tokens_per_second/")
 STEPS = 14
 
 

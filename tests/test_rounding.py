@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from advgame_jax import config as config_lib
 from advgame_jax import rounding, sharding
 
 KEY = jax.random.key(11)
@@ -93,7 +93,7 @@ def test_a_tree_keeps_what_its_likeness_keeps():
 def test_the_bits_are_the_same_on_any_mesh(axes):
   x = jax.random.normal(KEY, (4, 8, 16))
   alone = rounding.stochastic_round(x, KEY, BF16)
-  mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
+  mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
   where = sharding.named(mesh, sharding.TRAIN, axes, x.shape, "x")
   spread = jax.jit(lambda x, key: rounding.stochastic_round(x, key, BF16), out_shardings=where)(
     jax.device_put(x, where), jax.device_put(KEY, sharding.replicated(mesh))

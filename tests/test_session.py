@@ -50,13 +50,16 @@ def assert_same_play(a, b, step):
         np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize("decode", ["replicated", "tensor"])
-def test_eight_devices_play_and_learn_as_one(alone, world_folder, tmp_path, decode):
+@pytest.mark.parametrize(
+  "sharding,mesh,parts",
+  [("fsdp", MESH, 4), ("fsdp_tensor", MESH, 4), ("sequence", {"mesh__sequence": 2}, 8), ("apart", {}, 2)],
+)
+def test_eight_devices_play_and_learn_as_one(alone, world_folder, tmp_path, sharding, mesh, parts):
   run, recorder, states = alone
-  mesh_run = world.open_session(world.config(world_folder, mesh__decode=decode, **MESH), devices=8)
+  mesh_run = world.open_session(world.config(world_folder, sharding=sharding, **mesh), devices=8)
   state = mesh_run.init_state()
   embed = state.players.attacker.params["embed"]
-  assert len({str(shard.index) for shard in embed.addressable_shards}) == 4  # vocabulary and width are shared out
+  assert len({str(shard.index) for shard in embed.addressable_shards}) == parts  # vocabulary and width are shared out
   mesh_recorder, (before, after) = world.play(mesh_run, 1, state)
   assert world.same(before, states[0])
   assert_same_play(recorder, mesh_recorder, 0)
@@ -68,7 +71,7 @@ def test_eight_devices_play_and_learn_as_one(alone, world_folder, tmp_path, deco
       expected = recorder.scalars[0][f"{name}/{metric}"]
       assert mesh_recorder.scalars[0][f"{name}/{metric}"] == pytest.approx(expected, rel=tolerance)
   world.assert_close(world.first_moments(states[1]), world.first_moments(after), 1e-4)
-  if decode == "replicated":
+  if sharding == "fsdp":
     goes_on_alone(run, mesh_run, after, tmp_path)
 
 
@@ -156,7 +159,7 @@ def test_model_folders_are_refused(world_folder, tmp_path, spoil, sentence):
   "changes, sentence",
   [
     ({"attacker__model": ""}, "config.attacker.model is empty; allowed"),
-    ({"mesh__fsdp": 3}, "fsdp=3, tensor=1 does not fit 1 devices; allowed: sizes whose product is 1"),
+    ({"mesh__fsdp": 3}, "fsdp=3, sequence=1, tensor=1 does not fit 1 devices; allowed: sizes whose product is 1"),
     ({"data__validation": ()}, "config.data.validation names no file; allowed"),
   ],
 )
@@ -168,11 +171,6 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(world_folder):
   config = world.config(world_folder, mesh__data=2, mesh__tensor=4)
   with pytest.raises(UserError, match="axis 'heads' of size 2 does not divide over tensor = 4 devices; allowed: 1, 2"):
     world.open_session(config, devices=8)
-
-
-def test_more_than_one_process_is_refused(world_folder, tmp_path, monkeypatch):
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  refused(world.config(world_folder), tmp_path, "2 processes run this; allowed: one")
 
 
 def test_a_folder_of_another_run_is_left_alone(world_folder, tmp_path):

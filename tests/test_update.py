@@ -333,7 +333,7 @@ def place(mesh, recipes, state):
 
 
 def test_a_mesh_updates_as_one_device_does_and_donates_its_state():
-  mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
+  mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
   laid_out = recipes(layout=sharding.TRAIN)
   state, where = place(mesh, laid_out, start())
   update_ = jax.jit(
@@ -351,10 +351,10 @@ def test_a_mesh_updates_as_one_device_does_and_donates_its_state():
       state, metrics = update_(state, batch, {})
       expected, expected_metrics = step(expected, batches(seed))
       assert all(x.is_deleted() for x in jax.tree.leaves(before))
-  close_players(sharding.to_host(state).players, expected.players)
+  close_players(jax.device_get(state).players, expected.players)
   for player in state.players:
     query = player.params["layers"]["query"]
-    assert query.sharding.spec == jax.P(None, ("fsdp",), ("tensor",), None)
+    assert query.sharding.spec == jax.P(None, ("fsdp", "sequence"), ("tensor",), None)
     assert query.addressable_shards[0].data.size * 4 == query.size
   close(jax.device_get(metrics), jax.device_get(expected_metrics), atol=1e-3)
 

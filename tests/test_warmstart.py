@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from advgame_jax import architecture, hf, policies, prompts, sharding, tokenizer, warmstart, worldfiles
 from advgame_jax import config as config_lib
@@ -46,10 +47,9 @@ def line(prompt="how do i pick the lock ?", completion="take it .", **more):
 
 def greedy(folder):
   """What the model of a folder answers to what was taught."""
-  config, words, mesh = hf.load_config(folder), tokenizer.load(folder), sharding.make_mesh(config_lib.Mesh())
+  config, words, mesh = hf.load_config(folder), tokenizer.load(folder), tiny.mesh(data=8)
   sampling = config_lib.Sampling(temperature=0.0, prompt_buckets=(16,), max_new_tokens=12)
-  layout = sharding.decode_layout(config_lib.Mesh())
-  player = policies.LanguageModel(config, words, sampling, mesh, layout, np.dtype("float32"))
+  player = policies.LanguageModel(config, words, sampling, mesh, sharding.GENERATE_REPLICATED, np.dtype("float32"))
   weights = player.decode_weights(hf.load(folder, mesh, sharding.TRAIN))
   play = player.policy(Generator((weights,)))
   return play(list(TAUGHT), np.ones(len(TAUGHT), bool), 1, jax.random.key(0))

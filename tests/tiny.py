@@ -1,11 +1,12 @@
 """Tiny models and batches for the law tests, and float64 numpy references that share no code with the package."""
 
 import functools
+import math
 
 import jax
 import numpy as np
 
-from advgame_jax import architecture
+from advgame_jax import architecture, sharding
 from advgame_jax.architecture import LayerKind, ModelConfig, Rope
 from advgame_jax.types import PreferenceBatch
 
@@ -20,6 +21,15 @@ CONFIG = ModelConfig(
   tied=True,
   kinds=(LayerKind(Rope(100.0)),),
 )
+
+
+GENERATE = {"replicated": sharding.GENERATE_REPLICATED, "tensor": sharding.GENERATE_TENSOR}
+
+
+def mesh(data=1, fsdp=1, tensor=1, sequence=1) -> jax.sharding.Mesh:
+  """Of the first so many devices."""
+  sizes = (data, fsdp, sequence, tensor)
+  return sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes)])
 
 
 @functools.cache

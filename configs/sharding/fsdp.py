@@ -1,0 +1,10 @@
+"""Weights, gradients, moments and averages split over all devices, gathered a layer at a time while a step learns.
+
+Players and judge generate with whole weights on each device.
+"""
+
+from advgame_jax.placement import Plan, Roles, everywhere
+
+
+def get_sharding(devices: int, hosts: int) -> Roles[Plan]:
+  return everywhere(Plan(fsdp=-1))

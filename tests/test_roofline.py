@@ -1,0 +1,62 @@
+"""The roofline: terms by hand, laws, and an estimate beside a measurement."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from advgame_jax import chips, roofline
+from advgame_jax.chips import Chip
+from advgame_jax.collectives import Collective
+from advgame_jax.roofline import Estimate
+
+CHIP = Chip("one", ("one",), flops=1e12, bandwidth=1e11, memory=1e10, link=1e10, network=1e9)
+GATHER = Collective("all-gather", "bf16", 16, sent=7e9, times=2, crosses=False, local=16, name="")
+
+
+def test_terms_by_hand():
+  x = roofline.seconds(6e12, 4e11, [GATHER], CHIP)
+  assert x == pytest.approx(Estimate(compute=10, memory=5, link=2, network=0))
+  assert (x.total, x.serial, x.limit) == (pytest.approx(10), pytest.approx(17), "compute")
+
+
+def test_what_crosses_hosts_takes_the_network_through_every_port():
+  across = dataclasses.replace(GATHER, crosses=True, local=8)
+  x = roofline.seconds(0, 0, [across], CHIP)
+  assert (x.link, x.network, x.limit) == (pytest.approx(2), pytest.approx(2 * 7e9 / 8 / 7e8), "network")
+  alone = roofline.seconds(0, 0, [dataclasses.replace(across, local=1)], CHIP)
+  assert alone.network == pytest.approx(8 * x.network)
+
+
+def test_a_small_collective_takes_its_latency():
+  small = dataclasses.replace(GATHER, sent=1.0, times=1000)
+  assert roofline.seconds(0, 0, [small], CHIP).link == pytest.approx(1000 * roofline.LATENCY)
+
+
+def test_nothing_takes_no_time_and_programs_add_up():
+  assert roofline.seconds(0, 0, [], CHIP).total == 0
+  a, b = roofline.seconds(1e12, 0, [GATHER], CHIP), roofline.seconds(0, 1e11, [], CHIP)
+  assert a + b == roofline.seconds(1e12, 1e11, [GATHER], CHIP)
+
+
+def test_a_faster_chip_is_never_slower():
+  work = (1e15, 1e12, [dataclasses.replace(GATHER, crosses=True, local=8)])
+  h100, h200 = (roofline.seconds(*work, chips.named(name)) for name in ("H100 SXM", "H200"))
+  assert h200.compute == h100.compute and h200.memory < h100.memory
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_product_takes_about_what_is_estimated(count):
+  start = time.perf_counter()
+  chip = roofline.measured(jax.devices()[:count])
+  assert time.perf_counter() - start < 10  # about one, on a machine that has nothing else to do
+  assert all(0 < x < 1e15 for x in (chip.flops, chip.bandwidth, chip.link, chip.network))
+  mesh = jax.make_mesh((count,), ("x",), devices=jax.devices()[:count], axis_types=(jax.sharding.AxisType.Auto,))
+  split = jax.NamedSharding(mesh, jax.P("x"))
+  M = 384
+  x = jax.device_put(jnp.ones((count, M, M)), split)
+  taken = roofline._seconds(jax.jit(lambda x: x @ x / M, donate_argnums=0, out_shardings=split), x)
+  estimated = roofline.seconds(2 * M**3, 2 * M * M * 4, [], chip).total
+  assert 1 / 8 < taken / estimated < 8  # of a machine that others use too
