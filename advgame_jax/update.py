@@ -99,13 +99,16 @@ def _update_player(
   steps, optimizer = recipe.steps, recipe.player.optimizer
   rate = state_lib.learning_rate(optimizer, steps, state)
 
-  with jax.named_scope("optimizer"):
+  @jax.named_scope("optimizer")
+  def move(state: PlayerState, gradient: Params) -> PlayerState:
     changes, optimizer_state = recipe.optimizer.update(gradient, state.optimizer, state.params)
     weights_key, average_key = jax.random.split(key)
     params = optimizers.apply_updates(state.params, changes, weights_key)
     ema = optimizers.average(params, state.ema, recipe.player.ema_decay, average_key) if state.ema else {}
-    new = dataclasses.replace(state, params=params, ema=ema, optimizer=optimizer_state)
-    new = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, state)
+    return dataclasses.replace(state, params=params, ema=ema, optimizer=optimizer_state)
+
+  # A branch, not a choice of each number: the old state need not outlive the new one, which is written in its place.
+  new = jax.lax.cond(moves, move, lambda state, _: state, state, gradient)
   bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
   new = dataclasses.replace(new, bad_steps=jnp.where(comparisons > 0, bad_steps, state.bad_steps))
   if recipe.precision.offload:

@@ -12,7 +12,7 @@ import advgame_jax
 PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types settings config",
-  "sharding hosts cluster supervise tokenizer refusals prompts rewards preferences losses rounding optimizers "
+  "sharding hosts meeting cluster supervise tokenizer refusals prompts rewards preferences losses rounding optimizers "
   "paper offline diversity tables chips collectives targets roofline",
   "architecture matrices lora blockwise kernels attention experts model scoring sampler slots drawn programs engine "
   "hf_rope hf_config hf_shards hf hf_gguf peft frozen placement",
@@ -28,6 +28,7 @@ CHAINS = (
   "refusals → prompts",
   "rounding → optimizers",
   "chips → targets",
+  "meeting → cluster",
   "chips → roofline",
   "collectives → roofline",
   "architecture → experts → model → scoring → sampler → programs → engine",

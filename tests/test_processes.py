@@ -1,0 +1,149 @@
+"""A run on several processes: it plays what one process plays, and whatever dies, it ends as if nothing had.
+
+Two processes here; `ADVGAME_KILLS=20 pytest tests/test_processes.py -s` tries four as well, and kills that often.
+"""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+import world
+
+from advgame_jax import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[1]
+KILLS = int(os.environ.get("ADVGAME_KILLS", "1"))
+STEPS = 3
+OF_THE_CLOCK = ("mfu/", "time", "cost/", "seconds/", "tokens_per_second/")
+
+
+@pytest.fixture(scope="module")
+def config_file(world_folder, tmp_path_factory):
+  """The tiny world, a checkpoint after every step; `:STEPS`."""
+  path = tmp_path_factory.mktemp("config") / "tiny.py"
+  path.write_text(f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import world
+from advgame_jax.config import as_config_dict
+
+def get_config(steps):
+  changes = dict(steps=int(steps), checkpoint__every=1, evaluation__every=int(steps))
+  return as_config_dict(world.config(pathlib.Path({str(world_folder)!r}), **changes))
+""")
+  return path
+
+
+@pytest.fixture(scope="module")
+def launch(config_file, one_device):
+  """Starts launch/run.py in so many processes of so many devices each."""
+
+  def start(workdir, processes, devices, sharding="fsdp", steps=STEPS):
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+    there = f"{one_device.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, str(ROOT / "launch/run.py"), f"--config={config_file}:{steps}", f"--workdir={workdir}"]
+    command += [f"--config.sharding={sharding}", f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
+    environment = one_device | {"XLA_FLAGS": there, "PJRT_NPROC": "64"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [subprocess.Popen([*command, f"--process={i}"], env=environment, **pipes) for i in range(processes)]
+
+  return start
+
+
+def finish(started, seconds=400):
+  """The outputs of processes that end well."""
+  outputs = [process.communicate(timeout=seconds)[0] for process in started]
+  assert [process.returncode for process in started] == [0] * len(started), "\n".join(outputs)
+  return outputs
+
+
+def lines_of(workdir, name):
+  rows = [json.loads(line) for line in (workdir / name).open()]
+  return [{key: value for key, value in row.items() if not key.startswith(OF_THE_CLOCK)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def state_of(world_folder):
+  """The last state of a run, on the host."""
+
+  def restore(workdir, steps=STEPS):
+    run = world.open_session(world.config(world_folder, steps=steps, checkpoint__every=1, evaluation__every=steps))
+    checkpoints = checkpoint.Checkpoints(workdir, run.config, read_only=True)
+    state, _ = checkpoints.restore(run.abstract_state)
+    checkpoints.close()
+    assert int(state.step) == steps
+    return jax.device_get(state)
+
+  return restore
+
+
+@pytest.fixture(scope="module")
+def alone(launch, tmp_path_factory):
+  """The folder of a run of one process with four devices."""
+  folder = tmp_path_factory.mktemp("alone") / "run"
+  finish(launch(folder, 1, 4))
+  return folder
+
+
+@pytest.mark.parametrize("processes,devices", [(2, 2), (4, 1)] if KILLS > 1 else [(2, 2)])
+def test_processes_play_and_learn_as_one_does(launch, alone, state_of, tmp_path, processes, devices):
+  outputs = finish(launch(tmp_path / "run", processes, devices))
+  assert lines_of(tmp_path / "run", "transcript.jsonl") == lines_of(alone, "transcript.jsonl")
+  for mine, theirs in zip(lines_of(tmp_path / "run", "scalars.jsonl"), lines_of(alone, "scalars.jsonl"), strict=True):
+    assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4, nan_ok=True)
+  mine, theirs = state_of(tmp_path / "run"), state_of(alone)
+  world.assert_close(world.first_moments(mine), world.first_moments(theirs), 1e-3)
+  assert (tmp_path / "run" / "report.html").is_file()
+  assert "step 1/" in outputs[0] and not any("step 1/" in output for output in outputs[1:])  # one of them tells
+
+
+@pytest.mark.skipif(KILLS < 2, reason="starts ten processes; set ADVGAME_KILLS")
+def test_a_run_goes_on_on_other_meshes_and_under_other_presets(launch, alone, state_of, tmp_path):
+  """Stopped after each step and continued elsewhere: 1 × 8, 2 × 4, 4 × 2."""
+  folder = tmp_path / "run"
+  for step, (processes, devices, sharding) in enumerate([(1, 8, "fsdp_tensor"), (2, 4, "hybrid"), (4, 2, "ddp")], 1):
+    started = launch(folder, processes, devices, sharding)
+    while not (folder / "checkpoints" / str(step)).is_dir() and all(process.poll() is None for process in started):
+      time.sleep(0.01)
+    started[-1].send_signal(signal.SIGTERM)  # to one of them: all stop at the same step
+    outputs = finish(started)
+    if step > 1:
+      assert all("resuming at step" in output for output in outputs)
+  finish(launch(folder, 1, 4))
+  assert lines_of(folder, "transcript.jsonl") == lines_of(alone, "transcript.jsonl")
+  world.assert_close(world.first_moments(state_of(folder)), world.first_moments(state_of(alone)), 1e-3)
+
+
+def test_whoever_is_killed_the_run_ends_as_one_that_was_left_alone(launch, state_of, tmp_path):
+  steps = STEPS + KILLS
+  whole, broken, moments = tmp_path / "whole", tmp_path / "broken", random.Random(time.time_ns())
+  finish(launch(whole, 2, 1, steps=steps))
+  for kill in range(KILLS):
+    started = launch(broken, 2, 1, steps=steps)
+    reached = broken / "checkpoints" / str(kill + 1)
+    while not reached.is_dir() and all(process.poll() is None for process in started):
+      time.sleep(0.01)
+    time.sleep(moments.uniform(0, 0.3))
+    victims = moments.choice([started[:1], started[1:], started])
+    for process in victims:
+      process.kill()
+    outputs = [process.communicate(timeout=60)[0] for process in started]
+    codes = [process.returncode for process in started]
+    print(f"kill {kill + 1}: {len(victims)} at {reached.name}: {codes}")
+    for process, output in zip(started, outputs):
+      if process not in victims and process.returncode:  # it may have been through
+        assert process.returncode == 3 and f"process {1 - started.index(process)} of 2 (" in output, output
+  finish(launch(broken, 2, 1, steps=steps))
+  for name in ("scalars.jsonl", "evaluations.jsonl", "transcript.jsonl"):
+    assert lines_of(broken, name) == lines_of(whole, name), name
+  assert world.same(state_of(broken, steps), state_of(whole, steps))
