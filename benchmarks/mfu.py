@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from advgame_jax import architecture, lora, matrices, model, scoring
+from advgame_jax import architecture, chips, lora, matrices, model, scoring
 from advgame_jax.architecture import LayerKind, ModelConfig, Rope
 from advgame_jax.config import Lora
 from advgame_jax.types import Params, UserError
@@ -38,12 +38,6 @@ SHAPES = {
 FULL_LAYERS = {"qwen2.5-7b-layers": 12}  # of 28, whose float32 masters and gradients alone would be 61 GB
 TINY: dict[str, Any] = {"vocab": 512, "width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 128}
 ADAPTERS = Lora(rank=64, alpha=128.0)  # as configs/qwen2_5_7b.py
-PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312} | {
-  "TPU v6 lite": 918,
-  "TPU v5 lite": 197,
-  "TPU v5": 459,
-  "TPU v4": 275,
-}  # dense bfloat16 TFLOP/s; the first name that is in the device's kind
 
 SHAPE = flags.DEFINE_enum("shape", "qwen2.5-0.5b", list(SHAPES), "Whose shape the weights have.")
 LAYERS = flags.DEFINE_integer(
@@ -140,7 +134,8 @@ def product() -> float:
 def peak() -> float:
   """TFLOP/s that `mfu` is a part of."""
   kind = jax.devices()[0].device_kind
-  return next((peak for name, peak in PEAKS.items() if name in kind), 0) or product()
+  chip = chips.find(kind)
+  return chip.flops / 1e12 if chip else product()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))

@@ -1,10 +1,9 @@
 """Where a step's time goes: python benchmarks/step.py --config=configs/smollm2_135m.py [--steps=3]
 
 Plays and learns without evaluation or checkpoints, after one warm-up step; prints seconds, tokens and tokens per second
-of generating, judging and updating, medians over the steps. `--profile=FOLDER` also writes an XLA trace of the last.
+of generating, judging and updating, medians over the steps.
 """
 
-import contextlib
 import itertools
 import logging
 
@@ -18,7 +17,6 @@ from advgame_jax.report import Reporter
 
 CONFIG = command.define_config("configs/smollm2_135m.py")
 STEPS = flags.DEFINE_integer("steps", 3, "Steps measured.")
-PROFILE = flags.DEFINE_string("profile", "", "Folder for an XLA trace of the last step.")
 
 PHASES = {
   "attacker generate": ("attacker_generate",),
@@ -37,9 +35,7 @@ def main() -> None:
   state = train.warm_up(run, run.init_state())
   readings = []
   for step in range(STEPS.value + 1):
-    traced = PROFILE.value and step == STEPS.value
-    with jax.profiler.trace(PROFILE.value) if traced else contextlib.nullcontext():
-      state = train.play_and_learn(run, state, step, seeds[step], ledger, reporter)
+    state = train.play_and_learn(run, state, step, seeds[step], ledger, reporter)
     readings.append(ledger.scalars())
   steps = list(itertools.pairwise(readings))
   medians = {name: np.median([after[name] - before[name] for before, after in steps]) for name in readings[0]}
