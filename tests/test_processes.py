@@ -1,8 +1,9 @@
 """A run on several processes: it plays what one process plays, and whatever dies, it ends as if nothing had.
 
-Two processes here; `ADVGAME_KILLS=20 pytest tests/test_processes.py -s` tries four as well, and kills that often.
+Two processes of one device each; `ADVGAME_KILLS=20 pytest tests/test_processes.py -s` tries more, and kills that often.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -21,13 +22,13 @@ from advgame_jax import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILLS = int(os.environ.get("ADVGAME_KILLS", "1"))
-STEPS = 3
+STEPS, MANY = 3, 2 + KILLS  # many: one for each kill
 OF_THE_CLOCK = ("mfu/", "time", "cost/", "seconds/", "tokens_per_second/")
 
 
 @pytest.fixture(scope="module")
 def config_file(world_folder, tmp_path_factory):
-  """The tiny world, a checkpoint after every step; `:STEPS`."""
+  """The tiny world, a checkpoint after every step."""
   path = tmp_path_factory.mktemp("config") / "tiny.py"
   path.write_text(f"""
 import pathlib, sys
@@ -35,8 +36,8 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 import world
 from advgame_jax.config import as_config_dict
 
-def get_config(steps):
-  changes = dict(steps=int(steps), checkpoint__every=1, evaluation__every=int(steps))
+def get_config():
+  changes = dict(steps={STEPS}, checkpoint__every=1, evaluation__every=100)
   return as_config_dict(world.config(pathlib.Path({str(world_folder)!r}), **changes))
 """)
   return path
@@ -51,7 +52,8 @@ def launch(config_file, one_device):
       free.bind(("127.0.0.1", 0))
       port = free.getsockname()[1]
     there = f"{one_device.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, str(ROOT / "launch/run.py"), f"--config={config_file}:{steps}", f"--workdir={workdir}"]
+    command = [sys.executable, str(ROOT / "launch/run.py"), f"--config={config_file}", f"--workdir={workdir}"]
+    command += [f"--config.steps={steps}"]
     command += [f"--config.sharding={sharding}", f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
     environment = one_device | {"XLA_FLAGS": there, "PJRT_NPROC": "64"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -77,7 +79,7 @@ def state_of(world_folder):
   """The last state of a run, on the host."""
 
   def restore(workdir, steps=STEPS):
-    run = world.open_session(world.config(world_folder, steps=steps, checkpoint__every=1, evaluation__every=steps))
+    run = world.open_session(world.config(world_folder, steps=steps, checkpoint__every=1))
     checkpoints = checkpoint.Checkpoints(workdir, run.config, read_only=True)
     state, _ = checkpoints.restore(run.abstract_state)
     checkpoints.close()
@@ -88,27 +90,37 @@ def state_of(world_folder):
 
 
 @pytest.fixture(scope="module")
-def alone(launch, tmp_path_factory):
-  """The folder of a run of one process with four devices."""
-  folder = tmp_path_factory.mktemp("alone") / "run"
-  finish(launch(folder, 1, 4))
-  return folder
+def runs(launch, tmp_path_factory):
+  """(processes, devices of each, steps) → the folder of such a run, left alone, and what its processes said."""
+
+  @functools.cache
+  def run(processes, devices, steps=STEPS):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, finish(launch(folder, processes, devices, steps=steps))
+
+  return run
 
 
-@pytest.mark.parametrize("processes,devices", [(2, 2), (4, 1)] if KILLS > 1 else [(2, 2)])
-def test_processes_play_and_learn_as_one_does(launch, alone, state_of, tmp_path, processes, devices):
-  outputs = finish(launch(tmp_path / "run", processes, devices))
-  assert lines_of(tmp_path / "run", "transcript.jsonl") == lines_of(alone, "transcript.jsonl")
-  for mine, theirs in zip(lines_of(tmp_path / "run", "scalars.jsonl"), lines_of(alone, "scalars.jsonl"), strict=True):
-    assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4, nan_ok=True)
-  mine, theirs = state_of(tmp_path / "run"), state_of(alone)
+def plays_alike(state_of, folder, other):
+  """The same tree and tokens; losses, gradients and final weights up to roundings."""
+  assert lines_of(folder, "transcript.jsonl") == lines_of(other, "transcript.jsonl")
+  for mine, theirs in zip(lines_of(folder, "scalars.jsonl"), lines_of(other, "scalars.jsonl"), strict=True):
+    assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-3, nan_ok=True)
+  mine, theirs = state_of(folder), state_of(other)
   world.assert_close(world.first_moments(mine), world.first_moments(theirs), 1e-3)
-  assert (tmp_path / "run" / "report.html").is_file()
+  world.assert_close(*([player.params for player in state.players] for state in (mine, theirs)), 1e-3)
+
+
+@pytest.mark.parametrize("processes,devices", [(2, 1)] if KILLS == 1 else [(2, 1), (2, 4), (4, 2)])
+def test_processes_play_and_learn_as_one_does(runs, state_of, processes, devices):
+  folder, outputs = runs(processes, devices)
+  plays_alike(state_of, folder, runs(1, processes * devices)[0])
+  assert (folder / "report.html").is_file()
   assert "step 1/" in outputs[0] and not any("step 1/" in output for output in outputs[1:])  # one of them tells
 
 
 @pytest.mark.skipif(KILLS < 2, reason="starts ten processes; set ADVGAME_KILLS")
-def test_a_run_goes_on_on_other_meshes_and_under_other_presets(launch, alone, state_of, tmp_path):
+def test_a_run_goes_on_on_other_meshes_and_under_other_presets(launch, runs, state_of, tmp_path):
   """Stopped after each step and continued elsewhere: 1 × 8, 2 × 4, 4 × 2."""
   folder = tmp_path / "run"
   for step, (processes, devices, sharding) in enumerate([(1, 8, "fsdp_tensor"), (2, 4, "hybrid"), (4, 2, "ddp")], 1):
@@ -119,17 +131,14 @@ def test_a_run_goes_on_on_other_meshes_and_under_other_presets(launch, alone, st
     outputs = finish(started)
     if step > 1:
       assert all("resuming at step" in output for output in outputs)
-  finish(launch(folder, 1, 4))
-  assert lines_of(folder, "transcript.jsonl") == lines_of(alone, "transcript.jsonl")
-  world.assert_close(world.first_moments(state_of(folder)), world.first_moments(state_of(alone)), 1e-3)
+  finish(launch(folder, 1, 8))
+  plays_alike(state_of, folder, runs(1, 8)[0])
 
 
-def test_whoever_is_killed_the_run_ends_as_one_that_was_left_alone(launch, state_of, tmp_path):
-  steps = STEPS + KILLS
-  whole, broken, moments = tmp_path / "whole", tmp_path / "broken", random.Random(time.time_ns())
-  finish(launch(whole, 2, 1, steps=steps))
+def test_whoever_is_killed_the_run_ends_as_one_that_was_left_alone(launch, runs, state_of, tmp_path):
+  whole, broken, moments = runs(2, 1, MANY)[0], tmp_path / "broken", random.Random(time.time_ns())
   for kill in range(KILLS):
-    started = launch(broken, 2, 1, steps=steps)
+    started = launch(broken, 2, 1, steps=MANY)
     reached = broken / "checkpoints" / str(kill + 1)
     while not reached.is_dir() and all(process.poll() is None for process in started):
       time.sleep(0.01)
@@ -143,7 +152,7 @@ def test_whoever_is_killed_the_run_ends_as_one_that_was_left_alone(launch, state
     for process, output in zip(started, outputs):
       if process not in victims and process.returncode:  # it may have been through
         assert process.returncode == 3 and f"process {1 - started.index(process)} of 2 (" in output, output
-  finish(launch(broken, 2, 1, steps=steps))
+  finish(launch(broken, 2, 1, steps=MANY))
   for name in ("scalars.jsonl", "evaluations.jsonl", "transcript.jsonl"):
     assert lines_of(broken, name) == lines_of(whole, name), name
-  assert world.same(state_of(broken, steps), state_of(whole, steps))
+  assert world.same(state_of(broken, MANY), state_of(whole, MANY))
