@@ -213,31 +213,16 @@ def forward(
   turns = turns_of_ropes(config, place_RT)
   place_RT = jnp.broadcast_to(place_RT, tokens_RT.shape)
   axes = _axes_of_layer(config, params["layers"])
-  by_hand, inner = layout.by_hand, layout.by_compiler
-
-  def on_device(layer: Params, x_RTM: Any, turn: Turn, kind: Kind, before: Any, length_Q: Any, *of_tokens: Any) -> Any:
-    """One layer of a device's part of the tokens: what is split by width is gathered, and its gradient scattered."""
-    place_RT, segment_RT = of_tokens
-    kept: list[jax.Array] = []
-
-    def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
-      kept.extend((attention.keys_of_cache(key_RTKH), value_RTKH.swapaxes(1, 2)))
-      if before is None:
-        return _attend_rows(config, kernel, layout, kind.which, query_RTNH, key_RTKH, value_RTKH, segment_RT)
-      there_QgTS = (jnp.arange(before.key_RKHS.shape[3]) < length_Q[:, None])[:, None, None]
-      shared, rule = attention.Segment(before.key_RKHS, before.value_RKSH, there_QgTS), attention_rules(config)[0]
-      return attention.continued(
-        query_RTNH, key_RTKH, value_RTKH, shared, place_RT, rule, kind.window, segment_RT=segment_RT
-      )
-
-    whole = jax.tree.map(functools.partial(_gather, layout), axes, layer, is_leaf=_is_axes)
-    return _block(config, inner, whole, x_RTM, turn, attend), Cache(*kept)
-
-  by_tokens, by_rows = by_hand.spec(("rows", "tokens")), by_hand.spec(("rows",))
-  of_layer = jax.tree.map(by_hand.spec, axes, is_leaf=_is_axes)
-  given = (of_layer, by_tokens, by_hand.spec((by_row, "tokens")), jax.P(), by_rows, by_rows, by_tokens, by_tokens)
-  cached: Any = (by_hand.spec(("rows", None, None, "tokens")), by_hand.spec(("rows", None, "tokens")))
-  on_devices = by_hand.local(on_device, given, (by_tokens, Cache(*cached)))
+  on_device = functools.partial(_layer_on_device, config, layout, kernel, axes)
+  split = layout.by_hand.spec
+  by_tokens, by_rows, of_layer = (
+    split(("rows", "tokens")),
+    split(("rows",)),
+    jax.tree.map(split, axes, is_leaf=_is_axes),
+  )
+  given = (of_layer, by_tokens, split((by_row, "tokens")), jax.P(), by_rows, by_rows, by_tokens, by_tokens)
+  cached: Any = (split(("rows", None, None, "tokens")), split(("rows", None, "tokens")))
+  on_devices = layout.by_hand.local(on_device, given, (by_tokens, Cache(*cached)))
 
   def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Cache]:
     layer, kind, before = inputs
@@ -247,6 +232,42 @@ def forward(
   step = layer_step if remat == "none" else jax.checkpoint(layer_step, policy=_KEPT[remat])
   x_RTM, cache = _over_layers(config, step, x_RTM, params["layers"], prefix and prefix.cache)
   return rms_norm(x_RTM, params["final_norm"], config.norm_epsilon, config.norm_offset), cache
+
+
+def _layer_on_device(
+  config: ModelConfig,
+  layout: Layout,
+  kernel: str,
+  axes: Any,
+  layer: Params,
+  x_RTM: jax.Array,
+  turn: Turn,
+  kind: Kind,
+  before: Cache | None,
+  length_Q: jax.Array | None,
+  place_RT: jax.Array,
+  segment_RT: jax.Array | None,
+) -> tuple[jax.Array, Cache]:
+  """One layer of a device's part of the tokens: what is split by width is gathered, and its gradient scattered.
+
+  Args:
+    axes: of `_axes_of_layer`.
+    before: the layer's cache of a prefix, of `length_Q` tokens.
+  """
+  kept: list[jax.Array] = []
+
+  def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
+    kept.extend((attention.keys_of_cache(key_RTKH), value_RTKH.swapaxes(1, 2)))
+    if before is None or length_Q is None:
+      return _attend_rows(config, kernel, layout, kind.which, query_RTNH, key_RTKH, value_RTKH, segment_RT)
+    there_QgTS = (jnp.arange(before.key_RKHS.shape[3]) < length_Q[:, None])[:, None, None]
+    shared, rule = attention.Segment(before.key_RKHS, before.value_RKSH, there_QgTS), attention_rules(config)[0]
+    return attention.continued(
+      query_RTNH, key_RTKH, value_RTKH, shared, place_RT, rule, kind.window, segment_RT=segment_RT
+    )
+
+  whole = jax.tree.map(functools.partial(_gather, layout), axes, layer, is_leaf=_is_axes)
+  return _block(config, layout.by_compiler, whole, x_RTM, turn, attend), Cache(*kept)
 
 
 def _axes_of_layer(config: ModelConfig, layers: Layers) -> Any:
