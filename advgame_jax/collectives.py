@@ -149,14 +149,16 @@ def _closing(line: str, start: int) -> int:
   return len(line)
 
 
-def _walk(module: _Module, computation: str, islands: Sequence[int], unknown: int) -> list[Collective]:
+def _walk(
+  module: _Module, computation: str, islands: Sequence[int], unknown: int, chains: set[str] | None = None
+) -> list[Collective]:
   """The collectives of a computation and of those it runs.
 
   A TPU's compiler spreads a collective over the fusions beside which it runs, each with the same `chain_id`.
   """
   found: list[Collective] = []
-  chains: set[str] = set()
-  walk = functools.partial(_walk, module, islands=islands, unknown=unknown)
+  chains = set() if chains is None else chains
+  walk = functools.partial(_walk, module, islands=islands, unknown=unknown, chains=chains)
   for x in module.computations.get(computation, {}).values():
     kind = x.opcode.removesuffix("-start")
     if kind in _SENT:

@@ -204,7 +204,8 @@ def forward(
     place_RT: int32, of each token in its text behind the prefix; None is 0, 1, 2, …
     segment_RT: int32; a token sees only its own segment of a packed row.
   """
-  params = cast(params, dtype)
+  axes = _axes_of_layer(config, params["layers"])
+  params = {**cast({**params, "layers": ()}, dtype), "layers": _cast_split(axes, params["layers"], dtype)}
   x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", "tokens", None)
   by_row = "rows" if place_RT is not None or prefix else None  # else all rows turn alike
   place_RT = jnp.arange(tokens_RT.shape[1])[None] if place_RT is None else place_RT
@@ -212,7 +213,6 @@ def forward(
     place_RT = place_RT + jnp.repeat(prefix.length_Q, len(tokens_RT) // len(prefix.length_Q))[:, None]
   turns = turns_of_ropes(config, place_RT)
   place_RT = jnp.broadcast_to(place_RT, tokens_RT.shape)
-  axes = _axes_of_layer(config, params["layers"])
   on_device = functools.partial(_layer_on_device, config, layout, kernel, axes)
   split = layout.by_hand.spec
   by_tokens, by_rows, of_layer = (
@@ -266,7 +266,7 @@ def _layer_on_device(
       query_RTNH, key_RTKH, value_RTKH, shared, place_RT, rule, kind.window, segment_RT=segment_RT
     )
 
-  whole = jax.tree.map(functools.partial(_gather, layout), axes, layer, is_leaf=_is_axes)
+  whole = cast(jax.tree.map(functools.partial(_gather, layout), axes, layer, is_leaf=_is_axes), x_RTM.dtype)
   return _block(config, layout.by_compiler, whole, x_RTM, turn, attend), Cache(*kept)
 
 
@@ -283,6 +283,19 @@ def _axes_of_layer(config: ModelConfig, layers: Layers) -> Any:
 
   specs, layer = param_specs(config)["layers"], layers[0] if one_by_one(layers) else layers
   return {name: axes(specs[name], matrix) for name, matrix in layer.items()}
+
+
+def _cast_split(axes: Any, layers: Layers, dtype: Any) -> Layers:
+  """What is split by width in the compute dtype, to be gathered so.
+
+  The rest is cast where it computes: the gradients of what is whole on every device are added up before they are
+  rounded. Layers one by one are in the compute dtype already.
+  """
+  if one_by_one(layers):
+    return layers
+  is_int8 = lambda x: isinstance(x, Int8)
+  one = lambda x, axes: x.astype(dtype) if not is_int8(x) and "width" in axes else x
+  return jax.tree.map(one, layers, axes, is_leaf=is_int8)
 
 
 def _is_axes(x: Any) -> bool:

@@ -48,8 +48,9 @@ class Layout:
 
   @property
   def by_compiler(self) -> "Layout":
-    """The rest, inside such a function."""
-    return dataclasses.replace(self, rows=(), tokens=(), width=())
+    """The rest, inside such a function; LOCAL where there is nothing to split."""
+    rest = dataclasses.replace(self, rows=(), tokens=(), width=())
+    return rest if _parts(rest.heads + rest.feed_forward + rest.vocab) > 1 else LOCAL
 
   def gather_width(self, x: jax.Array, axis: int) -> jax.Array:
     """Inside a function of one device's part: the whole of what is split by width. Its gradient is scattered again."""
@@ -70,11 +71,12 @@ class Layout:
   def local(self, f: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
     """`f` of each device's part, given by the partitions of inputs and outputs; they may be prefixes of their trees.
 
-    Mesh axes that this layout does not use are left to the compiler.
+    Mesh axes that this layout does not use are left to the compiler, but for those of one device.
     """
     if self == LOCAL:
       return f
     axes = {name for names in dataclasses.astuple(self) for name in names}
+    axes |= {name for name, size in jax.sharding.get_abstract_mesh().shape.items() if size == 1}
     return jax.shard_map(f, in_specs=inputs, out_specs=outputs, axis_names=axes, check_vma=False)
 
 
@@ -95,7 +97,7 @@ GENERATE_TENSOR = dataclasses.replace(TRAIN, rows=("data", "fsdp", "sequence"), 
 
 
 def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
-  """The mesh of `AXES` over these devices; where they are of several slices, `data` runs over the slices first.
+  """The mesh of `AXES` over these devices. Of several slices, the first axis that can runs over them.
 
   Args:
     sizes: of each axis; one may be −1 and takes what is left.
@@ -114,8 +116,13 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
       "may be -1"
     )
   slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if slices > 1 and filled[0] % slices == 0:
-    within, across = [filled[0] // slices, *filled[1:]], [slices, 1, 1, 1]
+  if slices > 1:
+    outer = next((i for i, size in enumerate(filled) if size % slices == 0), None)
+    if outer is None:
+      named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, filled))
+      raise UserError(f"mesh {named} has no axis that runs over {slices} slices; allowed: one that they divide")
+    across = [slices if i == outer else 1 for i in range(len(filled))]
+    within = [size // parts for size, parts in zip(filled, across)]
     placed = mesh_utils.create_hybrid_device_mesh(within, across, devices)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
   return jax.make_mesh(tuple(filled), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -123,7 +130,7 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
 
 def _parts(axes: MeshAxes) -> int:
   """Under `jax.set_mesh`."""
-  return shards(jax.sharding.get_abstract_mesh(), axes) if axes else 1
+  return shards(jax.sharding.get_abstract_mesh(), tuple(set(axes))) if axes else 1
 
 
 def shards(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:

@@ -105,7 +105,7 @@ def plays_alike(state_of, folder, other):
   """The same tree and tokens; losses, gradients and final weights up to roundings."""
   assert lines_of(folder, "transcript.jsonl") == lines_of(other, "transcript.jsonl")
   for mine, theirs in zip(lines_of(folder, "scalars.jsonl"), lines_of(other, "scalars.jsonl"), strict=True):
-    assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-3, nan_ok=True)
+    assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4, nan_ok=True)
   mine, theirs = state_of(folder), state_of(other)
   world.assert_close(world.first_moments(mine), world.first_moments(theirs), 1e-3)
   world.assert_close(*([player.params for player in state.players] for state in (mine, theirs)), 1e-3)

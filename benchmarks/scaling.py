@@ -1,0 +1,141 @@
+"""What more devices give a run whose weights are split: python benchmarks/scaling.py [--kind=h100] [--devices=8,…,256]
+
+Of Qwen2.5-7B on both sides, all weights, by `fsdp`: bytes of the state on each device, and bytes that a device sends in
+an update of one micro-batch, read from the program that the target's compiler makes, against the least that it must
+send: two gathers of the weights and one scatter of the gradients in the compute dtype, for each player. No hardware;
+compilers for TPUs and CUDA as `advgame_jax/targets.py` says. With --kind=none nothing is compiled.
+"""
+
+import dataclasses
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from absl import logging as absl_logging
+
+from advgame_jax import collectives, hf_config, paper, placement, session, sharding, targets
+from advgame_jax import config as config_lib
+from advgame_jax.types import Players, PreferenceBatch
+from advgame_jax.update import Recipe
+
+_KIND = flags.DEFINE_enum("kind", "h100", ["h100", "v5p", "cpu", "none"], "what the update is compiled for")
+_DEVICES = flags.DEFINE_list("devices", "8,16,32,64,128,256", "numbers of devices")
+
+GIB = 2**30
+ROW = 512  # tokens; what is sent does not depend on them
+QWEN_7B = {  # as the published config.json has it
+  "model_type": "qwen2",
+  "vocab_size": 152064,
+  "hidden_size": 3584,
+  "num_hidden_layers": 28,
+  "num_attention_heads": 28,
+  "num_key_value_heads": 4,
+  "intermediate_size": 18944,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+  """What a mesh asks of a device."""
+
+  id: int
+  process_index: int
+  platform: str = "cpu"
+  device_kind: str = "stand-in"
+
+
+class Sent(NamedTuple):
+  """By one device in one update."""
+
+  bytes: float
+  least: float
+  largest: float  # bytes of the largest array that is gathered at once
+  seconds: float  # to compile
+
+
+def main(_: Any) -> None:
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  counts = list(map(int, _DEVICES.value))
+  if _KIND.value == "cpu":
+    jax.config.update("jax_num_cpu_devices", max(counts))
+  print(f"Qwen2.5-7B twice, all weights, fsdp; jax {jax.__version__}; GiB of each device")
+  print(f"{'devices':>8}{'state':>10}{'× devices':>11}{'sent':>9}{'least':>9}{'ratio':>8}{'gathered at once':>18}")
+  for count in counts:
+    hosts = max(1, count // 8)
+    stand_ins = [StandIn(i, i * hosts // count) for i in range(count)]
+    state = state_bytes(recipes(stand_ins, jnp.bfloat16))
+    line = f"{count:>8}{state / GIB:>10.2f}{state * count / GIB:>11.1f}"
+    if _KIND.value != "none":
+      sent = update_bytes(devices(count))
+      line += (
+        f"{sent.bytes / GIB:>9.2f}{sent.least / GIB:>9.2f}{sent.bytes / sent.least:>8.3f}{sent.largest / GIB:>18.2f}"
+      )
+      line += f"   {_KIND.value}, compiled in {sent.seconds:.0f} s"
+    print(line, flush=True)
+
+
+def devices(count: int) -> list[Any]:
+  names = {
+    "h100": f"h100:{count}" if count <= 8 else f"h100:{count // 8}x8",
+    "v5p": f"v5p-{2 * count}",
+    "cpu": f"cpu:{count}",
+  }
+  return targets.parse(names[_KIND.value]).devices()
+
+
+def recipes(on: list[Any], dtype: Any) -> Players[Recipe]:
+  """Both players of the paper's run of all weights, one micro-batch."""
+  config = paper.config("dpo", "qwen2.5-7b", "qwen2.5-7b", "qwen2.5-32b", ("train.jsonl", "validation.jsonl"))
+  precision = dataclasses.replace(config.precision, attention="xla")
+  model, places = hf_config.from_values(QWEN_7B, "qwen2.5-7b"), placement.place("fsdp", config_lib.Mesh(), on)
+
+  def make(player: config_lib.Player, place: placement.Place) -> Recipe:
+    player = dataclasses.replace(player, accumulate=1)
+    return Recipe(model, player, config.loss, precision, config.steps, dtype, place.mesh, place.train)
+
+  return Players(make(config.attacker, places.attacker), make(config.defender, places.defender))
+
+
+def state_bytes(of: Players[Recipe]) -> int:
+  """Of one device: both players' weights, averages and moments."""
+  leaves = jax.tree.leaves(session.abstract_state(of))
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def update_bytes(on: list[Any]) -> Sent:
+  """What a device sends in the compiled update, and the least that it must."""
+  dtype = jnp.dtype("float32" if _KIND.value == "cpu" else "bfloat16")
+  of = recipes(on, dtype)
+  mesh, start = of.defender.mesh, time.perf_counter()
+  update = session.jit_update(of, mesh)
+  state, batches = session.abstract_state(of), Players(*map(_batch, of))
+  with jax.set_mesh(mesh):
+    text = update.lower(state, batches, {}).compile().as_text()
+  found, parts = collectives.of(text), mesh.size
+  split = [spec for spec in jax.tree.leaves(of.defender.specs) if "width" in spec.axes]
+  once = (parts - 1) / parts * dtype.itemsize * sum(math.prod(spec.shape) for spec in split)
+  passes = sum(3 + (not recipe.player.reference_is_generator) for recipe in of)
+  whole = [one.sent * one.devices / (one.devices - 1) for one in found if one.kind == "all-gather"]
+  return Sent(sum(one.bytes for one in found), passes * once, max(whole), time.perf_counter() - start)
+
+
+def _batch(recipe: Recipe) -> PreferenceBatch:
+  """One comparison for each part of the rows."""
+  rows, P = sharding.rows_sharding(recipe.mesh, recipe.layout), sharding.shards(recipe.mesh, recipe.layout.rows)
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+  return PreferenceBatch(
+    tokens_PCT=array(jnp.int32, P, 2, ROW),
+    length_PC=array(jnp.int32, P, 2),
+    completion_mask_PCT=array(jnp.bool_, P, 2, ROW),
+    behaviour_logprob_PCT=array(jnp.float32, P, 2, ROW),
+    plain_logprob_PCT=array(jnp.float32, P, 2, ROW),
+    advantage_PC=array(jnp.float32, P, 2),
+    weight_P=array(jnp.float32, P),
+  )
+
+
+if __name__ == "__main__":
+  app.run(main)
