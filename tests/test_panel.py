@@ -44,7 +44,8 @@ SHORT = config_lib.Sampling(prompt_buckets=(768,), max_new_tokens=8)
 
 def opened(**roles):
   config = config_lib.Config(judges=config_lib.Judges(**roles))
-  return panel.open_panel(config, lambda settings, player: pytest.fail("weights are read before they are asked for"))
+  place = placement.place("ddp", config.mesh, jax.devices()[:1]).judge
+  return panel.open_panel(config, lambda *what: pytest.fail("weights are read before they are asked for"), place)
 
 
 def test_by_default_one_judge_trains_and_another_evaluates(folder):
@@ -90,7 +91,7 @@ def test_a_model_is_told_to_answer_as_its_settings_say(folder, changes):
   how = {"think": False, "readout": "score"} | changes
   question = Question(Role.REFUSAL, Category.BENIGN, "q", ("a",), 0)
   plain = config_lib.Judge(kind="heuristic")
-  call = opened(training=model_judge(folder, **changes), evaluation=plain).defender._encode(question)
+  call = opened(training=model_judge(folder, **changes), evaluation=plain).defender._encode([question])[0]
   assert call.instructions == rubrics.load().instructions(Role.REFUSAL, Category.BENIGN, "single", **how)
 
 
@@ -113,7 +114,9 @@ def test_a_form_that_reads_one_text_is_asked_of_each(folder, monkeypatch, form, 
   asked = []
 
   def answer(self, questions):
-    asked.extend((q.texts, self._encode(q).case.read(PLAIN_ANSWERS[form]) == ()) for q in questions)
+    asked.extend(
+      (q.texts, call.case.read(PLAIN_ANSWERS[form]) == ()) for q, call in zip(questions, self._encode(questions))
+    )
     return [Verdict((4.0,))] * len(questions)
 
   monkeypatch.setattr(ModelJudge, "__call__", answer)
@@ -217,7 +220,8 @@ def test_a_guard_that_knows_no_refusals_is_helped_out_by_phrases(folder):
 def test_what_cannot_judge_is_refused(roles, sentence):
   with pytest.raises(UserError, match=re.escape(sentence)):
     config = config_lib.from_config_dict({"judges": roles})
-    panel.open_panel(config, lambda *_: pytest.fail("weights are read"))
+    place = placement.place("ddp", config.mesh, jax.devices()[:1]).judge
+    panel.open_panel(config, lambda *_: pytest.fail("weights are read"), place)
 
 
 def game_of(folder, **changes):
@@ -276,13 +280,14 @@ def test_a_step_is_completed_whatever_its_server_does(folder):
 def test_a_judge_of_the_players_base_shares_its_memory(folder):
   lora = {"rank": 2, "targets": ("query", "up")}
   shared = world.open_session(game_of(folder, attacker__lora=lora, defender__lora=lora))
-  base, judge = shared._decode_bases[folder], shared.panel.defender.params
+  base, judge = shared._decode_base(folder, shared.places.judge), shared.panel.defender.params
   assert all(a is b for a, b in zip(*map(jax.tree.leaves, (base, judge))))
-  for changes in ({"judges__training__int8": True}, {"judges__training__mesh": {"fsdp": 1, "data": 1}}):
-    own = world.open_session(game_of(folder, attacker__lora=lora, defender__lora=lora, **changes))
-    assert own.panel.defender.params["embed"] is not own._decode_bases[folder]["embed"]
+  for changes, devices in (({"judges__training__int8": True}, 1), ({"sharding": "apart"}, 8)):
+    own = world.open_session(game_of(folder, attacker__lora=lora, defender__lora=lora, **changes), devices)
+    played = own._decode_base(folder, own.places.defender)
+    assert own.panel.defender.params["embed"] is not played["embed"]
   full = world.open_session(game_of(folder))
-  assert not full.bases and full.panel.defender.params["embed"].shape == base["embed"].shape
+  assert not any(full.bases.values()) and full.panel.defender.params["embed"].shape == base["embed"].shape
 
 
 def test_warming_up_leaves_nothing_to_compile_for_the_judges(folder):
