@@ -170,7 +170,7 @@ def embed(config: ModelConfig, params: Params, tokens: jax.Array, layout: Layout
     return table_VM[tokens] * scale
 
   def look_up(part_VM: jax.Array, tokens: jax.Array) -> jax.Array:
-    part_VM = layout.gather_width(part_VM, axis=1)
+    part_VM = layout.gather_width(part_VM, (None, "width"))
     first = jax.lax.axis_index(layout.vocab) * len(part_VM)
     here = (tokens >= first) & (tokens < first + len(part_VM))
     found = jnp.where(here[..., None], part_VM[jnp.where(here, tokens - first, 0)], 0)
@@ -266,7 +266,7 @@ def _layer_on_device(
       query_RTNH, key_RTKH, value_RTKH, shared, place_RT, rule, kind.window, segment_RT=segment_RT
     )
 
-  whole = cast(jax.tree.map(functools.partial(_gather, layout), axes, layer, is_leaf=_is_axes), x_RTM.dtype)
+  whole = cast(jax.tree.map(lambda axes, x: layout.gather_width(x, axes), axes, layer, is_leaf=_is_axes), x_RTM.dtype)
   return _block(config, layout.by_compiler, whole, x_RTM, turn, attend), Cache(*kept)
 
 
@@ -300,10 +300,6 @@ def _cast_split(axes: Any, layers: Layers, dtype: Any) -> Layers:
 
 def _is_axes(x: Any) -> bool:
   return type(x) is tuple
-
-
-def _gather(layout: Layout, axes: Sequence[str | None], x: jax.Array) -> jax.Array:
-  return layout.gather_width(x, axes.index("width")) if "width" in axes else x
 
 
 def _over_layers(

@@ -181,7 +181,7 @@ def _measure(
   Heads are gathered once before all stretches, and their gradients scattered once after all: that is why the devices'
   parts are taken by hand.
   """
-  whole = [{"head": layout.gather_width(head_VM, axis=1)} for head_VM in heads]
+  whole = [{"head": layout.gather_width(head_VM, ("vocab", "width"))} for head_VM in heads]
   generator, (R, T) = Generator(tuple(whole), tuple(share)), token_RT.shape
   stretch = min(max(1, chunk // R), T)
 

@@ -52,21 +52,31 @@ class Layout:
     rest = dataclasses.replace(self, rows=(), tokens=(), width=())
     return rest if _parts(rest.heads + rest.feed_forward + rest.vocab) > 1 else LOCAL
 
-  def gather_width(self, x: jax.Array, axis: int) -> jax.Array:
-    """Inside a function of one device's part: the whole of what is split by width. Its gradient is scattered again."""
-    return jax.lax.all_gather(x, self.width, axis=axis, tiled=True) if _parts(self.width) > 1 else x
+  def gather_width(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Inside a function of one device's part: the whole of what is split by width. Its gradient is scattered again.
+
+    Of the other axes each device gathers its own part only, which must be said: the compiler does not divide a gather.
+    """
+    if "width" not in axes or _parts(self.width) == 1:
+      return x
+    gather = lambda x: jax.lax.all_gather(x, self.width, axis=axes.index("width"), tiled=True)
+    mine = self.by_compiler.spec(axes)
+    return self.by_compiler.local(gather, mine, mine)(x)
 
   def gather_tokens(self, x_RTNH: jax.Array) -> jax.Array:
     """Likewise: whole rows of a part of the heads, from a part of the rows' tokens (Ulysses, 2309.14509)."""
-    if _parts(self.tokens) == 1:
-      return x_RTNH
-    return jax.lax.all_to_all(x_RTNH, self.tokens, split_axis=2, concat_axis=1, tiled=True)
+    return self._exchange(x_RTNH, split_axis=2, concat_axis=1)
 
   def scatter_tokens(self, x_RTNH: jax.Array) -> jax.Array:
     """The way back."""
+    return self._exchange(x_RTNH, split_axis=1, concat_axis=2)
+
+  def _exchange(self, x_RTNH: jax.Array, **axes: int) -> jax.Array:
     if _parts(self.tokens) == 1:
       return x_RTNH
-    return jax.lax.all_to_all(x_RTNH, self.tokens, split_axis=1, concat_axis=2, tiled=True)
+    mine = self.by_compiler.spec((None, None, "heads"))
+    exchange = lambda x: jax.lax.all_to_all(x, self.tokens, **axes, tiled=True)
+    return self.by_compiler.local(exchange, mine, mine)(x_RTNH)
 
   def local(self, f: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
     """`f` of each device's part, given by the partitions of inputs and outputs; they may be prefixes of their trees.
@@ -75,9 +85,10 @@ class Layout:
     """
     if self == LOCAL:
       return f
-    axes = {name for names in dataclasses.astuple(self) for name in names}
-    axes |= {name for name, size in jax.sharding.get_abstract_mesh().shape.items() if size == 1}
-    return jax.shard_map(f, in_specs=inputs, out_specs=outputs, axis_names=axes, check_vma=False)
+    mesh = jax.sharding.get_abstract_mesh()
+    used = {name for names in dataclasses.astuple(self) for name in names}
+    axes = (used | {name for name, size in mesh.shape.items() if size == 1}) - set(mesh.manual_axes)
+    return f if not axes else jax.shard_map(f, in_specs=inputs, out_specs=outputs, axis_names=axes, check_vma=False)
 
 
 LOCAL = Layout()

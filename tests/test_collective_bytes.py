@@ -33,12 +33,18 @@ class Case(NamedTuple):
   tied: bool = False
   accumulate: int = 1
   data: int = 1  # copies, each over as many devices as that leaves
+  tensor: int = 1  # parts of heads, feed-forward and vocabulary
+
+  @property
+  def shards(self) -> int:
+    return 8 // self.data // self.tensor
 
 
 CASES = {
   "plain": Case(),
   "tied, two micro-batches": Case(tied=True, accumulate=2),
   "two copies": Case(data=2),
+  "heads split too": Case(tensor=2),
 }
 
 
@@ -47,7 +53,7 @@ def update_of(name):
   """The collectives of a case's update: the Defender's, all weights. Its weights in bytes, those that are split."""
   case = CASES[name]
   model = dataclasses.replace(MODEL, tied=case.tied)
-  place = placement.place("fsdp", config_lib.Mesh(data=case.data), jax.devices()[:8]).defender
+  place = placement.place("fsdp", config_lib.Mesh(data=case.data, tensor=case.tensor), jax.devices()[:8]).defender
   player = config_lib.Player(model="m", reference="initial", accumulate=case.accumulate)
   precision = config_lib.Precision(attention="xla", logit_chunk=T)
   defender = Recipe(model, player, config_lib.Loss(), precision, 10, jnp.float32, place.mesh, place.train)
@@ -83,8 +89,8 @@ def sent(found, kind, devices):
 @pytest.mark.parametrize("name", CASES)
 def test_a_pass_gathers_weights_twice_and_scatters_gradients_once(name):
   (model, found), case = update_of(name), CASES[name]
-  shards = 8 // case.data
-  once = (shards - 1) / shards * split_bytes(model) * case.accumulate
+  shards = case.shards
+  once = (shards - 1) / shards * split_bytes(model) / case.tensor * case.accumulate
   gathered, scattered = sent(found, "all-gather", shards), sent(found, "reduce-scatter", shards)
   assert 2.5 * once < gathered <= SLACK * 3 * once  # twice, and once for the reference
   assert 0.99 * once < scattered <= SLACK * once
@@ -103,7 +109,8 @@ def test_copies_send_each_other_only_their_parts_of_the_gradient(name):
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_else_is_sent_but_norms_and_numbers(name):
   (model, found), case = update_of(name), CASES[name]
-  weights = [("all-gather", 8 // case.data), ("reduce-scatter", 8 // case.data), ("all-reduce", case.data)]
+  weights = [("all-gather", case.shards), ("reduce-scatter", case.shards), ("all-reduce", case.data)]
+  weights += [("all-reduce", case.tensor)]  # of what heads and feed-forward give
   others = collections.Counter()
   for one in found:
     if (one.kind, one.devices) not in weights:

@@ -1,0 +1,350 @@
+"""Whether a run fits its machine, how long it takes and what that costs, before there is the machine.
+
+Every program of a step is compiled for the target with abstract values. Of each is said what it adds to what stays on a
+device, what it sends, and its time by `roofline`. Where the target's compiler is not installed, estimates of
+`blueprint` stand in its place.
+"""
+
+import dataclasses
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from advgame_jax import blueprint as blueprint_lib
+from advgame_jax import chips, collectives, roofline, workload
+from advgame_jax.blueprint import Blueprint, Held, Work
+from advgame_jax.chips import Chip
+from advgame_jax.collectives import Collective
+from advgame_jax.config import Config
+from advgame_jax.roofline import Estimate
+from advgame_jax.targets import Target
+from advgame_jax.types import Players, UserError
+
+log = logging.getLogger(__name__)
+GIB = 2**30
+REFUSED = "refused by the compiler"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Cost(NamedTuple):
+  """What a program takes, of one device."""
+
+  work: Work
+  added: float  # bytes beside what stays: temporaries, outputs and what its phase keeps
+  collectives: list[Collective]  # of a step
+  estimate: Estimate  # of a step
+  largest: str  # its largest array, with the operation that makes it; "" where it is not known
+  source: str  # of its numbers: the compiler, or an estimate
+
+
+class Peak(NamedTuple):
+  """The most memory of a device in one part of a run, bytes."""
+
+  what: str
+  held: float
+  added: float
+
+  @property
+  def bytes(self) -> float:
+    return self.held + self.added
+
+
+class Plan(NamedTuple):
+  """Of a run on a target."""
+
+  target: Target
+  blueprint: Blueprint
+  costs: list[Cost]
+  notes: list[str]
+
+  @property
+  def peaks(self) -> list[Peak]:
+    """Of each program, and of an evaluation."""
+    found = [Peak(c.work.name, self._held(c.work.phase, c.work.mesh), c.added) for c in self.costs]
+    loading = [self._held("loading", place.mesh) for place in self.blueprint.places]
+    evaluating = [
+      self._beside(name) + pools + self._held("evaluation", place.mesh)
+      for name, place, pools in zip(Players._fields, self.blueprint.places, self.blueprint.pools)
+    ]
+    judging = self._held("evaluation", self.blueprint.places.judge.mesh) + self._beside("judge", kept=True)
+    return [
+      *found,
+      Peak("evaluation: first weights read", max(loading), 0),
+      Peak("evaluation: play", max(*evaluating, judging), 0),
+    ]
+
+  def _beside(self, who: str, kept: bool = False) -> float:
+    """What playing or judging adds in a step, of a device; without what is kept between its programs."""
+    added = [c.added - (0 if kept else c.work.kept) for c in self.costs if c.work.name.startswith(f"{who}:")]
+    return max(added, default=0)
+
+  @property
+  def peak(self) -> Peak:
+    """The largest of them."""
+    return max(self.peaks, key=lambda peak: peak.bytes)
+
+  @property
+  def fits(self) -> bool:
+    return self.peak.bytes <= self.target.capacity
+
+  @property
+  def seconds(self) -> float:
+    """Of a step; players on meshes of their own are updated at the same time."""
+    updates = [cost.estimate.total for cost in self.costs if cost.work.phase == "update"]
+    return sum(cost.estimate.total for cost in self.costs if cost.work.phase != "update") + max(updates, default=0)
+
+  @property
+  def serial(self) -> float:
+    """The same, if arithmetic, memory and wires wait for each other."""
+    return sum(cost.estimate.serial for cost in self.costs)
+
+  @property
+  def evaluation_seconds(self) -> float:
+    """Of one evaluation: three loads of attacks or judged attacks and four of responses, about, with as many rows."""
+    config = self.blueprint.config
+    rows = 2 * config.evaluation.seeds * config.evaluation.samples
+    game, batch = config.game, config.data.batch
+    attacks = batch * game.attacks_per_seed
+    once = {
+      "attacker": 2 * rows / attacks,
+      "defender": 4 * rows / (attacks * game.responses),
+      "judge": 4 * rows / attacks,
+    }
+    of = lambda cost: once.get(cost.work.name.partition(":")[0], 0) if cost.work.phase == "play" else 0
+    return sum(cost.estimate.total * max(1.0, of(cost)) for cost in self.costs if of(cost))
+
+  @property
+  def device_hours(self) -> float:
+    """Of the whole run: its steps and evaluations, not its start and what a host does meanwhile."""
+    run = self.blueprint.config.steps * self.seconds + self.blueprint.evaluations * self.evaluation_seconds
+    return run * self.target.count / 3600
+
+  def _held(self, phase: str, mesh: Any) -> float:
+    return sum(held.bytes for held in self.resident(phase, mesh))
+
+  def resident(self, phase: str, mesh: Any) -> list[Held]:
+    """What stays in a phase on the devices of a mesh."""
+    here = set(mesh.devices.flat)
+    return [h for h in self.blueprint.held if phase in h.during and here & set(h.mesh.devices.flat)]
+
+  def why_not(self) -> str:
+    """By how much it does not fit, and the largest of what is there then."""
+    peak = self.peak
+    cost = next((cost for cost in self.costs if cost.work.name == peak.what), None)
+    mesh = cost.work.mesh if cost else self.blueprint.places.defender.mesh
+    held = max(self.resident(cost.work.phase if cost else "loading", mesh), key=lambda held: held.bytes)
+    temporary = f"; largest temporary: {cost.largest}" if cost and cost.largest else ""
+    return (
+      f"does not fit: {peak.what} takes {peak.bytes / GIB:.1f} GiB of a device's {self.target.capacity / GIB:.1f}, "
+      f"{(peak.bytes - self.target.capacity) / GIB:.1f} too much; most stays for {held.what} "
+      f"({held.bytes / GIB:.1f} GiB, above all {held.largest}){temporary}"
+    )
+
+
+def devices_of(target: Target) -> tuple[Sequence[Any], str]:
+  """What to plan for, and where nothing can be compiled for it a sentence that says why.
+
+  Raises:
+    UserError: too few CPU devices.
+  """
+  try:
+    return target.devices(), ""
+  except UserError as error:
+    if target.chip is chips.CPU or "is not installed" not in str(error):
+      raise
+    return workload.stand_ins(target), f"estimated, nothing is compiled: {error}"
+
+
+def make(config: Config, target: Target, completion_tokens: float = 0, chip: Chip | None = None) -> Plan:
+  """Compiles what a step runs.
+
+  Args:
+    chip: whose peaks count; None is the target's, and this machine's as it is measured where that is a CPU.
+
+  Raises:
+    UserError: a config that cannot be planned.
+  """
+  devices, missing = devices_of(target)
+  drawn = blueprint_lib.draw(config, target, devices, completion_tokens)
+  chip = chip or (roofline.measured(devices) if target.chip is chips.CPU else target.chip)
+  costs = [guessed(work, chip) if missing or not work.lower else compiled(work, target, chip) for work in drawn.works]
+  for place, cost in enumerate(costs):
+    if cost.source == REFUSED:
+      costs[place] = cost._replace(largest=_largest_by_cpu(config, target, completion_tokens, cost.work.name))
+  return Plan(target, drawn, costs, [*drawn.notes, *([missing] if missing else [])])
+
+
+def estimate(config: Config, target: Target, completion_tokens: float = 0) -> Plan:
+  """The same without any compiler."""
+  drawn = blueprint_lib.draw(config, target, workload.stand_ins(target), completion_tokens)
+  return Plan(target, drawn, [guessed(work, target.chip) for work in drawn.works], drawn.notes)
+
+
+def guessed(work: Work, chip: Chip) -> Cost:
+  """Of a program that is not compiled."""
+  scale = work.runs * work.trips
+  sent = [_times(one, scale) for one in work.guess.collectives]
+  time_ = roofline.seconds(work.flops * scale, work.moved * scale, sent, chip)
+  return Cost(work, work.kept + work.guess.temporary, sent, time_, "", "estimate")
+
+
+def compiled(work: Work, target: Target, chip: Chip) -> Cost:
+  """Of a program, from its compiled form. A TPU's compiler refuses what does not fit: then of its message."""
+  assert work.lower
+  start = time.perf_counter()
+  try:
+    program = work.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    needed = refused(str(error))
+    if needed is None:
+      said = str(error).strip().partition("\n")[0]
+      raise UserError(f"{work.name} cannot be compiled for {target.name}: {said}; allowed: another sharding") from None
+    return guessed(work, chip)._replace(added=work.kept + needed, source=REFUSED)
+  memory, text = program.memory_analysis(), _text(program)
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  if work.name.endswith(": copy"):
+    outputs = 0  # they stay, and are counted so
+  scale = work.runs * work.trips
+  on = workload.islands(target, work.mesh)
+  sent = [_times(one, scale / work.chunk) for one in collectives.of(text, on, unknown=work.chunk)]
+  if not text:
+    sent = [_times(one, scale) for one in work.guess.collectives]
+  log.info("%s: compiled in %.0f s", work.name, time.perf_counter() - start)
+  time_ = roofline.seconds(work.flops * scale, work.moved * scale, sent, chip)
+  source = "compiler" if text else "compiler, sent: estimate"
+  return Cost(work, work.kept + memory.temp_size_in_bytes + outputs, sent, time_, largest_of(text), source)
+
+
+def largest_of(text: str) -> str:
+  """The largest array that a compiled program makes, in words; "" where there is none."""
+  found = next(iter(collectives.largest(text, 1)), None)
+  return f"{found.shape} of {found.bytes / GIB:.2f} GiB, {found.name or found.opcode}" if found else ""
+
+
+def _largest_by_cpu(config: Config, target: Target, completion_tokens: float, name: str) -> str:
+  """Of a program that its target's compiler refuses, as this machine's makes it; "" with too few CPU devices here."""
+  devices = jax.devices("cpu")[: target.count]
+  if len(devices) < target.count:
+    return ""
+  config = blueprint_lib.computing(config, target)
+  work = next(
+    work for work in blueprint_lib.draw(config, target, devices, completion_tokens).works if work.name == name
+  )
+  assert work.lower
+  quickly = {"xla_backend_optimization_level": 0}  # of the machine code; the arrays are the same
+  return largest_of(work.lower().compile(compiler_options=quickly).as_text())
+
+
+def _text(program: Any) -> str:
+  """Of a compiled program; "" where a compiler newer than jaxlib wrote what that cannot read."""
+  try:
+    return str(program.as_text())
+  except jax.errors.JaxRuntimeError:
+    return ""
+
+
+def refused(message: str) -> float | None:
+  """Bytes of temporaries that a TPU's compiler says it has no room for; None where it says no such thing."""
+  if "RESOURCE_EXHAUSTED" not in message:
+    return None
+  said = re.findall(r"\(([\d.]+)([KMGT]?)\)", message) or re.findall(r"[Uu]sed ([\d.]+)([KMGT]) of", message)
+  return float(said[0][0]) * _UNITS[said[0][1]] if said else None
+
+
+def _times(one: Collective, scale: float) -> Collective:
+  """As often as a step has it; its times are then a mean."""
+  return dataclasses.replace(one, times=one.times * scale)  # type: ignore[arg-type]
+
+
+def show(plan: Plan, price: float = 0, console: Console | None = None) -> None:
+  """Prints it; `price`: of a device's hour."""
+  (console or Console(width=180, soft_wrap=True)).print(Group(*_tables(plan, price)))
+
+
+def _tables(plan: Plan, price: float) -> Iterator[RenderableType]:
+  target, config = plan.target, plan.blueprint.config
+  mesh = ", ".join(f"{axis}={size}" for axis, size in plan.blueprint.places.defender.mesh.shape.items() if size > 1)
+  yield (
+    f"{target.name}: {target.count} × {target.chip.name}, {target.capacity / GIB:.1f} GiB usable of each; "
+    f"sharding {config.sharding} ({mesh or 'one device'}), {config.precision.compute}, remat {config.precision.remat}, "
+    f"accumulate {config.attacker.accumulate} and {config.defender.accumulate}; jax {jax.__version__}"
+  )
+  yield from (f"Note: {note}." for note in plan.notes)
+  stays = _table("stays on a device", "GiB", "during")
+  for held in plan.blueprint.held:
+    if held.bytes:
+      stays.add_row(held.what, f"{held.bytes / GIB:.2f}", ", ".join(sorted(held.during)))
+  yield stays
+  memory = _table("memory of a device, GiB", "stays", "adds", "peak", "of capacity")
+  for peak in plan.peaks:
+    memory.add_row(
+      peak.what,
+      *(f"{x / GIB:.2f}" for x in (peak.held, peak.added, peak.bytes)),
+      f"{peak.bytes / target.capacity:.0%}",
+    )
+  yield memory
+  times = _table("a step, of a device", "TFLOP", "GB moved", "sent in / across hosts, GB", "seconds", "limit", "from")
+  for cost in plan.costs:
+    scale = cost.work.runs * cost.work.trips
+    sent = [sum(one.bytes for one in cost.collectives if one.crosses == crosses) for crosses in (False, True)]
+    times.add_row(
+      cost.work.name,
+      f"{cost.work.flops * scale / 1e12:.3g}",
+      f"{cost.work.moved * scale / 1e9:.3g}",
+      f"{sent[0] / 1e9:.3g} / {sent[1] / 1e9:.3g}",
+      f"{cost.estimate.total:.3g}",
+      cost.estimate.limit,
+      cost.source,
+    )
+  yield times
+  if kinds := _kinds(plan):
+    wires = _table("collectives of a step, of a device", "devices", "times", "GB sent", "across")
+    for (name, kind, count, crosses), (number, total) in kinds.items():
+      wires.add_row(
+        f"{name}: {kind}", str(count), f"{number:,.0f}", f"{total / 1e9:.3g}", "hosts" if crosses else "links"
+      )
+    yield wires
+  limits = [
+    f"{cost.work.name} ({cost.estimate.limit})" for cost in plan.costs if cost.estimate.total > 0.2 * plan.seconds
+  ]
+  yield (
+    f"A step: {plan.seconds:.3g} s ({plan.serial:.3g} if nothing overlaps), "
+    f"{plan.blueprint.drawn / plan.seconds:,.0f} tokens drawn a second; most of it: {', '.join(limits)}."
+  )
+  hours = plan.device_hours
+  paid = f", {hours * price:,.0f} at {price:g} an hour" if price else ""
+  yield (
+    f"The run: {config.steps:,} steps and {plan.blueprint.evaluations} evaluations of {plan.evaluation_seconds:.3g} s, "
+    f"{hours / target.count:.3g} h, {hours:,.0f} device-hours{paid}."
+  )
+  yield (
+    f"It fits: {plan.peak.bytes / GIB:.1f} GiB of {target.capacity / GIB:.1f}, in {plan.peak.what}."
+    if (plan.fits)
+    else f"It {plan.why_not()}."
+  )
+
+
+def _table(first: str, *columns: str) -> Table:
+  table = Table(first, box=box.MARKDOWN)
+  for column in columns:
+    table.add_column(column, justify="right")
+  return table
+
+
+def _kinds(plan: Plan) -> dict[tuple[str, str, int, bool], tuple[float, float]]:
+  """(program, kind, devices, crosses) → times and bytes of a step; those under a thousandth of all are left out."""
+  found: dict[tuple[str, str, int, bool], tuple[float, float]] = {}
+  for cost in plan.costs:
+    for one in cost.collectives:
+      key = (cost.work.name, one.kind, one.devices, one.crosses)
+      times, total = found.get(key, (0.0, 0.0))
+      found[key] = (times + one.times, total + one.bytes)
+  all_ = sum(total for _, total in found.values())
+  return {key: value for key, value in found.items() if value[1] > all_ / 1000}
