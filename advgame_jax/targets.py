@@ -216,7 +216,8 @@ def _tpus(target: Target) -> list[Any]:
       if "not installed" not in str(error):
         raise UserError(f"target {target.name!r}: {_first_line(error)}; allowed: {ALLOWED}") from None
       raise UserError(
-        f"target {target.name!r} needs the compiler for TPUs, which is not installed; allowed: pip install libtpu"
+        f"target {target.name!r} needs the compiler for TPUs, which is not installed; allowed: "
+        f"pip install 'jax[tpu]=={jax.__version__}'"
       ) from None
 
 

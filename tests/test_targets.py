@@ -133,8 +133,8 @@ except UserError as error:
 @pytest.mark.parametrize(
   ("text", "module", "sentence", "found"),
   [
-    ("v5e:2x2", "libtpu", "allowed: pip install libtpu", "4 TPU v5 lite [0, 0, 0, 0]"),
-    ("v4:2x2x1", "libtpu", "allowed: pip install libtpu", "4 TPU v4 [0, 0, 0, 0]"),
+    ("v5e:2x2", "libtpu", "allowed: pip install 'jax[tpu]==", "4 TPU v5 lite [0, 0, 0, 0]"),
+    ("v4:2x2x1", "libtpu", "allowed: pip install 'jax[tpu]==", "4 TPU v4 [0, 0, 0, 0]"),
     (
       "h100:2x2",
       "jax_plugins.xla_cuda13",
