@@ -32,7 +32,7 @@ class Roles(NamedTuple, Generic[T]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Placement:
   """What a sharding file says of one role."""
 
   data: int = 1  # sizes of the mesh's axes; one may be −1 and takes what is left
@@ -52,12 +52,12 @@ class Place(NamedTuple):
   generate: Layout
 
 
-def everywhere(plan: Plan) -> Roles[Plan]:
+def everywhere(plan: Placement) -> Roles[Placement]:
   """All roles alike, on the same devices."""
   return Roles(plan, plan, plan)
 
 
-def read(named: str, devices: int, hosts: int) -> Roles[Plan]:
+def read(named: str, devices: int, hosts: int) -> Roles[Placement]:
   """What a sharding file says for so many devices of so many hosts, or slices.
 
   Args:
@@ -90,7 +90,7 @@ def place(named: str, sizes: config_lib.Mesh, devices: Sequence[Any] | None = No
   plans = (_resized(plan, sizes) for plan in read(named, len(devices), len(hosts)))
   meshes: dict[Any, Mesh] = {}
 
-  def mesh(plan: Plan) -> Mesh:
+  def mesh(plan: Placement) -> Mesh:
     first, last = plan.devices
     chosen = [device for host in hosts for device in host[first:last]]
     if not all(host[first:last] for host in hosts):
@@ -136,7 +136,7 @@ def check(where: Place, model: ModelConfig, rows: Sequence[int], name: str) -> N
     )
 
 
-def _resized(plan: Plan, sizes: config_lib.Mesh) -> Plan:
+def _resized(plan: Placement, sizes: config_lib.Mesh) -> Placement:
   """The sizes that settings change."""
   given = {field.name: getattr(sizes, field.name) for field in dataclasses.fields(sizes)}
   return dataclasses.replace(plan, **{name: size for name, size in given.items() if size})

@@ -18,13 +18,13 @@ from advgame_jax.types import UserError
 PRESETS = sorted(path.stem for path in placement.FOLDER.glob("*.py"))
 HEADS = dataclasses.replace(tiny.CONFIG, heads=12, kv_heads=6)
 FILE = """
-from advgame_jax.placement import Plan, Roles
+from advgame_jax.placement import Placement, Roles
 from advgame_jax.sharding import GENERATE_TENSOR
 
 def get_sharding(devices, hosts):
   half = devices // hosts // 2
-  player = lambda *devices: Plan(fsdp=-1, devices=devices)
-  return Roles(player(0, half), player(half, None), Plan(fsdp=-1, devices=(0, half), generate=GENERATE_TENSOR))
+  player = lambda *devices: Placement(fsdp=-1, devices=devices)
+  return Roles(player(0, half), player(half, None), Placement(fsdp=-1, devices=(0, half), generate=GENERATE_TENSOR))
 """
 
 

@@ -184,7 +184,9 @@ def test_a_program_ends_in_a_sentence_and_exit_code_2(config_file, one_device, t
   process = start(config_file, tmp_path / "run", one_device, "--config.mesh.fsdp=3")
   output = process.communicate(timeout=120)[0]
   assert process.returncode == 2
-  assert re.fullmatch(r"error: mesh data=-1, fsdp=3, tensor=1 does not fit 1 devices; allowed: [^\n]+\n", output)
+  assert re.fullmatch(
+    r"error: mesh data=-1, fsdp=3, sequence=1, tensor=1 does not fit 1 devices; allowed: [^\n]+\n", output
+  )
   assert not (tmp_path / "run").exists()
 
 

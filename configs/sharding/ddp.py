@@ -1,7 +1,7 @@
 """Whole weights on every device, which have rows of their own: for models whose whole state fits one device."""
 
-from advgame_jax.placement import Plan, Roles, everywhere
+from advgame_jax.placement import Placement, Roles, everywhere
 
 
-def get_sharding(devices: int, hosts: int) -> Roles[Plan]:
-  return everywhere(Plan(data=-1))
+def get_sharding(devices: int, hosts: int) -> Roles[Placement]:
+  return everywhere(Placement(data=-1))

@@ -3,8 +3,8 @@
 Players and judge generate with whole weights on each device.
 """
 
-from advgame_jax.placement import Plan, Roles, everywhere
+from advgame_jax.placement import Placement, Roles, everywhere
 
 
-def get_sharding(devices: int, hosts: int) -> Roles[Plan]:
-  return everywhere(Plan(fsdp=-1))
+def get_sharding(devices: int, hosts: int) -> Roles[Placement]:
+  return everywhere(Placement(fsdp=-1))

@@ -3,9 +3,9 @@
 The key heads must divide by as many. Weights are split over all devices, as by fsdp.
 """
 
-from advgame_jax.placement import Plan, Roles, everywhere
+from advgame_jax.placement import Placement, Roles, everywhere
 
 
-def get_sharding(devices: int, hosts: int) -> Roles[Plan]:
+def get_sharding(devices: int, hosts: int) -> Roles[Placement]:
   sequence = next(size for size in (4, 2, 1) if (devices // hosts) % size == 0)
-  return everywhere(Plan(fsdp=-1, sequence=sequence))
+  return everywhere(Placement(fsdp=-1, sequence=sequence))
