@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from advgame_jax import config as config_lib
-from advgame_jax import placement, sharding, workload
+from advgame_jax import placement, sharding
 from advgame_jax import plan as plan_lib
 from advgame_jax.config import Config
 from advgame_jax.placement import Place, Roles
@@ -96,7 +96,7 @@ def candidates(config: Config, target: Target, completion_tokens: float = 0) -> 
 def _changed(config: Config, target: Target, change: Change) -> tuple[Roles[Place], dict[str, Any], Config]:
   """Where its roles live, the flags that change the config so, and the config so changed."""
   mesh = dataclasses.replace(config.mesh, tensor=change.tensor) if change.tensor else config.mesh
-  places = placement.place(change.sharding, mesh, workload.stand_ins(target))
+  places = placement.place(change.sharding, mesh, target.stand_ins())
   counts = Players(config.data.batch, config.data.batch * config.game.attacks_per_seed)
   groups = Players(config.game.attacks, config.game.responses)
   flags: dict[str, Any] = {"sharding": change.sharding, "precision.remat": change.remat}

@@ -159,7 +159,7 @@ def devices_of(target: Target) -> tuple[Sequence[Any], str]:
   except UserError as error:
     if target.chip is chips.CPU or "is not installed" not in str(error):
       raise
-    return workload.stand_ins(target), f"estimated, nothing is compiled: {error}"
+    return target.stand_ins(), f"estimated, nothing is compiled: {error}"
 
 
 def make(config: Config, target: Target, completion_tokens: float = 0, chip: Chip | None = None) -> Plan:
@@ -183,7 +183,7 @@ def make(config: Config, target: Target, completion_tokens: float = 0, chip: Chi
 
 def estimate(config: Config, target: Target, completion_tokens: float = 0) -> Plan:
   """The same without any compiler."""
-  drawn = blueprint_lib.draw(config, target, workload.stand_ins(target), completion_tokens)
+  drawn = blueprint_lib.draw(config, target, target.stand_ins(), completion_tokens)
   return Plan(target, drawn, [guessed(work, target.chip) for work in drawn.works], drawn.notes)
 
 

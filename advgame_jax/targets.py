@@ -31,6 +31,16 @@ ALLOWED = (
 
 
 @dataclasses.dataclass(frozen=True)
+class StandIn:
+  """A device that nothing is compiled for."""
+
+  id: int
+  process_index: int
+  platform: str = "cpu"
+  device_kind: str = "stand-in"
+
+
+@dataclasses.dataclass(frozen=True)
 class Target:
   """Devices of one chip, in hosts of equally many."""
 
@@ -49,6 +59,10 @@ class Target:
   def islands(self, devices: Any) -> list[int]:
     """Of each device, which of them it reaches by `Chip.link`: those of its slice, or else of its host."""
     return [getattr(d, "slice_index", None) or 0 if d.platform == "tpu" else d.process_index for d in devices]
+
+  def stand_ins(self) -> list[StandIn]:
+    """As many, on as many hosts."""
+    return [StandIn(i, i // self.per_host) for i in range(self.count)]
 
   def devices(self) -> list[Any]:
     """Devices to compile for, in JAX's order; where the target is elsewhere, nothing can be put on them.

@@ -16,18 +16,8 @@ from advgame_jax import architecture, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.collectives import Collective
 from advgame_jax.engine import Engine
-from advgame_jax.targets import Target
+from advgame_jax.targets import StandIn, Target
 from advgame_jax.update import Recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class StandIn:
-  """A device that nothing is compiled for."""
-
-  id: int
-  process_index: int
-  platform: str = "cpu"
-  device_kind: str = "stand-in"
 
 
 class Guess(NamedTuple):
@@ -54,11 +44,6 @@ class Drawing(NamedTuple):
   context: float  # tokens that a row attends to on average
   reads: float  # runs of the program that reads prompts
   width: int  # tokens that it reads
-
-
-def stand_ins(target: Target) -> list[StandIn]:
-  """As many as the target has, on as many hosts."""
-  return [StandIn(i, i // target.per_host) for i in range(target.count)]
 
 
 def islands(target: Target, mesh: Mesh) -> list[int]:

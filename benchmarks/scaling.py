@@ -37,16 +37,6 @@ QWEN_7B = {  # as the published config.json has it
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class StandIn:
-  """What a mesh asks of a device."""
-
-  id: int
-  process_index: int
-  platform: str = "cpu"
-  device_kind: str = "stand-in"
-
-
 class Sent(NamedTuple):
   """By one device in one update."""
 
@@ -65,7 +55,7 @@ def main(_: Any) -> None:
   print(f"{'devices':>8}{'state':>10}{'× devices':>11}{'sent':>9}{'least':>9}{'ratio':>8}{'gathered at once':>18}")
   for count in counts:
     hosts = max(1, count // 8)
-    stand_ins = [StandIn(i, i * hosts // count) for i in range(count)]
+    stand_ins = [targets.StandIn(i, i * hosts // count) for i in range(count)]
     state = state_bytes(recipes(stand_ins, jnp.bfloat16))
     line = f"{count:>8}{state / GIB:>10.2f}{state * count / GIB:>11.1f}"
     if _KIND.value != "none":

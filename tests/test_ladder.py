@@ -64,7 +64,6 @@ CHAINS = (
   "panel → published → blueprint → plan → fit",
   "session → blueprint",
   "workload → blueprint → plan",
-  "workload → fit",
   "microworld → worldfiles",
   "state → update",
   "plots → charts → page → campaign_page",

@@ -9,7 +9,6 @@ Eight devices stand in for real ones; nothing is compiled.
 """
 
 import collections
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from advgame_jax import architecture, frozen, hf_config, placement, programs, se
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.placement import Place
+from advgame_jax.targets import StandIn
 from advgame_jax.types import Players, UserError
 from advgame_jax.update import Recipe
 
@@ -56,16 +56,6 @@ MODELS = {
 LORA = {"qwen2_5_7b_lora": "qwen2_5_7b"}  # adapters alone learn
 
 
-@dataclasses.dataclass(frozen=True)
-class Device:
-  """What a mesh asks of a device."""
-
-  id: int
-  process_index: int
-  platform: str = "cpu"
-  device_kind: str = "stand-in"
-
-
 class Gradient(NamedTuple):
   """As `update` pins it, by the parameter."""
 
@@ -81,7 +71,7 @@ def describe(name: str) -> str:
 
 
 def _preset(model: ModelConfig, player: config_lib.Player, preset: str, hosts: int) -> Iterator[str]:
-  places = placement.place(preset, config_lib.Mesh(), [Device(i, i * hosts // DEVICES) for i in range(DEVICES)])
+  places = placement.place(preset, config_lib.Mesh(), [StandIn(i, i * hosts // DEVICES) for i in range(DEVICES)])
   roles: dict[Place, list[str]] = collections.defaultdict(list)
   for role, place in zip(places._fields, places):
     roles[place].append(role)
