@@ -131,6 +131,7 @@ def test_pauses_grow_and_are_bounded(monkeypatch):
   monkeypatch.setattr(supervise, "_sleep", lambda seconds, _: waits.append(seconds) or False)
   before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
   try:
+    monkeypatch.setattr(supervise, "_die_with_parent", None)  # a fork of this process, which has threads, might hang
     assert supervise._supervise(["false"], 7, 2.0) == 1
   finally:
     for number, handler in before.items():
