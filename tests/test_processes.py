@@ -47,13 +47,13 @@ def get_config():
 def launch(config_file, one_device):
   """Starts launch/run.py in so many processes of so many devices each."""
 
-  def start(workdir, processes, devices, sharding="fsdp", steps=STEPS):
+  def start(workdir, processes, devices, *flags, sharding="fsdp", steps=STEPS):
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       port = free.getsockname()[1]
     there = f"{one_device.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, str(ROOT / "launch/run.py"), f"--config={config_file}", f"--workdir={workdir}"]
-    command += [f"--config.steps={steps}"]
+    command += [f"--config.steps={steps}", *flags]
     command += [f"--config.sharding={sharding}", f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
     every_program = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # those that go on compile nothing anew
     environment = one_device | {"XLA_FLAGS": there, "PJRT_NPROC": "64"} | every_program
@@ -134,7 +134,8 @@ def test_a_run_goes_on_on_other_meshes_and_under_other_presets(launch, runs, sta
   """Stopped after each step and continued elsewhere: 1 × 8, 2 × 4, 4 × 2."""
   folder = tmp_path / "run"
   for step, (processes, devices, sharding) in enumerate([(1, 8, "fsdp_tensor"), (2, 4, "hybrid"), (4, 2, "ddp")], 1):
-    started = launch(folder, processes, devices, sharding)
+    flags = ["--config.mesh.tensor=2"] if sharding == "fsdp_tensor" else []  # there are two key heads
+    started = launch(folder, processes, devices, *flags, sharding=sharding)
     while not (folder / "checkpoints" / str(step)).is_dir() and all(process.poll() is None for process in started):
       time.sleep(0.01)
     started[-1].send_signal(signal.SIGTERM)  # to one of them: all stop at the same step
