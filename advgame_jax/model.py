@@ -6,16 +6,16 @@ spares each token the copy of every layer out of the stack.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import attention, experts
-from advgame_jax.architecture import ModelConfig, ParamSpec, Rope, param_specs
+from advgame_jax import attention, experts, rotary
+from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.matrices import Adapted, Int8, cast, project, quantise
+from advgame_jax.rotary import Turn
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
 
@@ -54,62 +54,19 @@ class Prefix(NamedTuple):
 class Kind(NamedTuple):
   """What differs from layer to layer: of one inside the scan over layers, of all with a leading L outside."""
 
-  rope: jax.Array  # [] int32: of `_ropes`
+  rope: jax.Array  # [] int32: of `rotary.ropes_of`
   window: jax.Array  # [] int32, tokens
   which: jax.Array  # [] int32: of the windows that there are, ascending
 
 
-class Turn(NamedTuple):
-  """How tokens are rotated: by one of the ropes that layers have, or by each with a leading axis. R may be 1."""
-
-  cos_RT1h: jax.Array  # times the rope's amplitude
-  sin_RT1h: jax.Array  # likewise
-
-
 def kinds_of_layers(config: ModelConfig) -> Kind:
   """The table of a config's layer kinds, [L, …]."""
-  kinds, ropes, windows = config.layer_kinds, _ropes(config), _windows(config)
+  kinds, ropes, windows = config.layer_kinds, rotary.ropes_of(config), _windows(config)
   return Kind(
     jnp.array([ropes.index(kind.rope) for kind in kinds], jnp.int32),
     jnp.array([kind.window or _EVERYTHING for kind in kinds], jnp.int32),
     jnp.array([windows.index(kind.window) for kind in kinds], jnp.int32),
   )
-
-
-def turns_of_ropes(config: ModelConfig, place_RT: jax.Array) -> Turn:
-  """Of every rope at these places. Those that turn at all turn equally many pairs."""
-  ropes = _ropes(config)
-  frequencies = [rope_frequencies(rope, config.head_size) for rope in ropes]
-  pairs = max(map(len, frequencies))
-  frequency_Xh = jnp.stack([jnp.pad(frequency_h, (0, pairs - len(frequency_h))) for frequency_h in frequencies])
-  angle_XRTh = place_RT[..., None] * frequency_Xh[:, None, None]
-  # The amplitude is multiplied as a matrix because XLA's CPU backend computes what it can fuse in each place of use:
-  # sines and cosines once for each head of each layer. Products of matrices it computes once.
-  amplitude_Xhh = jnp.stack([rope.amplitude * jnp.eye(pairs, dtype=jnp.float32) for rope in ropes])
-  amplified = functools.partial(jnp.einsum, "XRTh,Xhk->XRTk", precision=jax.lax.Precision.HIGHEST)
-  return Turn(*(amplified(f(angle_XRTh), amplitude_Xhh)[..., None, :] for f in (jnp.cos, jnp.sin)))
-
-
-def rope_frequencies(rope: Rope, head_size: int) -> jax.Array:
-  """Radians per position, [rotated pairs]."""
-  rotated = int(head_size * rope.fraction)
-  frequency_h = rope.theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / max(1, rotated))
-  if rope.divisors:
-    return frequency_h / jnp.array(rope.divisors, jnp.float32)
-  if not rope.original_length:
-    return frequency_h / rope.factor
-  # Llama 3.1: long wavelengths are stretched, short ones are not, and those between are blended.
-  turns_h = rope.original_length * frequency_h / (2 * math.pi)
-  blend_h = jnp.clip((turns_h - rope.low_frequency) / (rope.high_frequency - rope.low_frequency), 0, 1)
-  return frequency_h * (blend_h + (1 - blend_h) / rope.factor)
-
-
-def rotate(x_RTNH: jax.Array, turn: Turn) -> jax.Array:
-  """Rotary position embedding: of the first 2h dimensions, i is paired with i + h; the others stay."""
-  h = turn.cos_RT1h.shape[-1]
-  left, right, rest = jnp.split(x_RTNH.astype(jnp.float32), (h, 2 * h), axis=-1)
-  turned = [left * turn.cos_RT1h - right * turn.sin_RT1h, right * turn.cos_RT1h + left * turn.sin_RT1h, rest]
-  return jnp.concatenate(turned, -1).astype(x_RTNH.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, offset: float = 0.0) -> jax.Array:
@@ -140,8 +97,8 @@ def _block(
   """One layer; `turn` gives queries and keys their positions."""
   with jax.named_scope("attention"):
     y_RTM = _norm(config, layer, "attention_norm", x_RTM)
-    query_RTNH = rotate(_norm(config, layer, "query_norm", _linear(layer, "query", y_RTM)), turn)
-    key_RTKH = rotate(_norm(config, layer, "key_norm", _linear(layer, "key", y_RTM)), turn)
+    query_RTNH = rotary.rotate(_norm(config, layer, "query_norm", _linear(layer, "query", y_RTM)), turn)
+    key_RTKH = rotary.rotate(_norm(config, layer, "key_norm", _linear(layer, "key", y_RTM)), turn)
     attended_RTNH = attend(query_RTNH, key_RTKH, _linear(layer, "value", y_RTM))
     x_RTM += _norm(config, layer, "attention_out_norm", _linear(layer, "output", attended_RTNH, inputs=2))
   with jax.named_scope("mlp"):
@@ -211,7 +168,7 @@ def forward(
   place_RT = jnp.arange(tokens_RT.shape[1])[None] if place_RT is None else place_RT
   if prefix:
     place_RT = place_RT + jnp.repeat(prefix.length_Q, len(tokens_RT) // len(prefix.length_Q))[:, None]
-  turns = turns_of_ropes(config, place_RT)
+  turns = rotary.turns_of_ropes(config, place_RT)
   place_RT = jnp.broadcast_to(place_RT, tokens_RT.shape)
   on_device = functools.partial(_layer_on_device, config, layout, kernel, axes)
   split = layout.by_hand.spec
@@ -366,10 +323,6 @@ def _windows(config: ModelConfig) -> list[int]:
   return sorted({kind.window for kind in config.layer_kinds})
 
 
-def _ropes(config: ModelConfig) -> list[Rope]:
-  return list(dict.fromkeys(kind.rope for kind in config.layer_kinds))
-
-
 def _turn(turns: Turn, kind: Kind) -> Turn:
   """This layer's."""
   return jax.tree.map(lambda x: x[kind.rope], turns)
@@ -399,7 +352,7 @@ def decode(
     pools: of `empty_pool`'s form, and who reads their pages. Each part of the rows has its own pages.
   """
   x_RTM = layout.constrain(embed(config, params, token_R[:, None], layout), "rows", "tokens", None)
-  turns = turns_of_ropes(config, place_R[:, None])
+  turns = rotary.turns_of_ropes(config, place_R[:, None])
   rule, indices = attention_rules(config)[0], [index for _, index in pools]  # the window is the layer's
   rows, heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import architecture, model
+from advgame_jax import architecture, model, rotary
 from advgame_jax.architecture import LayerKind, Rope
 from advgame_jax.attention import Index
 from advgame_jax.model import Prefix
@@ -73,7 +73,7 @@ def test_rows_do_not_see_their_padding():
 )
 def test_rope_frequencies_equal_the_llama_3_formula(theta, factor, low, high, original):
   rope = Rope(theta, factor=factor, low_frequency=low, high_frequency=high, original_length=original)
-  np.testing.assert_allclose(model.rope_frequencies(rope, 64), tiny.frequencies(rope, 64), rtol=2e-6)
+  np.testing.assert_allclose(rotary.rope_frequencies(rope, 64), tiny.frequencies(rope, 64), rtol=2e-6)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
