@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from absl import logging as absl_logging
 
-from advgame_jax import collectives, hf_config, paper, placement, session, sharding, targets
+from advgame_jax import collectives, hf_config, paper, placement, published, session, sharding, targets
 from advgame_jax import config as config_lib
 from advgame_jax.types import Players, PreferenceBatch
 from advgame_jax.update import Recipe
@@ -26,15 +26,6 @@ _DEVICES = flags.DEFINE_list("devices", "8,16,32,64,128,256", "numbers of device
 
 GIB = 2**30
 ROW = 512  # tokens; what is sent does not depend on them
-QWEN_7B = {  # as the published config.json has it
-  "model_type": "qwen2",
-  "vocab_size": 152064,
-  "hidden_size": 3584,
-  "num_hidden_layers": 28,
-  "num_attention_heads": 28,
-  "num_key_value_heads": 4,
-  "intermediate_size": 18944,
-}
 
 
 class Sent(NamedTuple):
@@ -80,7 +71,10 @@ def recipes(on: list[Any], dtype: Any) -> Players[Recipe]:
   """Both players of the paper's run of all weights, one micro-batch."""
   config = paper.config("dpo", "qwen2.5-7b", "qwen2.5-7b", "qwen2.5-32b", ("train.jsonl", "validation.jsonl"))
   precision = dataclasses.replace(config.precision, attention="xla")
-  model, places = hf_config.from_values(QWEN_7B, "qwen2.5-7b"), placement.place("fsdp", config_lib.Mesh(), on)
+  model, places = (
+    hf_config.from_values(published.PUBLISHED["qwen2_5_7b"], "qwen2.5-7b"),
+    placement.place("fsdp", config_lib.Mesh(), on),
+  )
 
   def make(player: config_lib.Player, place: placement.Place) -> Recipe:
     player = dataclasses.replace(player, accumulate=1)
