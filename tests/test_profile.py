@@ -229,6 +229,9 @@ def test_nothing_traced_makes_empty_tables():
   assert profile.as_markdown(summary)
 
 
+SIZE, PRODUCTS = 512, 64  # so many that the copy before them counts for nothing, whoever shares the machine
+
+
 def player():
   """A program with scopes, compiled anew. It is gone with what is returned, and its names with it."""
 
@@ -238,18 +241,18 @@ def player():
       with jax.named_scope("decode"), jax.named_scope("mlp"):
         return jnp.tanh(x @ w), None
 
-    return jax.lax.scan(body, x, None, length=4)[0]
+    return jax.lax.scan(body, x, None, length=PRODUCTS)[0]
 
   return jax.jit(advance)
 
 
 def play(profiler, ledger, steps):
-  advance, x = player(), jnp.ones((256, 256))
+  advance, x = player(), jnp.ones((SIZE, SIZE))
   for step in steps:
     profiler.at(step)
     with ledger.timed("other"), ledger.timed("attacker generate"):
       jax.block_until_ready(advance(x, x))
-    ledger.add("attacker generate", 10, 4 * 2 * 256**3)
+    ledger.add("attacker generate", 10, PRODUCTS * 2 * SIZE**3)
 
 
 def test_a_profile_of_some_steps(tmp_path):
@@ -265,11 +268,11 @@ def test_a_profile_of_some_steps(tmp_path):
   summary = json.loads((folder / "summary.json").read_text())
   assert summary["steps"] == [1, 3]
   role, other = summary["roles"]
-  assert (role["role"], other["role"]) == ("attacker generate", "other") and min(role["seconds"], other["seconds"]) > 0
-  assert role["tokens"] == 20 and role["flops"] == 2 * 4 * 2 * 256**3 and 0 < role["busy"] <= role["seconds"]
+  assert (role["role"], other["role"]) == ("attacker generate", "other") and other["seconds"] < role["seconds"]
+  assert role["tokens"] == 20 and role["flops"] == 2 * PRODUCTS * 2 * SIZE**3 and 0 < role["busy"] <= role["seconds"]
   scopes = {(row["role"], row["scope"]): row for row in summary["scopes"]}
-  assert 0 < scopes["attacker generate", "generate/decode/mlp"]["share"] <= 1
-  assert scopes["attacker generate", "generate/decode/mlp"]["calls"] >= 8
+  assert scopes["attacker generate", "generate/decode/mlp"]["share"] > 0.5
+  assert scopes["attacker generate", "generate/decode/mlp"]["calls"] >= 2 * PRODUCTS
   traced = trace.read(folder / f"{session}.xplane.pb", WORKS)
   assert len(traced.steps) == 2
 
