@@ -5,6 +5,7 @@ their sum, is what it takes if nothing overlaps; the truth is between the two.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -73,19 +74,20 @@ def seconds(flops: float, bytes_moved: float, collectives: Iterable[Collective],
 
 
 def measured(devices: Sequence[jax.Device] | None = None) -> Chip:
-  """A chip of this machine's CPU devices, by a product, a stream and a gather of all of them; about a second.
+  """A chip of this machine's CPU devices, by products, matrices read for a vector and a gather; about a second.
 
   Fake devices share one CPU: all of them work at a time, and each has its part of what that CPU can do. What was
   measured can be had, of which the fractions above are taken out again.
   """
   devices = list(devices or jax.devices())
-  N, M, S = len(devices), 512, 2**17
+  N, M, K, S = len(devices), 512, 2**12, 2**17
   mesh = jax.make_mesh((N,), ("x",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
   split, whole = jax.NamedSharding(mesh, jax.P("x")), jax.NamedSharding(mesh, jax.P())
   ones = jax.jit(jnp.ones, static_argnums=0, out_shardings=split)
   flops = 2 * M**3 / _seconds(jax.jit(lambda x: x @ x / M, donate_argnums=0, out_shardings=split), ones((N, M, M)))
-  add = jax.jit(lambda x: x + 1, donate_argnums=0, out_shardings=split)  # into the same memory: new memory is slow
-  bandwidth = 2 * 4 * 16 * S / _seconds(add, ones((N, 16 * S)))
+  weights = ones((N, max(1, 2**26 // (N * K)), K))  # far more than caches hold, in all 256 MiB
+  read = jax.jit(lambda weights, x: x / 2 + jnp.einsum("nik,nk->ni", weights, x).mean(1, keepdims=True) / K)
+  bandwidth = 4 * weights.size / N / _seconds(functools.partial(read, weights), ones((N, K)))
   link = chips.CPU.link
   if N > 1:
     around = jax.jit(lambda x: jax.lax.with_sharding_constraint(x, whole) + 1, donate_argnums=0, out_shardings=split)

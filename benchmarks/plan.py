@@ -3,8 +3,9 @@
 Plans the config for the devices that are here, then plays and learns some steps of it, after one of warm-up, and prints
 planned and measured seconds, and planned and measured peaks of memory. For CPUs: the peak is the resident size of the
 process, looked at every 2 ms, less what that was before the run had any weights, in a process in which everything has
-been compiled and run before: what is measured is arrays and temporaries, as far as they were touched. "By CPU time" is
-what all cores together worked for a step, over their number: what it would take at least where nobody else uses them.
+been compiled and run before: what is measured is arrays and temporaries, as far as they were touched. It is of a step
+of its own, in which memory goes back to the system as soon as it is free, which takes time. "By CPU time" is what all
+cores together worked for a step, over their number: what it would take at least where nobody else uses them.
 """
 
 import contextlib
@@ -12,13 +13,9 @@ import ctypes
 import gc
 import itertools
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
-
-if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # what is freed is to leave the process at once
-  os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
 
 import jax
 import numpy as np
@@ -38,6 +35,7 @@ PARTS = {
   "update": ("update", ("update",)),
 }
 GIB = 2**30
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def resident() -> int:
@@ -62,10 +60,13 @@ class Watch:
     return most
 
 
-def settle() -> None:
+def give_back() -> None:
+  """What is free, and from here on what becomes free, leaves the process."""
   gc.collect()
-  with contextlib.suppress(AttributeError, OSError):
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+  with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    libc.malloc_trim(0)
 
 
 def steps(run: Session, count: int, watch: Watch) -> Iterator[tuple[dict[str, float], int, int, float]]:
@@ -85,10 +86,11 @@ def steps(run: Session, count: int, watch: Watch) -> Iterator[tuple[dict[str, fl
 def main() -> None:
   settings = CONFIG()
   run, watch = session.open_session(settings), Watch()
-  list(steps(run, 1, watch))  # compiles
-  settle()
-  empty = resident()
+  list(steps(run, STEPS.value + 1, watch))  # compiles every shape that they meet
   readings = list(steps(run, STEPS.value + 1, watch))
+  give_back()
+  empty = resident()
+  resident_peaks = list(steps(run, 2, watch))[1]
   costs = [after for after, *_ in readings]
   medians = {k: float(np.median([b[k] - a[k] for a, b in itertools.pairwise(costs)])) for k in costs[0]}
   game, batch = settings.game, settings.data.batch
@@ -117,7 +119,7 @@ def main() -> None:
   peaks = {peak.what: peak.bytes for peak in planned.peaks}
   playing = max(peaks[cost.work.name] for cost in planned.costs if cost.work.phase == "play")
   for name, expected, at in (("play", playing, 1), ("update", peaks["update"], 2)):
-    measured = max(reading[at] for reading in readings[1:]) - empty
+    measured = resident_peaks[at] - empty
     print(f"{name:20}{expected / GIB:10.2f}{measured / GIB:10.2f}{expected / measured:8.2f}")
 
 

@@ -1,9 +1,10 @@
 """What more devices give a run whose weights are split: python benchmarks/scaling.py [--kind=h100] [--devices=8,…,256]
 
-Of Qwen2.5-7B on both sides, all weights, by `fsdp`: bytes of the state on each device, and bytes that a device sends in
-an update of one micro-batch, read from the program that the target's compiler makes, against the least that it must
-send: two gathers of the weights and one scatter of the gradients in the compute dtype, for each player. No hardware;
-compilers for TPUs and CUDA as `advgame_jax/targets.py` says. With --kind=none nothing is compiled.
+Of Qwen2.5-7B on both sides, all weights, by `fsdp`, or with --tensor=4 by `fsdp_tensor`: bytes of the state on each
+device, and bytes that a device sends in an update of one micro-batch, read from the program that the target's compiler
+makes, against the least that it must send: two gathers of the weights and one scatter of the gradients in the compute
+dtype, for each player. What parts of heads tell each other is not counted. No hardware; compilers for TPUs and CUDA as
+`advgame_jax/targets.py` says. With --kind=none nothing is compiled.
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ from advgame_jax import config as config_lib
 from advgame_jax.types import Players, PreferenceBatch
 from advgame_jax.update import Recipe
 
-_KIND = flags.DEFINE_enum("kind", "h100", ["h100", "v5p", "cpu", "none"], "what the update is compiled for")
+_KIND = flags.DEFINE_enum("kind", "h100", ["h100", "v5p", "v5e", "cpu", "none"], "what the update is compiled for")
 _DEVICES = flags.DEFINE_list("devices", "8,16,32,64,128,256", "numbers of devices")
+_TENSOR = flags.DEFINE_integer("tensor", 1, "parts of the heads, another number than parts of the width")
 
 GIB = 2**30
 ROW = 512  # tokens; what is sent does not depend on them
@@ -40,9 +42,11 @@ class Sent(NamedTuple):
 def main(_: Any) -> None:
   absl_logging.set_verbosity(absl_logging.ERROR)
   counts = list(map(int, _DEVICES.value))
+  if any(count == _TENSOR.value**2 for count in counts):
+    raise app.UsageError("as many parts of heads as of the width: whose collectives are whose cannot be told")
   if _KIND.value == "cpu":
     jax.config.update("jax_num_cpu_devices", max(counts))
-  print(f"Qwen2.5-7B twice, all weights, fsdp; jax {jax.__version__}; GiB of each device")
+  print(f"Qwen2.5-7B twice, all weights, {preset()}; jax {jax.__version__}; GiB of each device")
   print(f"{'devices':>8}{'state':>10}{'× devices':>11}{'sent':>9}{'least':>9}{'ratio':>8}{'gathered at once':>18}")
   for count in counts:
     hosts = max(1, count // 8)
@@ -62,9 +66,14 @@ def devices(count: int) -> list[Any]:
   names = {
     "h100": f"h100:{count}" if count <= 8 else f"h100:{count // 8}x8",
     "v5p": f"v5p-{2 * count}",
+    "v5e": f"v5e-{count}",
     "cpu": f"cpu:{count}",
   }
   return targets.parse(names[_KIND.value]).devices()
+
+
+def preset() -> str:
+  return "fsdp" if _TENSOR.value == 1 else "fsdp_tensor"
 
 
 def recipes(on: list[Any], dtype: Any) -> Players[Recipe]:
@@ -73,7 +82,7 @@ def recipes(on: list[Any], dtype: Any) -> Players[Recipe]:
   precision = dataclasses.replace(config.precision, attention="xla")
   model, places = (
     hf_config.from_values(published.PUBLISHED["qwen2_5_7b"], "qwen2.5-7b"),
-    placement.place("fsdp", config_lib.Mesh(), on),
+    placement.place(preset(), config_lib.Mesh(tensor=_TENSOR.value), on),
   )
 
   def make(player: config_lib.Player, place: placement.Place) -> Recipe:
@@ -98,9 +107,10 @@ def update_bytes(on: list[Any]) -> Sent:
   state, batches = session.abstract_state(of), Players(*map(_batch, of))
   with jax.set_mesh(mesh):
     text = update.lower(state, batches, {}).compile().as_text()
-  found, parts = collectives.of(text), mesh.size
+  parts = mesh.size // _TENSOR.value
+  found = [one for one in collectives.of(text) if one.devices != _TENSOR.value]
   split = [spec for spec in jax.tree.leaves(of.defender.specs) if "width" in spec.axes]
-  once = (parts - 1) / parts * dtype.itemsize * sum(math.prod(spec.shape) for spec in split)
+  once = (parts - 1) / parts * dtype.itemsize * sum(math.prod(spec.shape) for spec in split) / _TENSOR.value
   passes = sum(3 + (not recipe.player.reference_is_generator) for recipe in of)
   whole = [one.sent * one.devices / (one.devices - 1) for one in found if one.kind == "all-gather"]
   return Sent(sum(one.bytes for one in found), passes * once, max(whole), time.perf_counter() - start)

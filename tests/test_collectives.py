@@ -195,6 +195,32 @@ def test_what_is_spread_over_fusions_counts_once():
   assert summary(collectives.of(TPU)) == [("all-gather", "bf16", 64, 63 * 56 * 128 * 2, 28)]
 
 
+SCATTER = """HloModule jit_f, is_scheduled=true, num_partitions=8
+
+%all-reduce-scatter (input: bf16[8192,4096]) -> bf16[2128,4096] {
+  %input = bf16[8192,4096]{1,0:T(8,128)(2,1)} parameter(0)
+  %zero = bf16[] constant(0)
+  %pad = bf16[8512,4096]{1,0:T(8,128)(2,1)} pad(%input, %zero), padding=0_320x0_0
+  %all-reduce.1 = bf16[8512,4096]{1,0:T(8,128)(2,1)} all-reduce(%pad), channel_id=2, \
+replica_groups={{0,2,4,6},{1,3,5,7}}, use_global_device_ids=true, to_apply=%add
+  ROOT %slice = bf16[2128,4096]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %at), dynamic_slice_sizes={2128,4096}
+}
+
+ENTRY %main (a: bf16[8192,4096]) -> bf16[2128,4096] {
+  %a = bf16[8192,4096]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %fusion = bf16[2128,4096]{1,0:T(8,128)(2,1)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter, \
+backend_config={"collective_algorithm_config":{"emitter":"SingleInputAllReduceScatterFusion"}}
+}
+"""
+
+
+def test_a_reduce_scatter_that_is_written_as_a_part_of_an_all_reduce():
+  """What libtpu 0.0.42 writes for four devices of v5p:2x2x2; where all eight are a group, it reduces everything."""
+  assert summary(collectives.of(SCATTER)) == [("reduce-scatter", "bf16", 4, 3 / 4 * 8512 * 4096 * 2, 1)]
+  whole = SCATTER.replace("SingleInputAllReduceScatterFusion", "SomethingElse")
+  assert summary(collectives.of(whole)) == [("all-reduce", "bf16", 4, 3 / 2 * 8512 * 4096 * 2, 1)]
+
+
 def test_largest_is_of_the_main_memory():
   assert [buffer.bytes for buffer in collectives.largest(TPU)] == [3584 * 128 * 2]
 
