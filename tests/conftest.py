@@ -42,7 +42,8 @@ def programs_are_freed():
 def one_device() -> dict[str, str]:
   """The environment of a program that sees one CPU device."""
   ours = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "HF_"))}
-  return _ONE_DEVICE | ours | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes longer than running
+  quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  return _ONE_DEVICE | ours | quick  # compiling takes longer than running, and the next process compiles the same
 
 
 @pytest.fixture(scope="session")

@@ -55,8 +55,7 @@ def launch(config_file, one_device):
     command = [sys.executable, str(ROOT / "launch/run.py"), f"--config={config_file}", f"--workdir={workdir}"]
     command += [f"--config.steps={steps}", *flags]
     command += [f"--config.sharding={sharding}", f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
-    every_program = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # those that go on compile nothing anew
-    environment = one_device | {"XLA_FLAGS": there, "PJRT_NPROC": "64"} | every_program
+    environment = one_device | {"XLA_FLAGS": there, "PJRT_NPROC": "64"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [subprocess.Popen([*command, f"--process={i}"], env=environment, **pipes) for i in range(processes)]
 
