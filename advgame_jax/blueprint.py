@@ -35,6 +35,7 @@ from advgame_jax import state as state_lib
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.config import Config, Sampling
 from advgame_jax.engine import Engine
+from advgame_jax.held import ALWAYS, Held, hold
 from advgame_jax.matrices import Adapted, quantise
 from advgame_jax.model import Cache, Prefix, unstack, unstack_shardings
 from advgame_jax.placement import Place, Roles
@@ -46,22 +47,9 @@ from advgame_jax.types import Players, PreferenceBatch, UserError
 from advgame_jax.update import Recipe
 from advgame_jax.workload import Effort, Guess, Wires, size
 
-# The parts of a run that have memory of their own: playing and judging, learning, and of an evaluation playing and the
-# moment when the first weights have been read.
-ALWAYS = frozenset(("play", "update", "evaluation", "loading"))
 # What is assumed of judges, whose words are not read here: sets of instructions that stay in the cache, tokens of each,
 # and tokens of a case around its texts.
 INSTRUCTIONS, INSTRUCTIONS_TOKENS, FRAME_TOKENS = 8, 768, 256
-
-
-class Held(NamedTuple):
-  """What stays on devices between programs."""
-
-  what: str
-  bytes: float  # of one device
-  largest: str  # its largest array
-  mesh: Mesh
-  during: frozenset[str]  # of `ALWAYS`
 
 
 class Work(NamedTuple):
@@ -165,25 +153,32 @@ class _Drafter:
   def _held(self) -> Iterator[Held]:
     copies = ALWAYS if self.config.overlap else ALWAYS - {"update"}
     for recipe, state, name in zip(self.recipes, self.state.players, Players._fields):
-      yield _hold(f"{name}: weights", state.params, recipe.mesh, ALWAYS)
-      yield _hold(f"{name}: average and reference", (state.ema, state.initial), recipe.mesh, ALWAYS)
-      yield _hold(f"{name}: moments", state.optimizer, recipe.mesh, ALWAYS)
+      yield hold(f"{name}: weights", state.params, recipe.mesh, ALWAYS)
+      yield hold(f"{name}: average and reference", (state.ema, state.initial), recipe.mesh, ALWAYS)
+      yield hold(f"{name}: moments", state.optimizer, recipe.mesh, ALWAYS)
     for mesh, bases in self.bases.items():
-      yield _hold("bases of adapters", bases, mesh, ALWAYS)
+      yield hold("bases of adapters", bases, mesh, ALWAYS)
     yield from self._again()
-    for recipe, state, name, members in zip(self.recipes, self.state.players, Players._fields, self.members):
+    for recipe, name, members in zip(self.recipes, Players._fields, self.members):
       new = members if not recipe.adapted else [_without_base(weights) for weights in members]
-      yield _hold(f"{name}: copy to play from", new, recipe.mesh, copies)
-      if not recipe.adapted:
-        yield _hold(f"{name}: copy of the first weights", new[:1], recipe.mesh, frozenset({"evaluation", "loading"}))
-        yield _hold(f"{name}: first weights, read anew", state.params, recipe.mesh, frozenset({"loading"}))
+      yield hold(f"{name}: copy to play from", new, recipe.mesh, copies)
+    yield from self._first()
     judged = dict.fromkeys((judge.model, judge.int8) for judge in self.judges.values())
     for folder, int8 in judged:
       model = hf_config.load_config(folder)
       weights = None if self._judges_by_base(folder, int8) else self._judge_weights(folder, int8)
-      yield _hold(f"judge: {pathlib.Path(folder).name}", weights, self.places.judge.mesh, ALWAYS)
+      yield hold(f"judge: {pathlib.Path(folder).name}", weights, self.places.judge.mesh, ALWAYS)
       prefixes = [self._prefix(model)] * INSTRUCTIONS
-      yield _hold("judge: instructions read", prefixes, self.places.judge.mesh, ALWAYS)
+      yield hold("judge: instructions read", prefixes, self.places.judge.mesh, ALWAYS)
+
+  def _first(self) -> Iterator[Held]:
+    """An evaluation has the first weights of one player, then of the other: of two on a mesh, the larger count."""
+    players = zip(self.recipes, self.state.players, Players._fields, self.members)
+    own = sorted((player for player in players if not player[0].adapted), key=lambda player: size(player[1].params))
+    for recipe, state, name, members in {player[0].mesh: player for player in own}.values():
+      copy = frozenset(("evaluation", "loading"))
+      yield hold(f"{name}: copy of the first weights", members[:1], recipe.mesh, copy)
+      yield hold(f"{name}: first weights, read anew", state.params, recipe.mesh, frozenset(("loading",)))
 
   def _again(self) -> Iterator[Held]:
     """Bases that are laid out otherwise to generate."""
@@ -194,7 +189,7 @@ class _Drafter:
         base = self.bases[place.mesh][recipe.player.model]
         there = self._frozen(recipe.model, place.mesh, place.generate, self.int8)
         alike = all(a.sharding.is_equivalent_to(b.sharding, len(a.shape)) for a, b in _pairs(base, there))
-        yield _hold("base to play from", None if alike else there, place.mesh, ALWAYS)
+        yield hold("base to play from", None if alike else there, place.mesh, ALWAYS)
 
   @functools.cached_property
   def judges(self) -> dict[str, config_lib.Judge]:
@@ -404,13 +399,6 @@ def frozen_zeros(model: ModelConfig, dtype: Any, int8: bool) -> Any:
       spec = specs["layers"][name]
       params["layers"][name] = quantise(params["layers"][name], stacked=spec.stacked, inputs=spec.inputs)
   return params
-
-
-def _hold(what: str, tree: Any, mesh: Mesh, during: frozenset[str]) -> Held:
-  arrays = jax.tree_util.tree_leaves_with_path(tree)
-  path, largest = max(arrays, key=lambda at: size(at[1]), default=((), None))
-  shape = f"{largest.dtype.name}[{','.join(map(str, largest.shape))}]" if largest is not None else ""
-  return Held(what, size(tree), f"{jax.tree_util.keystr(path)} {shape}", mesh, during)
 
 
 def _lower(mesh: Mesh, program: Any, *args: Any) -> Any:

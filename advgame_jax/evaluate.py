@@ -50,11 +50,11 @@ class Evaluator:
 
   @functools.cached_property
   def _base_attacks(self) -> RolloutTree:
-    return _attack_language(self.run, self.run.initial_policies.attacker)
+    return _attack_language(self.run, self.run.initial_policy("attacker"))
 
   @functools.cached_property
   def _base_probabilities(self) -> "Probabilities":
-    return answer_probabilities(self.run.players.defender, self.run.initial_generators.defender)
+    return answer_probabilities(self.run.players.defender, self.run.initial_generator("defender"))
 
 
 def objective(values: Mapping[str, float]) -> float:
@@ -75,7 +75,7 @@ def _by_play(run: Session, state: TrainState) -> Iterator[tuple[str, float]]:
   seeds, settings, key = _validation(run), run.config.evaluation, _key(run)
   attacks = dataclasses.replace(run.rules.settings, attacks=settings.samples, responses=1, skip_attacker=False)
   plain = dataclasses.replace(attacks, skip_attacker=True)
-  now, initial = run.policies(state), run.initial_policies
+  now = run.policies(state)
 
   def play(rules: config_lib.Game, attacker: Policy, defender: Policy) -> tuple[RolloutTree, dict[str, float]]:
     ask = lambda judge: functools.partial(judges.ask, judge, retries=run.config.judges.retries)
@@ -87,8 +87,11 @@ def _by_play(run: Session, state: TrainState) -> Iterator[tuple[str, float]]:
   yield from attack_rates(tree.attack_status_BA)
   yield "attack_success", rates["success"]
   yield "attack_over_refusal", rates["over_refusal"]
-  yield "attack_success_base_defender", play(attacks, lambda *_: tree.attacks, initial.defender)[1]["success"]
-  yield "base_attack_success", play(attacks, initial.attacker, now.defender)[1]["success"]
+  yield (
+    "attack_success_base_defender",
+    play(attacks, lambda *_: tree.attacks, run.initial_policy("defender"))[1]["success"],
+  )
+  yield "base_attack_success", play(attacks, run.initial_policy("attacker"), now.defender)[1]["success"]
   _, rates = play(plain, now.attacker, now.defender)
   yield "plain_success", rates["success"]
   yield "over_refusal", rates["over_refusal"]

@@ -19,10 +19,11 @@ from rich.table import Table
 
 from advgame_jax import blueprint as blueprint_lib
 from advgame_jax import chips, collectives, roofline, workload
-from advgame_jax.blueprint import Blueprint, Held, Work
+from advgame_jax.blueprint import Blueprint, Work
 from advgame_jax.chips import Chip
 from advgame_jax.collectives import Collective
 from advgame_jax.config import Config
+from advgame_jax.held import Held
 from advgame_jax.roofline import Estimate
 from advgame_jax.targets import Target
 from advgame_jax.types import Players, UserError

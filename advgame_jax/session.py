@@ -105,39 +105,36 @@ class Session:
     told = {"instructions": self.rules.instructions.version, "rubrics": self.panel.version}
     return told | {"judge": self.panel.names["defender"], "evaluated by": self.panel.names["evaluation"]}
 
-  def _to_play(self, generators: Players[Generator]) -> Players[Generator]:
-    """Weights as they are trained → as they generate."""
+  def _to_play(self, name: str, generator: Generator) -> Generator:
+    """A player's weights as they are trained → as they generate."""
+    recipe, player, place = (getattr(each, name) for each in (self.recipes, self.players, self.places))
 
-    def lay_out(recipe: Recipe, player: LanguageModel, place: Place, w: Params) -> Params:
+    def lay_out(w: Params) -> Params:
       if not recipe.adapted:
         return player.decode_weights(w)
       return lora.attach(self._decode_base(recipe.player.model, place), player.decode_adapters(w) if w else {})
 
-    def all_members(recipe: Recipe, player: LanguageModel, place: Place, generator: Generator) -> Generator:
-      return generator._replace(members=tuple(lay_out(recipe, player, place, w) for w in generator.members))
-
-    return Players(*map(all_members, self.recipes, self.players, self.places, generators))
+    return generator._replace(members=tuple(map(lay_out, generator.members)))
 
   def generators(self, state: TrainState) -> Players[Generator]:
     """The weights that play now, in the decode layout: one resharding copy of each member."""
     settings = (self.config.attacker, self.config.defender)
-    return self._to_play(Players(*map(state_lib.generator, settings, state.players)))
+    trained = map(state_lib.generator, settings, state.players)
+    return Players(*map(self._to_play, Players._fields, trained))
 
   def policies(self, state: TrainState) -> Players[Policy]:
     """Both players as they play now."""
     return Players(*(player.policy(w) for player, w in zip(self.players, self.generators(state))))
 
-  @property
-  def initial_generators(self) -> Players[Generator]:
-    """The weights before the run, in the decode layout; read anew, so that none stay between evaluations."""
-    fresh = [recipe.adapted and not recipe.player.lora.start for recipe in self.recipes]
-    weights = ({} if new else self.load_weights(recipe) for new, recipe in zip(fresh, self.recipes))
-    return self._to_play(Players(*(Generator((w,)) for w in weights)))
+  def initial_generator(self, name: str) -> Generator:
+    """A player's weights before the run, in the decode layout; read anew, so that none stay between evaluations."""
+    recipe = getattr(self.recipes, name)
+    fresh = recipe.adapted and not recipe.player.lora.start
+    return self._to_play(name, Generator(({} if fresh else self.load_weights(recipe),)))
 
-  @property
-  def initial_policies(self) -> Players[Policy]:
-    """Both players as they were before the run."""
-    return Players(*(player.policy(w) for player, w in zip(self.players, self.initial_generators)))
+  def initial_policy(self, name: str) -> Policy:
+    """A player as it was before the run."""
+    return getattr(self.players, name).policy(self.initial_generator(name))
 
   def init_state(self) -> TrainState:
     """The state before the first step, in the training layout."""

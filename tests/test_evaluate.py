@@ -24,7 +24,7 @@ def run(world_folder):
 
 @pytest.fixture(scope="module")
 def table(run):
-  return evaluate.answer_probabilities(run.players.defender, run.initial_generators.defender)
+  return evaluate.answer_probabilities(run.players.defender, run.initial_generator("defender"))
 
 
 def test_the_answers_to_a_query_are_a_distribution(table):
@@ -37,7 +37,7 @@ def test_the_answers_to_a_query_are_a_distribution(table):
 def test_the_exact_probabilities_are_the_frequencies_of_samples(run, table):
   chosen = [Query(topic, framing, 0, 0) for topic in world.PLAYED + world.HELD_OUT for framing in FRAMINGS[::5]]
   player, count = run.players.defender, 1000
-  play = player.policy(run.initial_generators.defender)
+  play = player.policy(run.initial_generator("defender"))
   samples = play([query.text for query in chosen], np.ones(len(chosen), bool), count, jax.random.key(1))
   found = set()
   for query, text_G, status_G in zip(chosen, samples.text_RG, samples.status_RG):
@@ -197,6 +197,7 @@ def now_defender(prompt, sample):
 def played(judge):
   """The rates of the scripts above over two harmful seeds and a benign one, two attacks each."""
   player = policies.scripted
+  first = {"attacker": player(base_attacker), "defender": player(lambda prompt, _: ANSWERS[about(prompt)])}
   seeds = [(DIARY, Category.HARMFUL), (FROZEN, Category.BENIGN), (EXAM, Category.HARMFUL), (UNPLAYED, Category.HARMFUL)]
   run = types.SimpleNamespace(
     config=config_lib.Config(evaluation=config_lib.Evaluation(seeds=2, samples=2)),
@@ -204,7 +205,7 @@ def played(judge):
     panel=types.SimpleNamespace(faithfulness=judge, evaluation=judge, evaluated=frozenset(Role)),
     validation_seeds=[Seed(text, category, i) for i, (text, category) in enumerate(seeds)],
     policies=lambda state: Players(player(now_attacker), player(now_defender)),
-    initial_policies=Players(player(base_attacker), player(lambda prompt, _: ANSWERS[about(prompt)])),
+    initial_policy=first.get,
   )
   return dict(evaluate.Evaluator(run)(state=None))
 

@@ -19,7 +19,7 @@ from advgame_jax import architecture, checkpoint, frozen, hf, lora, matrices, mo
 from advgame_jax import config as config_lib
 from advgame_jax.config import Lora
 from advgame_jax.matrices import Int8
-from advgame_jax.types import UserError
+from advgame_jax.types import Players, UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ALL = Lora(rank=4, alpha=12.0)
@@ -250,7 +250,7 @@ def test_players_share_one_base_and_the_state_holds_adapters_only(world_folder):
   pointer = lambda x: x.unsafe_buffer_pointer()
   kept, decoding = bases[run.config.attacker.model], run._decode_base(run.config.attacker.model, run.places.attacker)
   assert jax.tree.all(jax.tree.map(lambda a, b: pointer(a) == pointer(b), kept, decoding))
-  for player, initial in zip(states[0].players, run.initial_generators):
+  for player, initial in zip(states[0].players, map(run.initial_generator, Players._fields)):
     assert player.params.keys() == {"layers"} and player.initial == {}
     assert all(pair.keys() == {"down", "up"} for pair in player.params["layers"].values())
     assert jax.tree.all(jax.tree.map(lambda a, b: pointer(a) == pointer(b), kept, initial.members[0]))
@@ -316,5 +316,5 @@ def test_adapters_start_from_a_folder(world_folder, tmp_path):
   run = world.open_session(world.changed(config, defender__lora__start=str(tmp_path / "a")))
   state = run.init_state()
   assert world.same(state.players.defender.params, made) and world.same(state.players.defender.initial, made)
-  initial = run.initial_generators.defender.members[0]["layers"]["query"]
+  initial = run.initial_generator("defender").members[0]["layers"]["query"]
   np.testing.assert_allclose(initial.up, made["layers"]["query"]["up"] * 32 / 4, rtol=1e-6)
