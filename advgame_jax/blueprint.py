@@ -43,13 +43,15 @@ from advgame_jax.scoring import Generator
 from advgame_jax.sharding import Layout
 from advgame_jax.state import TrainState
 from advgame_jax.targets import Target
-from advgame_jax.types import Players, PreferenceBatch, UserError
+from advgame_jax.types import Players, PreferenceBatch, Role, UserError
 from advgame_jax.update import Recipe
 from advgame_jax.workload import Effort, Guess, Wires, size
 
 # What is assumed of judges, whose words are not read here: sets of instructions that stay in the cache, tokens of each,
 # and tokens of a case around its texts.
 INSTRUCTIONS, INSTRUCTIONS_TOKENS, FRAME_TOKENS = 8, 768, 256
+# Of an evaluation's responses, half of them to harmful seeds: how many are judged for what.
+RATED = {Role.COMPLIANCE: 0.5, Role.DEFLECTION: 0.5, Role.REFUSAL: 1}
 
 
 class Work(NamedTuple):
@@ -76,6 +78,7 @@ class Blueprint(NamedTuple):
   held: list[Held]
   works: list[Work]
   drawn: float  # tokens that players draw in a step
+  asked: tuple[float, float]  # questions to models of ours, of a step and of an evaluation
   evaluations: int  # of the whole run
   pools: Players[float]  # bytes of a device that an evaluation's rows keep
   notes: list[str]
@@ -143,6 +146,7 @@ class _Drafter:
       list(self._held()),
       [*self._copying(), *self._playing(), *self._judging(), *self._updating()],
       drawn,
+      (sum(count for role, (count, _) in self.questions.items() if role in self.judges), self._asked_in_evaluation()),
       self.config.steps // self.config.evaluation.every + 1,
       self._evaluation_pools(),
       notes,
@@ -166,9 +170,10 @@ class _Drafter:
     judged = dict.fromkeys((judge.model, judge.int8) for judge in self.judges.values())
     for folder, int8 in judged:
       model = hf_config.load_config(folder)
-      weights = None if self._judges_by_base(folder, int8) else self._judge_weights(folder, int8)
+      by_base = self._judges_by_base(folder, int8)
+      weights = None if by_base else self._judge_weights(folder, int8)
       yield hold(f"judge: {pathlib.Path(folder).name}", weights, self.places.judge.mesh, ALWAYS)
-      prefixes = [self._prefix(model)] * INSTRUCTIONS
+      prefixes = [self._prefix(model, by_base)] * INSTRUCTIONS
       yield hold("judge: instructions read", prefixes, self.places.judge.mesh, ALWAYS)
 
   def _first(self) -> Iterator[Held]:
@@ -229,11 +234,10 @@ class _Drafter:
     shapes = jax.eval_shape(lambda: frozen_zeros(model, self.dtype, int8))
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
 
-  def _prefix(self, model: ModelConfig) -> Prefix:
-    """The judge's instructions, read once."""
+  def _prefix(self, model: ModelConfig, stacked: bool) -> Prefix:
+    """A judge's instructions, read once; `stacked` as its weights are."""
     mesh, layout = self.places.judge.mesh, self.places.judge.generate
     parts, (K, H, S) = sharding.shards(mesh, layout.rows), (model.kv_heads, model.head_size, INSTRUCTIONS_TOKENS)
-    stacked = self._judges_by_base(*next((j.model, j.int8) for j in self.judges.values()))
     lead, axes = ((model.layers,), (None, "rows", "heads")) if stacked else ((), ("rows", "heads"))
     where = jax.NamedSharding(mesh, layout.spec(axes))
     array: Any = lambda *part: jax.ShapeDtypeStruct((*lead, parts, K, *part), self.dtype, sharding=where)
@@ -270,25 +274,24 @@ class _Drafter:
 
   def _judging(self) -> Iterator[Work]:
     """Judges of a step, each kind once, with the questions of all its roles."""
-    asked: dict[config_lib.Judge, list[tuple[float, int]]] = {}
+    asked: dict[config_lib.Judge, dict[str, tuple[int, int]]] = {}
     for role, judge in self.judges.items():
-      if role in self.questions:
-        asked.setdefault(judge, []).append(self.questions[role])
+      if self.questions.get(role, (0, 0))[0]:
+        asked.setdefault(judge, {})[role] = self.questions[role]
     for judge, questions in asked.items():
-      count = sum(number for number, _ in questions)
-      if not count:
-        continue
+      count = sum(number for number, _ in questions.values())
+      who = "judge" if len(asked) == 1 else f"judge: {' and '.join(questions)}"
       model, longest = hf_config.load_config(judge.model), judge.sampling.prompt_buckets[-1]
-      texts = sum(number * (1 + texts) for number, texts in questions) / count
+      texts = sum(number * (1 + texts) for number, texts in questions.values()) / count
       case = min(longest, FRAME_TOKENS + texts * self.completion.defender)
       weights = [self._judge_weights(judge.model, judge.int8)]
       settings = dataclasses.replace(judge.sampling, slots=judge.batch * judge.votes)
       if judge.readout == "probability":
         settings = dataclasses.replace(settings, max_new_tokens=1)
       mean = settings.max_new_tokens / 2
-      prefix = [self._prefix(model)]
+      prefix = [self._prefix(model, _stacked(weights[0]))]
       place = self.places.judge
-      yield from self._generating("judge", model, settings, place, weights, int(count), judge.votes, case, mean, prefix)
+      yield from self._generating(who, model, settings, place, weights, count, judge.votes, case, mean, prefix)
 
   @property
   def questions(self) -> dict[str, tuple[int, int]]:
@@ -302,6 +305,16 @@ class _Drafter:
       "defender": (B * A * orders(D), texts),
       "attacker": (B * orders(A), texts),
     }
+
+  def _asked_in_evaluation(self) -> float:
+    """Three games and one without an Attacker, as `evaluate` plays them, every response judged."""
+    settings = self.config.evaluation
+    plain, rows = 2 * settings.seeds, 2 * settings.seeds * settings.samples
+    faithfulness = 3 * rows * ("faithfulness" in self.judges)
+    if "evaluation" not in self.judges:
+      return faithfulness
+    known = panel.roles_of(self.judges["evaluation"])
+    return faithfulness + (3 * rows + plain) * sum(share for role, share in RATED.items() if role in known)
 
   def _generating(
     self,

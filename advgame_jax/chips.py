@@ -27,12 +27,16 @@ CHIPS = (
   Chip("H100 PCIe", ("H100 PCIe",), 756 * TFLOPS, 2.0 * TB, 79.1 * GIB, 64 * GB, _HDR),  # link: PCIe 5.0 × 16
   Chip("H100 NVL", ("H100 NVL",), 835 * TFLOPS, 3.9 * TB, 93.1 * GIB, 64 * GB, _HDR),  # bridges join two cards only
   Chip("H100 SXM", ("H100",), 989 * TFLOPS, 3.35 * TB, 79.18 * GIB, 450 * GB, _NDR),
-  # NVIDIA H200 Tensor Core GPU data sheet, DGX H200 data sheet.
+  # NVIDIA H200 Tensor Core GPU data sheet, DGX H200 data sheet; of NVL, bridges join two or four cards only.
+  Chip("H200 NVL", ("H200 NVL",), 835 * TFLOPS, 4.8 * TB, 139.8 * GIB, 64 * GB, _HDR),
   Chip("H200", ("H200",), 989 * TFLOPS, 4.8 * TB, 139.8 * GIB, 450 * GB, _NDR),
   # NVIDIA DGX B200 data sheet, an eighth: 144 PFLOPS of sparse FP8 are 2.25 of dense BF16 a card; NVLink 14.4 TB/s.
   Chip("B200", ("B200",), 2250 * TFLOPS, 8.0 * TB, 178.3 * GIB, 900 * GB, _NDR),
   # NVIDIA A100 Tensor Core GPU data sheet: NVLink 600 GB/s; DGX A100 data sheet: eight ports of 200 Gbit/s.
-  Chip("A100 40 GB", ("A100-SXM4-40GB", "A100-PCIE-40GB"), 312 * TFLOPS, 1.555 * TB, 39.4 * GIB, 300 * GB, _HDR),
+  # The PCIe cards: PCIe 4.0 × 16.
+  Chip("A100 PCIe 40 GB", ("A100-PCIE-40GB",), 312 * TFLOPS, 1.555 * TB, 39.4 * GIB, 32 * GB, _HDR),
+  Chip("A100 PCIe 80 GB", ("A100 80GB PCIe",), 312 * TFLOPS, 1.935 * TB, 79.25 * GIB, 32 * GB, _HDR),
+  Chip("A100 40 GB", ("A100-SXM4-40GB",), 312 * TFLOPS, 1.555 * TB, 39.4 * GIB, 300 * GB, _HDR),
   Chip("A100 80 GB", ("A100",), 312 * TFLOPS, 2.039 * TB, 79.25 * GIB, 300 * GB, _HDR),
   # NVIDIA L40S data sheet: PCIe 4.0 × 16, 64 GB/s both ways together.
   Chip("L40S", ("L40S",), 362 * TFLOPS, 0.864 * TB, 44.5 * GIB, 32 * GB, _ETHERNET),

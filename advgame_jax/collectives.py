@@ -47,7 +47,7 @@ class Collective:
   sent: float  # bytes that one device sends in a ring, one time
   times: int  # it runs: the trips of the loops around it
   crosses: bool  # a group has devices of several islands
-  local: int  # devices of a group on one island, which share its way out
+  local: int  # devices of a group on one island, which share its way out; of several groups the fewest
   name: str  # of the operation in the traced program, "" where the compiler keeps none
 
   @property
@@ -191,8 +191,9 @@ def _collective(module: _Module, computation: str, x: _Instruction, kind: str, i
   arrays = [array for name in _operands(module, computation, x) for array in _arrays(name)]
   groups = _groups(x.rest, module.devices)
   on = np.asarray(islands)[groups] if len(islands) else np.zeros_like(groups)
-  crosses = bool((on != on[:, :1]).any())
-  local = max(int(np.unique(row, return_counts=True)[1].max()) for row in on) if on.size else 1
+  crossing = on[(on != on[:, :1]).any(axis=1)]
+  crosses = bool(crossing.size)
+  local = min((int(np.unique(row, return_counts=True)[1].min()) for row in (crossing if crosses else on)), default=1)
   dtype = max(arrays, key=lambda array: array[1])[0].split("[")[0] if arrays else ""
   sent = float(sum(size for _, size, _ in arrays) * _SENT[kind](groups.shape[1]))
   return Collective(kind, dtype, groups.shape[1], sent, 1, crosses, local, _op_name(x))

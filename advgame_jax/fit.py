@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from advgame_jax import config as config_lib
-from advgame_jax import placement, sharding
+from advgame_jax import panel, placement, sharding
 from advgame_jax import plan as plan_lib
+from advgame_jax.chips import Chip
 from advgame_jax.config import Config
 from advgame_jax.placement import Place, Roles
 from advgame_jax.plan import GIB, Plan
@@ -44,6 +45,7 @@ class Candidate(NamedTuple):
   """One way to run."""
 
   flags: Mapping[str, Any]  # of launch/run.py, beside the config's
+  config: Config  # so changed
   plan: Plan
   compiled: bool = False
 
@@ -57,17 +59,16 @@ def search(config: Config, target: Target, completion_tokens: float = 0, console
   Prints what was tried.
 
   Raises:
-    UserError: no sharding can lay this config out.
+    UserError: no sharding can lay this config out, or it cannot be planned at all.
   """
-  tried = sorted(candidates(config, target, completion_tokens), key=_rank)
-  if not tried:
-    raise UserError(f"no sharding lays this config out over {target.name}; allowed: {', '.join(SHARDINGS)} can none")
-  _, missing = plan_lib.devices_of(target)
+  devices, missing = plan_lib.devices_of(target)
+  chip = plan_lib.chip_of(target, devices)
+  tried = sorted(candidates(config, target, completion_tokens, chip), key=_rank)
   best = tried[0]
   for place in range(0 if missing else min(COMPILED, len(tried))):
     one = tried[place]
     log.info("compiling %s", one)
-    made = plan_lib.make(one.plan.blueprint.config, target, completion_tokens)
+    made = plan_lib.make(one.config, target, completion_tokens, chip)
     tried[place] = one._replace(plan=made, compiled=True)
     best = tried[place] if not place else min(best, tried[place], key=_rank)
     if best.plan.fits and place + 1 < len(tried) and _rank(tried[place + 1]) > _rank(best):
@@ -76,9 +77,13 @@ def search(config: Config, target: Target, completion_tokens: float = 0, console
   return best.plan
 
 
-def candidates(config: Config, target: Target, completion_tokens: float = 0) -> Iterator[Candidate]:
-  """Every way that can be laid out, estimated; of those that come to the same, the first."""
-  seen = set()
+def candidates(config: Config, target: Target, completion_tokens: float, chip: Chip) -> Iterator[Candidate]:
+  """Every way that can be laid out, estimated; of those that come to the same, the first.
+
+  Raises:
+    UserError: there is none; what the first of them, nearest to the config, was refused for.
+  """
+  seen, refusals = set(), list[UserError]()
   for name in dict.fromkeys((config.sharding, *SHARDINGS)):
     tensors = TENSORS if "tensor" in name else (0,)
     judges = JUDGE_BATCHES if any(judge.kind == "model" for judge in _judges(config).values()) else (1,)
@@ -87,10 +92,13 @@ def candidates(config: Config, target: Target, completion_tokens: float = 0) -> 
         places, flags, changed = _changed(config, target, change)
         same = (places, changed.precision, changed.attacker.accumulate, changed.defender.accumulate, changed.judges)
         if same not in seen:
+          yield Candidate(flags, changed, plan_lib.estimate(changed, target, completion_tokens, chip))
           seen.add(same)
-          yield Candidate(flags, plan_lib.estimate(changed, target, completion_tokens))
       except UserError as error:
         log.debug("%s: %s", name, error)
+        refusals.append(error)
+  if not seen:
+    raise refusals[0]
 
 
 def _changed(config: Config, target: Target, change: Change) -> tuple[Roles[Place], dict[str, Any], Config]:
@@ -116,7 +124,7 @@ def _changed(config: Config, target: Target, change: Change) -> tuple[Roles[Plac
 
 
 def _judges(config: Config) -> dict[str, config_lib.Judge]:
-  return {field.name: getattr(config.judges, field.name) for field in dataclasses.fields(config.judges)[:5]}
+  return {role: getattr(config.judges, role) for role in panel.SETTINGS}
 
 
 def _rank(candidate: Candidate) -> tuple[float, float]:

@@ -163,7 +163,10 @@ class Watch:
         if left <= 0:
           missing = sorted(set(range(place.processes)) - {0, *lines})
           names = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-          _give_up(f"of {place.processes} processes, {names} did not come within {seconds} s")
+          _give_up(
+            f"of processes 0 to {place.processes - 1}, {names} did not come within {seconds} s; allowed: the same "
+            "command on every host, each with its own --process, or a larger --join_seconds"
+          )
         for key, _ in selector.select(left):
           if key.data is not None:  # who waits says nothing: it hung up, and may come again
             selector.unregister(key.fileobj)

@@ -36,6 +36,7 @@ NEEDED = {
   "attacker": {Role.COMPLIANCE, Role.REFUSAL},
   "evaluation": {Role.COMPLIANCE},
 }
+SETTINGS = ("training", *NEEDED)  # of `config.Judges`, those that are judges
 TRIALS = ("heuristic", "phrases")  # judge by rules of thumb
 CHATS = ("rubric", "strongreject")  # the other forms are raw prompts
 RAW = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"  # where guards have no template

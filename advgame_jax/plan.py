@@ -9,23 +9,25 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from advgame_jax import blueprint as blueprint_lib
-from advgame_jax import chips, collectives, roofline, workload
+from advgame_jax import chips, collectives, roofline, targets, workload
 from advgame_jax.blueprint import Blueprint, Work
 from advgame_jax.chips import Chip
 from advgame_jax.collectives import Collective
 from advgame_jax.config import Config
 from advgame_jax.held import Held
+from advgame_jax.placement import Roles
 from advgame_jax.roofline import Estimate
-from advgame_jax.targets import Target
+from advgame_jax.targets import NoCompiler, Target
 from advgame_jax.types import Players, UserError
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class Peak(NamedTuple):
   what: str
   held: float
   added: float
+  phase: str  # of `held.ALWAYS`
+  mesh: Mesh
 
   @property
   def bytes(self) -> float:
@@ -68,18 +72,17 @@ class Plan(NamedTuple):
   @property
   def peaks(self) -> list[Peak]:
     """Of each program, and of an evaluation."""
-    found = [Peak(c.work.name, self._held(c.work.phase, c.work.mesh), c.added) for c in self.costs]
-    loading = [self._held("loading", place.mesh) for place in self.blueprint.places]
-    evaluating = [
-      self._beside(name) + pools + self._held("evaluation", place.mesh)
-      for name, place, pools in zip(Players._fields, self.blueprint.places, self.blueprint.pools)
+    peak = lambda what, added, phase, mesh: Peak(what, self._held(phase, mesh), added, phase, mesh)
+    meshes = Roles(*(place.mesh for place in self.blueprint.places))
+    found = [peak(cost.work.name, cost.added, cost.work.phase, cost.work.mesh) for cost in self.costs]
+    loading = [peak("evaluation: first weights read", 0, "loading", mesh) for mesh in meshes]
+    playing = [
+      peak("evaluation: play", self._beside(name) + pools, "evaluation", getattr(meshes, name))
+      for name, pools in zip(Players._fields, self.blueprint.pools)
     ]
-    judging = self._held("evaluation", self.blueprint.places.judge.mesh) + self._beside("judge", kept=True)
-    return [
-      *found,
-      Peak("evaluation: first weights read", max(loading), 0),
-      Peak("evaluation: play", max(*evaluating, judging), 0),
-    ]
+    playing.append(peak("evaluation: play", self._beside("judge", kept=True), "evaluation", meshes.judge))
+    of_bytes = lambda peak: peak.bytes
+    return [*found, max(loading, key=of_bytes), max(playing, key=of_bytes)]
 
   def _beside(self, who: str, kept: bool = False) -> float:
     """What playing or judging adds in a step, of a device; without what is kept between its programs."""
@@ -98,28 +101,32 @@ class Plan(NamedTuple):
   @property
   def seconds(self) -> float:
     """Of a step; players on meshes of their own are updated at the same time."""
-    updates = [cost.estimate.total for cost in self.costs if cost.work.phase == "update"]
-    return sum(cost.estimate.total for cost in self.costs if cost.work.phase != "update") + max(updates, default=0)
+    return self._one_after_the_other(lambda estimate: estimate.total)
 
   @property
   def serial(self) -> float:
     """The same, if arithmetic, memory and wires wait for each other."""
-    return sum(cost.estimate.serial for cost in self.costs)
+    return self._one_after_the_other(lambda estimate: estimate.serial)
+
+  def _one_after_the_other(self, time_of: Callable[[Estimate], float]) -> float:
+    updates = [time_of(cost.estimate) for cost in self.costs if cost.work.phase == "update"]
+    return sum(time_of(cost.estimate) for cost in self.costs if cost.work.phase != "update") + max(updates, default=0)
 
   @property
   def evaluation_seconds(self) -> float:
-    """Of one evaluation: three loads of attacks or judged attacks and four of responses, about, with as many rows."""
+    """Of one evaluation: two loads of attacks, four of responses, and its questions, as if they were a step's."""
     config = self.blueprint.config
     rows = 2 * config.evaluation.seeds * config.evaluation.samples
     game, batch = config.game, config.data.batch
     attacks = batch * game.attacks_per_seed
-    once = {
-      "attacker": 2 * rows / attacks,
-      "defender": 4 * rows / (attacks * game.responses),
-      "judge": 4 * rows / attacks,
+    in_step, in_evaluation = self.blueprint.asked
+    times = {
+      "attacker": 2 * max(1, rows / attacks),
+      "defender": 4 * max(1, rows / (attacks * game.responses)),
+      "judge": in_evaluation / in_step if in_step else 0,
     }
-    of = lambda cost: once.get(cost.work.name.partition(":")[0], 0) if cost.work.phase == "play" else 0
-    return sum(cost.estimate.total * max(1.0, of(cost)) for cost in self.costs if of(cost))
+    played = [cost for cost in self.costs if cost.work.phase == "play"]
+    return sum(cost.estimate.total * times[cost.work.name.partition(":")[0]] for cost in played)
 
   @property
   def device_hours(self) -> float:
@@ -139,8 +146,7 @@ class Plan(NamedTuple):
     """By how much it does not fit, and the largest of what is there then."""
     peak = self.peak
     cost = next((cost for cost in self.costs if cost.work.name == peak.what), None)
-    mesh = cost.work.mesh if cost else self.blueprint.places.defender.mesh
-    held = max(self.resident(cost.work.phase if cost else "loading", mesh), key=lambda held: held.bytes)
+    held = max(self.resident(peak.phase, peak.mesh), key=lambda held: held.bytes)
     temporary = f"; largest temporary: {cost.largest}" if cost and cost.largest else ""
     return (
       f"does not fit: {peak.what} takes {peak.bytes / GIB:.1f} GiB of a device's {self.target.capacity / GIB:.1f}, "
@@ -153,13 +159,11 @@ def devices_of(target: Target) -> tuple[Sequence[Any], str]:
   """What to plan for, and where nothing can be compiled for it a sentence that says why.
 
   Raises:
-    UserError: too few CPU devices.
+    UserError: too few CPU devices, or a topology that the compiler does not know.
   """
   try:
     return target.devices(), ""
-  except UserError as error:
-    if target.chip is chips.CPU or "is not installed" not in str(error):
-      raise
+  except NoCompiler as error:
     return target.stand_ins(), f"estimated, nothing is compiled: {error}"
 
 
@@ -174,7 +178,7 @@ def make(config: Config, target: Target, completion_tokens: float = 0, chip: Chi
   """
   devices, missing = devices_of(target)
   drawn = blueprint_lib.draw(config, target, devices, completion_tokens)
-  chip = chip or (roofline.measured(devices) if target.chip is chips.CPU else target.chip)
+  chip = chip or chip_of(target, devices)
   costs = [guessed(work, chip) if missing or not work.lower else compiled(work, target, chip) for work in drawn.works]
   for place, cost in enumerate(costs):
     if cost.source == REFUSED:
@@ -182,10 +186,15 @@ def make(config: Config, target: Target, completion_tokens: float = 0, chip: Chi
   return Plan(target, drawn, costs, [*drawn.notes, *([missing] if missing else [])])
 
 
-def estimate(config: Config, target: Target, completion_tokens: float = 0) -> Plan:
-  """The same without any compiler."""
+def estimate(config: Config, target: Target, completion_tokens: float = 0, chip: Chip | None = None) -> Plan:
+  """The same without any compiler; a CPU's peaks are then an order of magnitude, where there is no `chip`."""
   drawn = blueprint_lib.draw(config, target, target.stand_ins(), completion_tokens)
-  return Plan(target, drawn, [guessed(work, target.chip) for work in drawn.works], drawn.notes)
+  return Plan(target, drawn, [guessed(work, chip or target.chip) for work in drawn.works], drawn.notes)
+
+
+def chip_of(target: Target, devices: Sequence[Any]) -> Chip:
+  """Whose peaks count: a CPU's are measured."""
+  return roofline.measured(devices) if target.chip is chips.CPU else target.chip
 
 
 def guessed(work: Work, chip: Chip) -> Cost:
@@ -231,7 +240,7 @@ def largest_of(text: str) -> str:
 
 def _largest_by_cpu(config: Config, target: Target, completion_tokens: float, name: str) -> str:
   """Of a program that its target's compiler refuses, as this machine's makes it; "" with too few CPU devices here."""
-  devices = jax.devices("cpu")[: target.count]
+  devices = targets.cpus()[: target.count]
   if len(devices) < target.count:
     return ""
   config = blueprint_lib.computing(config, target)

@@ -196,7 +196,7 @@ def summarise(
       ran, lambda each: (each.op.module, each.op.name, "/".join(each.scope)), ("program", "operation", "scope"), total
     )[:_TOP],
     "collectives": _collectives(ran, total),
-    "decode": [row for role in GENERATE if (row := _decode(role, ran, len(devices), facts))],
+    "decode": [row for role in GENERATE if (row := _decode(role, ran, facts))],
   }
 
 
@@ -257,8 +257,8 @@ def _collectives(ran: Sequence[Ran], total: float) -> dict[str, Any]:
   return {"seconds": seconds, "share": seconds / total if total else None, "exposed": exposed}
 
 
-def _decode(role: Work, ran: Sequence[Ran], devices: int, facts: Facts) -> dict[str, Any] | None:
-  """How fast weights are read while tokens are drawn; keys and values, which are read too, are not counted."""
+def _decode(role: Work, ran: Sequence[Ran], facts: Facts) -> dict[str, Any] | None:
+  """How fast each device that draws reads weights; keys and values, which are read too, are not counted."""
   mine = [each for each in ran if each.role == role and {"decode", "draw", "write"} & set(each.scope)]
   heads = [each for each in mine if each.scope[-2:] == ("draw", "head")]
   if not heads or role not in facts.weight_bytes:
@@ -267,9 +267,10 @@ def _decode(role: Work, ran: Sequence[Ran], devices: int, facts: Facts) -> dict[
   most: dict[tuple[str, str], int] = {}
   for row in calls:
     most[row["p"], row["n"]] = max(most.get((row["p"], row["n"]), 0), row["calls"])
-  steps, busy = sum(most.values()) / devices, _busy(mine)
-  rate = steps * facts.weight_bytes[role] * devices / busy
-  of_peak = rate * facts.devices / devices / facts.peak.bandwidth if facts.peak.bandwidth else None
+  drawing = {each.op.device for each in heads}
+  steps, busy = sum(most.values()) / len(drawing), _busy([each for each in mine if each.op.device in drawing])
+  rate = steps * facts.weight_bytes[role] * len(drawing) / busy
+  of_peak = rate * facts.devices / facts.peak.bandwidth if facts.peak.bandwidth else None
   return {"role": role, "steps": steps, "busy": busy, "bytes_per_second": rate, "of_peak": of_peak}
 
 

@@ -35,7 +35,7 @@ def stand_in(config: Config, folder: pathlib.Path) -> tuple[Config, list[str]]:
 
   def find(named: str) -> str:
     plain = re.sub(r"[^a-z0-9]+", "_", pathlib.Path(named).name.lower())
-    known = next((name for name in PUBLISHED if plain.startswith(name)), None)
+    known = next((name for name in PUBLISHED if name.replace("_", "") in plain.replace("_", "")), None)
     if not named or known is None or pathlib.Path(named).exists():
       return named
     there = folder / plain
@@ -45,7 +45,7 @@ def stand_in(config: Config, folder: pathlib.Path) -> tuple[Config, list[str]]:
     return str(there)
 
   with_model = lambda part: dataclasses.replace(part, model=find(part.model))
-  judges = {role: getattr(config.judges, role) for role in ("training", *panel.NEEDED)}
+  judges = {role: getattr(config.judges, role) for role in panel.SETTINGS}
   changed = {role: with_model(judge) for role, judge in judges.items() if judge.kind == "model"}
   config = dataclasses.replace(
     config,

@@ -30,6 +30,10 @@ ALLOWED = (
 )
 
 
+class NoCompiler(UserError):
+  """What compiles for a target is not installed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StandIn:
   """A device that nothing is compiled for."""
@@ -68,7 +72,8 @@ class Target:
     """Devices to compile for, in JAX's order; where the target is elsewhere, nothing can be put on them.
 
     Raises:
-      UserError: the compiler is not installed, or this process has too few CPU devices, with what mends it.
+      NoCompiler: the compiler is not installed, with what mends it.
+      UserError: this process has too few CPU devices, or the compiler does not know the topology.
     """
     if self.name == "local":
       return jax.devices()
@@ -195,11 +200,16 @@ def _machine_memory() -> float:
   return CPU_USABLE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cpus(target: Target) -> list[Any]:
+def cpus() -> list[Any]:
+  """This process's CPU devices; none where JAX_PLATFORMS names others alone."""
   try:
-    devices = jax.devices("cpu")
-  except RuntimeError:  # JAX_PLATFORMS names others alone
-    devices = []
+    return jax.devices("cpu")
+  except (RuntimeError, AssertionError):  # the platforms that it names are not here either
+    return []
+
+
+def _cpus(target: Target) -> list[Any]:
+  devices = cpus()
   if len(devices) < target.count:
     raise UserError(
       f"target {target.name!r} needs {target.count} CPU devices and this process has {len(devices)}; allowed: "
@@ -229,7 +239,7 @@ def _tpus(target: Target) -> list[Any]:
     except Exception as error:
       if "not installed" not in str(error):
         raise UserError(f"target {target.name!r}: {_first_line(error)}; allowed: {ALLOWED}") from None
-      raise UserError(
+      raise NoCompiler(
         f"target {target.name!r} needs the compiler for TPUs, which is not installed; allowed: "
         f"pip install 'jax[tpu]=={jax.__version__}'"
       ) from None
@@ -242,7 +252,7 @@ def _gpus(target: Target) -> list[Any]:
     )
   except NotImplementedError:
     wanted = " ".join(f"jax-cuda13-{part}=={jaxlib.__version__}" for part in ("pjrt", "plugin"))
-    raise UserError(
+    raise NoCompiler(
       f"target {target.name!r} needs the compiler for CUDA, which is not installed; allowed: "
       f"pip install --no-deps {wanted}"
     ) from None

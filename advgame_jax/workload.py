@@ -66,7 +66,7 @@ class Wires(NamedTuple):
     on = np.array(islands(self.target, mesh)).reshape(mesh.devices.shape)
     at = [mesh.axis_names.index(axis) for axis in axes]
     group = np.moveaxis(on, at, range(len(at))).reshape(n, -1)[:, 0]
-    local = int(np.unique(group, return_counts=True)[1].max())
+    local = int(np.unique(group, return_counts=True)[1].min())
     sent = total / times * (n - 1) / n * (2 if kind == "all-reduce" else 1)
     return [Collective(kind, "", n, sent, times, bool((group != group[0]).any()), local, "guessed")]
 

@@ -5,14 +5,15 @@
 #
 # From the project's folder, which all nodes share, as they do --workdir. One task per node drives all of its GPUs; with
 # `--ntasks-per-node=8` before the script's name, each task takes one. PYTHON names an interpreter other than .venv's.
-# Two minutes before the time is up, or before a preemption with grace, the step under way is finished and saved, and
-# the job queued again. A task that dies is started again by itself; when one gives up, all end.
+# Ten minutes before the time is up, or before a preemption with grace, the step under way is finished and saved, and
+# the job queued again: an evaluation, a step and a checkpoint have to fit into them, or --signal be longer. A task that
+# dies is started again by itself; when one gives up, all end.
 #SBATCH --job-name=advgame
 #SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:8
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:TERM@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=advgame-%j.log
@@ -36,7 +37,7 @@ while kill -0 "$step" 2>/dev/null; do # a trap ends a wait
   wait "$step"
   code=$?
 done
-if [[ $stopped && $code == 0 ]]; then
+if [[ $stopped && ($code == 0 || $code == 143) ]]; then # 143: before there was anything to save
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -208,7 +208,10 @@ def test_an_unreachable_coordinator_and_missing_processes_are_said_in_bounded_ti
   assert re.fullmatch(
     rf"error: process 1 of 2 did not reach process 0 at 127.0.0.1:{port - 1} within 2 s \(.+\); allowed: .+\n", said[0]
   )
-  assert said[1] == "error: of 9 processes, 1, 2, 3, 4, 5, 6, 7, 8 did not come within 2 s\n"
+  assert said[1] == (
+    "error: of processes 0 to 8, 1, 2, 3, 4, 5, 6, 7, 8 did not come within 2 s; allowed: the same command on every "
+    "host, each with its own --process, or a larger --join_seconds\n"
+  )
 
 
 @pytest.mark.parametrize(
@@ -286,6 +289,9 @@ def test_a_plain_machine_asks_nobody(monkeypatch):
   monkeypatch.setattr(socket.socket, "connect", refuse)
   assert cluster.find() is None
   assert cluster.find(processes=1) is None
+  for said in ({"local_devices": "0"}, {"processes": 1, "local_devices": "0"}, {"processes": 1, "process": 3}):
+    with pytest.raises(UserError, match=r"(one|only) process[^;]*; allowed"):
+      cluster.find(**said)
   monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # a pod, but not one of an indexed job
   monkeypatch.setenv("SLURM_JOB_ID", "7")  # a batch script's own shell, and a step of one task
   monkeypatch.setenv("SLURM_NTASKS", "8")

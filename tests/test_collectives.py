@@ -77,6 +77,16 @@ def test_groups_and_whether_they_cross_islands(axes, devices, crosses, on):
   assert not collectives.of(text)[0].crosses
 
 
+def test_of_several_groups_those_that_cross_count():
+  """Two of a ring's four steps lead from one island to the other, each through a port of its own."""
+  mesh = make_mesh(N)
+  text = local(
+    lambda x: jax.lax.ppermute(x, "a", [(i, (i + 1) % 8) for i in range(8)]), mesh, ((8 * 1024,), P("a")), out=P("a")
+  )
+  (one,) = collectives.of(text, [0] * 4 + [1] * 4)
+  assert (one.crosses, one.local) == (True, 1)
+
+
 def test_loops_multiply_and_the_dearer_branch_counts():
   mesh = make_mesh(N)
 
@@ -145,7 +155,7 @@ def test_what_starts_and_ends_apart_counts_once():
     ("reduce-scatter", "bf16", 8, 7 / 8 * 16 * size, 5),
   ]
   assert [(one.crosses, one.local) for one in found] == [(True, 8), (False, 8)]
-  assert collectives.of(CUDA, [0] * 12 + [1] * 4)[0].local == 12
+  assert collectives.of(CUDA, [0] * 12 + [1] * 4)[0].local == 4
   assert found[0].name == "while/dot (general)"
   assert found[0].bytes == 5 * found[0].sent
 

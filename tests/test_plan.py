@@ -11,11 +11,11 @@ import jax
 import pytest
 import world
 
-from advgame_jax import blueprint, fit, plan, published, targets, train, workload
+from advgame_jax import blueprint, fit, panel, plan, published, targets, train, workload
 from advgame_jax.config import Config, Judge, Judges, Mesh, from_config_dict
 from advgame_jax.ledger import Ledger
 from advgame_jax.targets import Target
-from advgame_jax.types import UserError
+from advgame_jax.types import Role, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
@@ -34,7 +34,7 @@ def paper() -> Config:
 @pytest.fixture
 def no_compiler(monkeypatch):
   def devices(target):
-    raise UserError(f"target {target.name!r} needs a compiler, which is not installed; allowed: pip install it")
+    raise targets.NoCompiler(f"target {target.name!r} needs a compiler; allowed: pip install it")
 
   monkeypatch.setattr(Target, "devices", devices)
 
@@ -249,6 +249,37 @@ def test_models_that_nobody_knows_are_refused(paper, tmp_path):
   assert changed.attacker.model == "models/unheard_of" and len(notes) == 2
 
 
+def test_judges_of_several_models_are_planned_each_in_its_form(world_folder):
+  """One is the players' base, whose layers are stacked, the other has weights of its own, one layer after the other."""
+  base, other = str(world_folder / "defender_base"), str(world_folder / "attacker_base")
+  judge = Judge(kind="model", model=base, readout="probability", batch=4)
+  judges = Judges(judge, defender=dataclasses.replace(judge, model=other))
+  lora = {"attacker__lora__rank": 4, "defender__lora__rank": 4, "game__instructions": "standard"}
+  drawn = blueprint.draw(world.config(world_folder, judges=judges, **lora), here(), jax.devices()[:1])
+  works = {work.name: work for work in drawn.works if work.name.startswith("judge: ")}
+  assert set(works) >= {"judge: defender: read", "judge: defender: draw"} and len(works) == 4
+  for work in works.values():
+    work.lower()
+
+
+def test_an_evaluation_asks_as_often_as_it_is_played(paper):
+  """Three games of 128 attacks and one of 128 plain queries: who is faithful, complies, deflects and refuses."""
+  made = plan.estimate(paper, targets.parse("h100:8"))
+  in_step, in_evaluation = made.blueprint.asked
+  B, A, D = paper.data.batch, paper.game.attacks, paper.game.responses
+  assert in_step == B * A + B * A * D * (D - 1) + B * A * (A - 1)
+  known = panel.roles_of(panel.settings_of(paper.judges, "evaluation"))
+  of_response = 0.5 * (Role.COMPLIANCE in known) + 0.5 * (Role.DEFLECTION in known) + (Role.REFUSAL in known)
+  assert in_evaluation == 3 * 128 + 4 * 128 * of_response
+
+
+def test_what_is_too_much_is_said_of_the_devices_that_it_is_on(paper, no_compiler):
+  attacker = dataclasses.replace(paper.attacker, model="models/Llama-3.3-70B-Instruct")
+  made = plan.estimate(dataclasses.replace(paper, attacker=attacker, sharding="apart"), targets.parse("h100:8"))
+  assert not made.fits and "most stays for attacker: " in made.why_not()
+  assert made.seconds < made.serial
+
+
 def test_a_folder_that_is_there_is_read(world_folder, tmp_path):
   config = world.config(world_folder)
   assert published.stand_in(config, tmp_path) == (config, [])
@@ -291,8 +322,11 @@ def test_a_search_in_vain_gives_the_smallest(paper, no_compiler, few_ways):
 def test_a_mesh_that_cannot_be_is_refused(paper, few_ways):
   with pytest.raises(UserError, match="does not fit 8 devices"):
     plan.estimate(dataclasses.replace(paper, mesh=Mesh(fsdp=3)), targets.parse("h100:8"))
-  with pytest.raises(UserError, match="no sharding"):
+  with pytest.raises(UserError, match="does not fit 8 devices"):
     fit.search(dataclasses.replace(paper, mesh=Mesh(data=3)), targets.parse("h100:8"))
+  missing = dataclasses.replace(paper, defender=dataclasses.replace(paper.defender, model="models/unheard_of"))
+  with pytest.raises(UserError, match="no folder models/unheard_of"):
+    fit.search(missing, targets.parse("h100:8"))
 
 
 @pytest.mark.parametrize("target,code,said", [("h100:8", 0, "It fits"), ("a100-40:8", 1, "It does not fit")])

@@ -218,9 +218,25 @@ def test_idle_time_and_waiting_for_each_other():
   (role,) = summary["roles"]
   assert role["mfu"] == pytest.approx(2e4 / (100e-9 * 1e12)) and role["tokens_per_second"] == pytest.approx(5e7)
   assert sum(row["share"] for row in summary["scopes"]) == pytest.approx(1)
-  (decode,) = summary["decode"]  # ar-start, in draw/head, ran once on one of two devices
-  assert decode["steps"] == 0.5 and decode["bytes_per_second"] == pytest.approx(1e6 / 80e-9)
+  (decode,) = summary["decode"]  # ar-start, in draw/head, ran once, on one of the devices
+  assert decode["steps"] == 1 and decode["bytes_per_second"] == pytest.approx(1e6 / 60e-9)
   assert "| attacker generate | generate/draw/head |" in profile.as_markdown(summary)
+
+
+def test_drawing_is_held_against_the_bandwidth_of_one_device():
+  ops = [op(name, a, a + 50, f"GPU:{i}") for i in range(4) for name, a in (("fusion.2", 0), ("ar-start", 50))]
+  traced = Trace(ops, [[Span(0, 100, "attacker generate")]], [Span(0, 100, "step")])
+  facts = Facts(peaks.Peak(1e12, 8e13, "eight chips"), 8, {"attacker generate": 1e6})  # of which four are traced
+  summary = profile.summarise(
+    traced,
+    trace.attribute(traced, [trace.read_program(HLO)]),
+    Window(3, 4),
+    {"cost/tokens/attacker_generate": 5.0},
+    facts,
+  )
+  (decode,) = summary["decode"]
+  assert decode["steps"] == 1 and decode["bytes_per_second"] == pytest.approx(1e13)
+  assert decode["of_peak"] == pytest.approx(1.0)
 
 
 def test_nothing_traced_makes_empty_tables():
