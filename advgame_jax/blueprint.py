@@ -161,7 +161,7 @@ class _Drafter:
       yield hold(f"{name}: average and reference", (state.ema, state.initial), recipe.mesh, ALWAYS)
       yield hold(f"{name}: moments", state.optimizer, recipe.mesh, ALWAYS)
     for mesh, bases in self.bases.items():
-      yield hold("bases of adapters", bases, mesh, ALWAYS)
+      yield hold("bases of adapters", list(bases.values()), mesh, ALWAYS)
     yield from self._again()
     for recipe, name, members in zip(self.recipes, Players._fields, self.members):
       new = members if not recipe.adapted else [_without_base(weights) for weights in members]

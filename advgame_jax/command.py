@@ -6,6 +6,7 @@ import errno
 import functools
 import logging
 import os
+import pathlib
 import re
 import sys
 import threading
@@ -139,7 +140,15 @@ def _flags_refused(arguments: Sequence[str]) -> Iterator[None]:
     said = str(error)
     if "Traceback" in said:  # of a config file, which flags quote whole
       said = said.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
-    _refuse(_of_a_setting(arguments, said) or said)
+    _refuse(_no_file(arguments) or _of_a_setting(arguments, said) or said)
+
+
+def _no_file(arguments: Sequence[str]) -> str:
+  """What there is to say of a --config that is not there; "" of one that is."""
+  given = [match[1] for argument in arguments if (match := re.match(r"--?config=([^:]+)", argument))]
+  if not given or pathlib.Path(given[-1]).exists():
+    return ""
+  return f"there is no {given[-1]}; allowed: a file such as configs/microworld.py, behind a colon what it takes"
 
 
 def _of_a_setting(arguments: Sequence[str], said: str) -> str:

@@ -18,7 +18,7 @@ from advgame_jax import plan as plan_lib
 from advgame_jax.chips import Chip
 from advgame_jax.config import Config
 from advgame_jax.placement import Place, Roles
-from advgame_jax.plan import GIB, Plan
+from advgame_jax.plan import Plan
 from advgame_jax.targets import Target
 from advgame_jax.types import Players, UserError
 
@@ -63,7 +63,7 @@ def search(config: Config, target: Target, completion_tokens: float = 0, console
   """
   devices, missing = plan_lib.devices_of(target)
   chip = plan_lib.chip_of(target, devices)
-  tried = sorted(candidates(config, target, completion_tokens, chip), key=_rank)
+  tried = _by_turns(sorted(candidates(config, target, completion_tokens, chip), key=_rank))
   best = tried[0]
   for place in range(0 if missing else min(COMPILED, len(tried))):
     one = tried[place]
@@ -73,7 +73,7 @@ def search(config: Config, target: Target, completion_tokens: float = 0, console
     best = tried[place] if not place else min(best, tried[place], key=_rank)
     if best.plan.fits and place + 1 < len(tried) and _rank(tried[place + 1]) > _rank(best):
       break  # what is still to come is slower even by its estimate
-  _show(tried, best, console or Console(width=180, soft_wrap=True))
+  _show(tried, best, console or plan_lib.plain_console())
   return best.plan
 
 
@@ -99,6 +99,12 @@ def candidates(config: Config, target: Target, completion_tokens: float, chip: C
         refusals.append(error)
   if not seen:
     raise refusals[0]
+
+
+def _by_turns(tried: list[Candidate]) -> list[Candidate]:
+  """The best of each sharding first: where estimates err, they err alike for one sharding."""
+  firsts = {one.flags["sharding"]: one for one in reversed(tried)}
+  return sorted(tried, key=lambda one: one is not firsts[one.flags["sharding"]])
 
 
 def _changed(config: Config, target: Target, change: Change) -> tuple[Roles[Place], dict[str, Any], Config]:
@@ -140,11 +146,17 @@ def _show(tried: list[Candidate], best: Candidate, console: Console) -> None:
     slowest = max(one.plan.costs, key=lambda cost: cost.estimate.total)
     table.add_row(
       *(str(one.flags.get(name, "")) for name in columns),
-      f"{one.plan.peak.bytes / GIB:.1f}",
+      plan_lib.gib(one.plan.peak.bytes),
       "yes" if one.plan.fits else "no",
-      f"{one.plan.seconds:.3g}",
+      plan_lib.number(one.plan.seconds),
       "compiler" if one.compiled else "estimate",
       f"{slowest.work.name} ({slowest.estimate.limit})",
     )
-  console.print(f"{len(tried)} ways estimated, the best compiled; the first {min(SHOWN, len(tried))}:", table)
-  console.print(f"The best: {best}")
+  compiled, shown = sum(one.compiled for one in tried), min(SHOWN, len(tried))
+  found = "The best" if best.plan.fits else "None fits; what comes nearest"
+  plan_lib.printed(
+    console,
+    f"{len(tried)} ways estimated, {compiled or 'none'} compiled; the first {shown} (empty: as it is):",
+    table,
+    f"{found}: {best}",
+  )

@@ -6,7 +6,7 @@ Everything here must be called by all processes, in the same order.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -70,6 +70,26 @@ def first_alone(work: Callable[[], None]) -> None:
     return list(places)
 
   together(of_first, range(jax.process_count()))
+
+
+def agree(settings: Mapping[str, Any]) -> None:
+  """Refuses processes that were given other settings than process 0: alike decisions need alike settings.
+
+  Args:
+    settings: plain JSON by name.
+
+  Raises:
+    UserError: which process, and what is other there.
+  """
+  every = together(lambda items: [dict(settings) for _ in items], range(jax.process_count()))
+  for process, other in enumerate(every):
+    first = every[0]
+    changed = [f"{name} {first.get(name)!r} → {other.get(name)!r}" for name in first if other.get(name) != first[name]]
+    if changed:
+      raise UserError(
+        f"process {process} has other settings than process 0 ({'; '.join(changed[:5])}); allowed: the same config and "
+        "flags on every host"
+      )
 
 
 def _exchange(message: bytes) -> list[bytes]:

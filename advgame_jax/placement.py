@@ -105,6 +105,17 @@ def place(named: str, sizes: config_lib.Mesh, devices: Sequence[Any] | None = No
   return Roles(*(Place(mesh(plan), plan.train, plan.generate) for plan in plans))
 
 
+def describe(places: Roles[Place]) -> str:
+  """The meshes in a few words, of each role where they differ."""
+  words = lambda mesh: (
+    f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
+    + "".join(f", {axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+  )
+  if len({place.mesh for place in places}) == 1:
+    return words(places.defender.mesh)
+  return "; ".join(f"{role}: {words(place.mesh)}" for role, place in zip(Roles._fields, places))
+
+
 def by_host(devices: Sequence[Any]) -> list[list[Any]]:
   """The devices of each slice, where there are several, else of each process."""
   slices = {getattr(device, "slice_index", 0) for device in devices}

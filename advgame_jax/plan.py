@@ -32,7 +32,7 @@ from advgame_jax.types import Players, UserError
 
 log = logging.getLogger(__name__)
 GIB = 2**30
-REFUSED = "refused by the compiler"
+ESTIMATE, REFUSED = "estimate", "refused by the compiler"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -97,6 +97,11 @@ class Plan(NamedTuple):
   @property
   def fits(self) -> bool:
     return self.peak.bytes <= self.target.capacity
+
+  @property
+  def estimated(self) -> bool:
+    """Whether memory is not what a compiler says of every program."""
+    return any(cost.source == ESTIMATE for cost in self.costs)
 
   @property
   def seconds(self) -> float:
@@ -202,7 +207,7 @@ def guessed(work: Work, chip: Chip) -> Cost:
   scale = work.runs * work.trips
   sent = [_times(one, scale) for one in work.guess.collectives]
   time_ = roofline.seconds(work.flops * scale, work.moved * scale, sent, chip)
-  return Cost(work, work.kept + work.guess.temporary, sent, time_, "", "estimate")
+  return Cost(work, work.kept + work.guess.temporary, sent, time_, "", ESTIMATE)
 
 
 def compiled(work: Work, target: Target, chip: Chip) -> Cost:
@@ -275,7 +280,30 @@ def _times(one: Collective, scale: float) -> Collective:
 
 def show(plan: Plan, price: float = 0, console: Console | None = None) -> None:
   """Prints it; `price`: of a device's hour."""
-  (console or Console(width=180, soft_wrap=True)).print(Group(*_tables(plan, price)))
+  printed(console or plain_console(), *_tables(plan, price))
+
+
+def plain_console() -> Console:
+  """For text with brackets in it, and tables as wide as they are."""
+  return Console(width=180, soft_wrap=True, markup=False, highlight=False)
+
+
+def printed(console: Console, *parts: RenderableType) -> None:
+  """Without the blanks that fill tables."""
+  with console.capture() as captured:
+    console.print(Group(*parts))
+  text = re.sub(r" +$", "", captured.get(), flags=re.MULTILINE)
+  console.file.write(re.sub(r"\n{3,}", "\n\n", text))
+
+
+def number(x: float) -> str:
+  """Three digits, or all before the point."""
+  return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
+def gib(x: float) -> str:
+  """Bytes in GiB."""
+  return f"{x / GIB:.2f}" if x >= 0.1 * GIB else f"{x / GIB:.2g}"
 
 
 def _tables(plan: Plan, price: float) -> Iterator[RenderableType]:
@@ -290,13 +318,13 @@ def _tables(plan: Plan, price: float) -> Iterator[RenderableType]:
   stays = _table("stays on a device", "GiB", "during")
   for held in plan.blueprint.held:
     if held.bytes:
-      stays.add_row(held.what, f"{held.bytes / GIB:.2f}", ", ".join(sorted(held.during)))
+      stays.add_row(held.what, gib(held.bytes), ", ".join(sorted(held.during)))
   yield stays
   memory = _table("memory of a device, GiB", "stays", "adds", "peak", "of capacity")
   for peak in plan.peaks:
     memory.add_row(
       peak.what,
-      *(f"{x / GIB:.2f}" for x in (peak.held, peak.added, peak.bytes)),
+      *map(gib, (peak.held, peak.added, peak.bytes)),
       f"{peak.bytes / target.capacity:.0%}",
     )
   yield memory
@@ -316,29 +344,28 @@ def _tables(plan: Plan, price: float) -> Iterator[RenderableType]:
   yield times
   if kinds := _kinds(plan):
     wires = _table("collectives of a step, of a device", "devices", "times", "GB sent", "across")
-    for (name, kind, count, crosses), (number, total) in kinds.items():
+    for (name, kind, count, crosses), (times_, total) in kinds.items():
       wires.add_row(
-        f"{name}: {kind}", str(count), f"{number:,.0f}", f"{total / 1e9:.3g}", "hosts" if crosses else "links"
+        f"{name}: {kind}", str(count), f"{times_:,.0f}", f"{total / 1e9:.3g}", "hosts" if crosses else "links"
       )
     yield wires
   limits = [
     f"{cost.work.name} ({cost.estimate.limit})" for cost in plan.costs if cost.estimate.total > 0.2 * plan.seconds
   ]
   yield (
-    f"A step: {plan.seconds:.3g} s ({plan.serial:.3g} if nothing overlaps), "
+    f"A step: {number(plan.seconds)} s ({number(plan.serial)} if nothing overlaps), "
     f"{plan.blueprint.drawn / plan.seconds:,.0f} tokens drawn a second; most of it: {', '.join(limits)}."
   )
   hours = plan.device_hours
   paid = f", {hours * price:,.0f} at {price:g} an hour" if price else ""
+  evaluations = f"{plan.blueprint.evaluations} evaluations of {number(plan.evaluation_seconds)} s"
   yield (
-    f"The run: {config.steps:,} steps and {plan.blueprint.evaluations} evaluations of {plan.evaluation_seconds:.3g} s, "
-    f"{hours / target.count:.3g} h, {hours:,.0f} device-hours{paid}."
+    f"The run: {config.steps:,} steps and {evaluations}, {number(hours / target.count)} h, "
+    f"{number(hours)} device-hours{paid}."
   )
-  yield (
-    f"It fits: {plan.peak.bytes / GIB:.1f} GiB of {target.capacity / GIB:.1f}, in {plan.peak.what}."
-    if (plan.fits)
-    else f"It {plan.why_not()}."
-  )
+  estimated = " By estimates: a compiler's temporaries have been up to twice as large." * plan.estimated
+  fits = f"fits: {gib(plan.peak.bytes)} GiB of {target.capacity / GIB:.1f}, in {plan.peak.what}"
+  yield f"It {fits if plan.fits else plan.why_not()}.{estimated}"
 
 
 def _table(first: str, *columns: str) -> Table:

@@ -7,6 +7,7 @@ import re
 
 from advgame_jax import panel
 from advgame_jax.config import Config
+from advgame_jax.types import UserError
 
 _QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}
 _QWEN |= {"vocab_size": 152064, "tie_word_embeddings": False}
@@ -30,14 +31,22 @@ def stand_in(config: Config, folder: pathlib.Path) -> tuple[Config, list[str]]:
   """The config with stand-ins, written into `folder`, for known models that are not there; and what was done.
 
   They hold a config.json alone, of published values.
+
+  Raises:
+    UserError: a model that is neither there nor known.
   """
   notes: dict[str, str] = {}
 
   def find(named: str) -> str:
     plain = re.sub(r"[^a-z0-9]+", "_", pathlib.Path(named).name.lower())
     known = next((name for name in PUBLISHED if name.replace("_", "") in plain.replace("_", "")), None)
-    if not named or known is None or pathlib.Path(named).exists():
+    if not named or pathlib.Path(named).exists():
       return named
+    if known is None:
+      raise UserError(
+        f"there is no folder {named}; allowed: a Hugging Face folder, or a name with one of {', '.join(PUBLISHED)} in "
+        "it, whose architectures are known"
+      )
     there = folder / plain
     there.mkdir(exist_ok=True)
     (there / "config.json").write_text(json.dumps(PUBLISHED[known]), encoding="utf-8")

@@ -109,8 +109,8 @@ def from_dict(values: Any, base: SettingsT, path: str) -> Any:
 def unknown_setting(path: str, names: Any) -> str:
   """The sentence for a setting that does not exist, with the nearest name first."""
   near = difflib.get_close_matches(path.rsplit(".", 1)[-1], list(names), n=1)
-  guess = f"did you mean {near[0]}? " if near else ""
-  return f"there is no setting {path}: {guess}allowed here: {', '.join(sorted(names))}"
+  guess = f": did you mean {near[0]}?" if near else ";"
+  return f"there is no setting {path}{guess} allowed here: {', '.join(sorted(names))}"
 
 
 def flatten(config: Settings, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:

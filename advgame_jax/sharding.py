@@ -122,9 +122,11 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
     filled[filled.index(-1)] = len(devices) // given
   if math.prod(filled) != len(devices) or min(filled) < 1:
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+    fitting = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
+    odd = [axis for axis, size in zip(AXES, sizes) if size != -1 and (size < 1 or len(devices) % size)]
     raise UserError(
       f"mesh {named} does not fit {len(devices)} devices; allowed: sizes whose product is {len(devices)}, one of them "
-      "may be -1"
+      f"may be -1{''.join(f'; of {axis} {fitting}' for axis in odd)}"
     )
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices > 1:

@@ -88,10 +88,10 @@ def parse(text: str) -> Target:
   Raises:
     UserError: it is none.
   """
-  if text == "local":
+  if text.lower() == "local":
     return _local()
   for pattern, make in _GRAMMAR:
-    if match := re.fullmatch(pattern, text):
+    if match := re.fullmatch(pattern, text.lower()):
       return make(text, *match.groups())
   raise UserError(f"target {text!r} is none; allowed: {ALLOWED}")
 
@@ -110,7 +110,8 @@ _GPUS = {
   "a100-80": "A100 80 GB",
   "l40s": "L40S",
 }
-_MOST_GPUS, _MOST_HOSTS, _MOST_CPUS = 8, 4096, 512
+_MOST_GPUS, _MOST_HOSTS = 8, 512
+MOST_CPUS = 512  # devices that a process makes of its CPU
 
 
 def _slice(text: str, generation: str, sizes: str) -> Target:
@@ -166,8 +167,8 @@ def _cards(text: str, kind: str, hosts: str | None, cards: str) -> Target:
 def _fake(text: str, number: str) -> Target:
   """`cpu:8`."""
   count = int(number)
-  if not 0 < count <= _MOST_CPUS:
-    raise UserError(f"target {text!r}: {count} CPU devices; allowed: cpu:1 to cpu:{_MOST_CPUS}")
+  if not 0 < count <= MOST_CPUS:
+    raise UserError(f"target {text!r}: {count} CPU devices; allowed: cpu:1 to cpu:{MOST_CPUS}")
   return Target(text, chips.CPU, 1, count, _machine_memory() / count)
 
 

@@ -27,6 +27,7 @@ from advgame_jax import (
   judges,
   metrics,
   page,
+  placement,
   preferences,
   profile,
   rewards,
@@ -37,6 +38,7 @@ from advgame_jax.ledger import Ledger
 from advgame_jax.panel import Panel
 from advgame_jax.report import Reporter
 from advgame_jax.session import Session
+from advgame_jax.settings import flatten
 from advgame_jax.state import TrainState
 from advgame_jax.types import (
   Category,
@@ -75,7 +77,9 @@ def train(
     UserError: what a user can mend, before anything in `workdir` is written over.
   """
   folder = pathlib.Path(workdir)
+  hosts.agree({name: value for name, value, _ in flatten(config)})
   run = session.open_session(config, devices)
+  log.info("%s; what is not compiled yet is compiled first, which takes minutes", placement.describe(run.places))
   hosts.first_alone(lambda: checkpoint.claim(folder, config, allow_changes))
   checkpoints = checkpoint.Checkpoints(folder, config)
   facts = metrics.facts(run)

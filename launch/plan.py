@@ -24,7 +24,8 @@ def main() -> None:
   jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for devices elsewhere cannot be read back
   target = targets.parse(TARGET.value)
   if TARGET.value != "local":  # before JAX starts: what a target's compiler refuses is looked into on CPU devices
-    jax.config.update("jax_num_cpu_devices", max(target.count, jax.config.jax_num_cpu_devices))
+    there = min(target.count, targets.MOST_CPUS)
+    jax.config.update("jax_num_cpu_devices", max(there, jax.config.jax_num_cpu_devices))
   found = fit.search(config, target, TOKENS.value) if FIT.value else plan.make(config, target, TOKENS.value)
   plan.show(found, PRICE.value)
   sys.exit(0 if found.fits else 1)

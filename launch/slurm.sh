@@ -4,7 +4,8 @@
 #   sbatch --nodes=4 launch/slurm.sh --config=configs/NAME.py --workdir=/shared/runs/one [flags of launch/run.py …]
 #
 # From the project's folder, which all nodes share, as they do --workdir. One task per node drives all of its GPUs; with
-# `--ntasks-per-node=8` before the script's name, each task takes one. PYTHON names an interpreter other than .venv's.
+# `--ntasks-per-node=8 --cpus-per-task=4` before the script's name, each task takes one. PYTHON names an interpreter
+# other than .venv's.
 # Ten minutes before the time is up, or before a preemption with grace, the step under way is finished and saved, and
 # the job queued again: an evaluation, a step and a checkpoint have to fit into them, or --signal be longer. A task that
 # dies is started again by itself; when one gives up, all end.
@@ -27,6 +28,7 @@ python=${PYTHON:-.venv/bin/python}
 [[ -f launch/run.py ]] || refuse "there is no launch/run.py in $PWD; allowed: sbatch from the project's folder"
 [[ " $* " == *" --workdir="* ]] || refuse "--workdir is missing; allowed: a folder that all nodes share"
 
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself
 # --kill-on-bad-exit: a task that has used up its restarts, or found something to mend, takes the others with it.
 srun --kill-on-bad-exit=1 "$python" -u launch/run.py --max-restarts=10 "$@" &
 step=$!

@@ -18,6 +18,7 @@ refuse() { echo "error: $1" >&2; exit 2; }
 action=${1:-}
 case $action in
   start | watch | stop) shift ;;
+  -h | --help) sed -n '2,/^# shellcheck/{/shellcheck/d;s/^# \{0,1\}//p}' "$0"; exit 0 ;;
   *) refuse "'$action' is no action; allowed: start, watch, stop (the header of $0 shows how)" ;;
 esac
 name='' zone='' project='' folder=advgame_jax python=.venv/bin/python
@@ -51,7 +52,7 @@ command -v gcloud >/dev/null || refuse "gcloud is not installed here; allowed: h
 
 at=("$name" "--zone=$zone" ${project:+"--project=$project"})
 state=$(gcloud compute tpus tpu-vm describe "${at[@]}" '--format=value(state)') ||
-  refuse "gcloud knows no TPU VM $name in $zone; allowed: one of \`gcloud compute tpus tpu-vm list --zone=$zone\`"
+  refuse "gcloud finds no TPU VM $name in $zone${project:+ of $project}; allowed: --project, and one of \`gcloud compute tpus tpu-vm list --zone=$zone\`"
 [[ $state == READY ]] || refuse "the TPU VM $name is $state; allowed: READY"
 on() { gcloud compute tpus tpu-vm ssh "${at[@]}" "--worker=$1" "--command=$2"; }
 

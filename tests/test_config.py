@@ -87,7 +87,7 @@ def test_every_bound_holds_at_its_edge(path, field):
     ({"attacker": {"sampling": {"temprature": 1}}}, "there is no setting config.attacker.sampling.temprature: did you "
      "mean temperature? allowed here: cache, decode_chunk, max_new_tokens, min_p, page, prefill_tokens, "
      "prompt_buckets, slots, temperature, top_k, top_p"),
-    ({"xyzzy": 1}, "there is no setting config.xyzzy: allowed here: attacker, checkpoint, data, defender, evaluation, "
+    ({"xyzzy": 1}, "there is no setting config.xyzzy; allowed here: attacker, checkpoint, data, defender, evaluation, "
      "game, judges, loss, max_bad_steps, mesh, overlap, precision, report, seed, sharding, steps"),
     ({"loss": {"kind": "ppo"}}, "config.loss.kind is 'ppo'; allowed: one of 'dpo', 'ipo', 'grpo'"),
     ({"steps": True}, "config.steps is True; allowed: a whole number"),

@@ -93,6 +93,14 @@ def test_the_first_does_it_alone_and_what_it_refuses_all_hear(everywhere):
   assert list(map(str, everywhere(lambda _: hosts.first_alone(refuse)))) == ["no room"] * COUNT
 
 
+def test_other_settings_than_the_first_s_are_refused_everywhere(everywhere):
+  assert everywhere(lambda i: hosts.agree({"seed": 1, "layers": (1, 2)})) == [None] * COUNT
+  refused = everywhere(lambda i: hosts.agree({"seed": 5 if i == 1 else 1}))
+  assert [str(error) for error in refused] == [
+    "process 1 has other settings than process 0 (seed 1 → 5); allowed: the same config and flags on every host"
+  ] * COUNT
+
+
 def test_a_flag_of_one_is_known_to_all(everywhere):
   assert everywhere(lambda number: hosts.anywhere(number == 1)) == [True] * COUNT
   assert everywhere(lambda number: hosts.anywhere(False)) == [False] * COUNT

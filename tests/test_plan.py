@@ -241,12 +241,10 @@ def test_other_reasons_why_there_are_no_devices_are_refused(paper):
     plan.make(paper, targets.parse("cpu:64"))
 
 
-def test_models_that_nobody_knows_are_refused(paper, tmp_path):
+def test_models_that_nobody_knows_are_refused(paper):
   unknown = dataclasses.replace(paper, attacker=dataclasses.replace(paper.attacker, model="models/unheard_of"))
-  with pytest.raises(UserError, match="no folder models/unheard_of"):
+  with pytest.raises(UserError, match=r"no folder models/unheard_of; allowed: .*qwen2_5_7b"):
     plan.estimate(unknown, targets.parse("h100:8"))
-  changed, notes = published.stand_in(unknown, tmp_path)
-  assert changed.attacker.model == "models/unheard_of" and len(notes) == 2
 
 
 def test_judges_of_several_models_are_planned_each_in_its_form(world_folder):

@@ -29,6 +29,7 @@ from advgame_jax.types import UserError
     ("v5litepod-256", "TPU v5e", 64, 4, "v5e:16x16"),
     ("v6e-32", "TPU v6e", 8, 4, "v6e:4x8"),
     ("h100:8", "H100 SXM", 1, 8, "1x1x8"),
+    ("H100:8", "H100 SXM", 1, 8, "1x1x8"),
     ("h100:1x8", "H100 SXM", 1, 8, "1x1x8"),
     ("h200:2x8", "H200", 2, 8, "1x2x8"),
     ("h100-nvl:2", "H100 NVL", 1, 2, "1x1x2"),
@@ -50,7 +51,6 @@ def test_what_a_text_means(text, chip, hosts, per_host, topology):
   [
     ("", "is none; allowed: v4"),
     ("h100", "is none"),
-    ("H100:8", "is none"),
     ("h100:8\n", "is none"),
     ("h100:٨", "is none"),
     ("h100:-8", "is none"),
