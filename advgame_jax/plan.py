@@ -187,7 +187,8 @@ def make(config: Config, target: Target, completion_tokens: float = 0, chip: Chi
   costs = [guessed(work, chip) if missing or not work.lower else compiled(work, target, chip) for work in drawn.works]
   for place, cost in enumerate(costs):
     if cost.source == REFUSED:
-      costs[place] = cost._replace(largest=_largest_by_cpu(config, target, completion_tokens, cost.work.name))
+      largest, arguments = _by_cpu(config, target, completion_tokens, cost.work.name)
+      costs[place] = cost._replace(largest=largest, added=cost.added - arguments)
   return Plan(target, drawn, costs, [*drawn.notes, *([missing] if missing else [])])
 
 
@@ -243,18 +244,23 @@ def largest_of(text: str) -> str:
   return f"{found.shape} of {found.bytes / GIB:.2f} GiB, {found.name or found.opcode}" if found else ""
 
 
-def _largest_by_cpu(config: Config, target: Target, completion_tokens: float, name: str) -> str:
-  """Of a program that its target's compiler refuses, as this machine's makes it; "" with too few CPU devices here."""
+def _by_cpu(config: Config, target: Target, completion_tokens: float, name: str) -> tuple[str, float]:
+  """Of a program that its target's compiler refuses, as this machine's makes it; with too few CPU devices here nothing.
+
+  Returns:
+    Its largest array, and the bytes of its arguments, which stay anyway and which the compiler's message counts.
+  """
   devices = targets.cpus()[: target.count]
   if len(devices) < target.count:
-    return ""
+    return "", 0
   config = blueprint_lib.computing(config, target)
   work = next(
     work for work in blueprint_lib.draw(config, target, devices, completion_tokens).works if work.name == name
   )
   assert work.lower
   quickly = {"xla_backend_optimization_level": 0}  # of the machine code; the arrays are the same
-  return largest_of(work.lower().compile(compiler_options=quickly).as_text())
+  program = work.lower().compile(compiler_options=quickly)
+  return largest_of(program.as_text()), program.memory_analysis().argument_size_in_bytes
 
 
 def _text(program: Any) -> str:
@@ -266,7 +272,7 @@ def _text(program: Any) -> str:
 
 
 def refused(message: str) -> float | None:
-  """Bytes of temporaries that a TPU's compiler says it has no room for; None where it says no such thing."""
+  """Bytes of a program, with its arguments, that a TPU's compiler has no room for; None where it says no such thing."""
   if "RESOURCE_EXHAUSTED" not in message:
     return None
   said = re.findall(r"\(([\d.]+)([KMGT]?)\)", message) or re.findall(r"[Uu]sed ([\d.]+)([KMGT]) of", message)
