@@ -45,9 +45,9 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def launch(config_file, one_device):
-  """Starts launch/run.py in so many processes of so many devices each."""
+  """Starts launch/run.py in so many processes of so many devices each; `last`: flags of the last process alone."""
 
-  def start(workdir, processes, devices, *flags, sharding="fsdp", steps=STEPS):
+  def start(workdir, processes, devices, *flags, sharding="fsdp", steps=STEPS, last=()):
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       port = free.getsockname()[1]
@@ -57,7 +57,9 @@ def launch(config_file, one_device):
     command += [f"--config.sharding={sharding}", f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
     environment = one_device | {"XLA_FLAGS": there, "PJRT_NPROC": "64"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [subprocess.Popen([*command, f"--process={i}"], env=environment, **pipes) for i in range(processes)]
+    places = [[f"--process={i}"] for i in range(processes)]
+    places[-1] += last
+    return [subprocess.Popen([*command, *place], env=environment, **pipes) for place in places]
 
   return start
 
@@ -126,6 +128,15 @@ def test_processes_play_and_learn_as_one_does(runs, state_of, processes, devices
   plays_alike(state_of, folder, runs(1, processes * devices, STEPS)[0])
   assert (folder / "report.html").is_file()
   assert "step 1/" in outputs[0] and not any("step 1/" in output for output in outputs[1:])  # one of them tells
+
+
+@pytest.mark.skipif(KILLS < 2, reason="starts two processes more; set ADVGAME_KILLS")
+def test_a_process_with_other_settings_is_refused_by_all(launch, tmp_path):
+  started = launch(tmp_path / "run", 2, 1, last=["--config.seed=5"])
+  outputs = [process.communicate(timeout=200)[0] for process in started]
+  assert [process.returncode for process in started] == [2, 2], outputs
+  assert "process 1 has other settings than process 0 (seed 0 → 5); allowed: the same config" in outputs[0]
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(KILLS < 2, reason="starts eight processes; set ADVGAME_KILLS")
