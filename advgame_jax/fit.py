@@ -90,7 +90,8 @@ def candidates(config: Config, target: Target, completion_tokens: float, chip: C
     for change in itertools.starmap(Change, itertools.product((name,), tensors, REMATS, COMPARISONS, judges)):
       try:
         places, flags, changed = _changed(config, target, change)
-        same = (places, changed.precision, changed.attacker.accumulate, changed.defender.accumulate, changed.judges)
+        laid = tuple(place if place.mesh.size > 1 else place.mesh for place in places)  # one device has but one layout
+        same = (laid, changed.precision, changed.attacker.accumulate, changed.defender.accumulate, changed.judges)
         if same not in seen:
           yield Candidate(flags, changed, plan_lib.estimate(changed, target, completion_tokens, chip))
           seen.add(same)

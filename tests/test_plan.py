@@ -313,6 +313,13 @@ def test_the_search_finds_what_fits_and_says_the_flags(paper, no_compiler, few_w
   assert made.seconds <= plan.estimate(paper, targets.parse("h100:8")).seconds
 
 
+def test_on_one_device_all_shardings_come_to_the_same(paper, no_compiler, few_ways):
+  target = targets.parse("h200:1")
+  tried = list(fit.candidates(paper, target, 0, target.chip))
+  changes = {(one.flags["precision.remat"], one.flags.get("judges.training.batch")) for one in tried}
+  assert len(tried) == len(changes) == 4
+
+
 def test_a_search_in_vain_gives_the_smallest(paper, no_compiler, few_ways):
   made = fit.search(paper, targets.parse("l40s:2"))
   assert not made.fits and "too much" in made.why_not()
