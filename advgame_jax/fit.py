@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from advgame_jax import config as config_lib
-from advgame_jax import panel, placement, sharding
+from advgame_jax import panel, placement, plan_page, sharding
 from advgame_jax import plan as plan_lib
 from advgame_jax.chips import Chip
 from advgame_jax.config import Config
@@ -73,7 +73,7 @@ def search(config: Config, target: Target, completion_tokens: float = 0, console
     best = tried[place] if not place else min(best, tried[place], key=_rank)
     if best.plan.fits and place + 1 < len(tried) and _rank(tried[place + 1]) > _rank(best):
       break  # what is still to come is slower even by its estimate
-  _show(tried, best, console or plan_lib.plain_console())
+  _show(tried, best, console or plan_page.plain_console())
   return best.plan
 
 
@@ -147,15 +147,15 @@ def _show(tried: list[Candidate], best: Candidate, console: Console) -> None:
     slowest = max(one.plan.costs, key=lambda cost: cost.estimate.total)
     table.add_row(
       *(str(one.flags.get(name, "")) for name in columns),
-      plan_lib.gib(one.plan.peak.bytes),
+      plan_page.gib(one.plan.peak.bytes),
       "yes" if one.plan.fits else "no",
-      plan_lib.number(one.plan.seconds),
+      plan_page.number(one.plan.seconds),
       "compiler" if one.compiled else "estimate",
       f"{slowest.work.name} ({slowest.estimate.limit})",
     )
   compiled, shown = sum(one.compiled for one in tried), min(SHOWN, len(tried))
   found = "The best" if best.plan.fits else "None fits; what comes nearest"
-  plan_lib.printed(
+  plan_page.printed(
     console,
     f"{len(tried)} ways estimated, {compiled or 'none'} compiled; the first {shown} (empty: as it is):",
     table,

@@ -10,7 +10,7 @@ import sys
 import jax
 from absl import flags
 
-from advgame_jax import command, fit, plan, targets
+from advgame_jax import command, fit, plan, plan_page, targets
 
 CONFIG = command.define_config("configs/microworld.py")
 TARGET = flags.DEFINE_string("target", "local", f"{targets.ALLOWED}.")
@@ -27,7 +27,7 @@ def main() -> None:
     there = min(target.count, targets.MOST_CPUS)
     jax.config.update("jax_num_cpu_devices", max(there, jax.config.jax_num_cpu_devices))
   found = fit.search(config, target, TOKENS.value) if FIT.value else plan.make(config, target, TOKENS.value)
-  plan.show(found, PRICE.value)
+  plan_page.show(found, PRICE.value)
   sys.exit(0 if found.fits else 1)
 
 

@@ -19,7 +19,8 @@ LEVELS = (
   "policies game judges canary rubrics cases guards phrases drift model_judge endpoint server_judge heuristic "
   "microworld worldfiles state update",
   "data checkpoint ledger report plots charts trace peaks profile page suites attempts handover campaign_page",
-  "command panel session workload held published blueprint plan fit evaluate metrics train warmstart export standalone",
+  "command panel session workload held published blueprint plan plan_page fit evaluate metrics train warmstart export "
+  "standalone",
   "speakers rest campaign rates findings casting redteam assess live chat completions serve",
 )
 # Within a level, only a module to the right may import one to its left.
@@ -62,7 +63,7 @@ CHAINS = (
   "judges → canary",
   "panel → session → train",
   "panel → metrics",
-  "panel → published → blueprint → plan → fit",
+  "panel → published → blueprint → plan → plan_page → fit",
   "session → blueprint",
   "workload → held → blueprint → plan",
   "microworld → worldfiles",
