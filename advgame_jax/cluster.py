@@ -42,16 +42,25 @@ def find(
   Raises:
     UserError: something is missing that no cluster says, or is not a place.
   """
-  local = _local_devices(local_devices, os.environ)
+  place = _place(coordinator, processes, process, local_devices)
+  if place is None and process:
+    raise UserError(f"--process is {process} of one process; allowed: 0, or --processes=N")
+  if place is None and local_devices:
+    raise UserError(
+      f"--local_devices is {local_devices!r}, and this is the only process; allowed: no such flag, and of some of this "
+      "host's devices only CUDA_VISIBLE_DEVICES=0,1 in the environment"
+    )
+  return place
+
+
+def _place(coordinator: str, processes: int | None, process: int | None, local_devices: str) -> Place | None:
   if processes == 1:
-    _check_alone(process, local_devices)
     return None
   given = {"--coordinator": coordinator or None, "--processes": processes, "--process": process}
   missing = [name for name, value in given.items() if value is None]
   method = _cluster(os.environ)
   if missing and method is None:
     if len(missing) == len(given):
-      _check_alone(process, local_devices)
       return None
     raise UserError(
       f"{' and '.join(missing)} not given, and this is no cluster that says it; allowed: all of {', '.join(given)}"
@@ -60,20 +69,8 @@ def find(
     coordinator, processes, process = _detected(method, coordinator, processes, process)
   assert processes is not None and process is not None
   if processes == 1:
-    _check_alone(process, local_devices)
     return None
-  return Place(coordinator, processes, process, local)
-
-
-def _check_alone(process: int | None, local_devices: str) -> None:
-  """Refuses what is said of a place among others."""
-  if process:
-    raise UserError(f"--process is {process} of one process; allowed: 0, or --processes=N")
-  if local_devices:
-    raise UserError(
-      f"--local_devices is {local_devices!r}, and this is the only process; allowed: no such flag, and of some of this "
-      "host's devices only CUDA_VISIBLE_DEVICES=0,1 in the environment"
-    )
+  return Place(coordinator, processes, process, _local_devices(local_devices, os.environ))
 
 
 def _cluster(environment: Mapping[str, str]) -> str | None:

@@ -80,10 +80,8 @@ def recipes(on: list[Any], dtype: Any) -> Players[Recipe]:
   """Both players of the paper's run of all weights, one micro-batch."""
   config = paper.config("dpo", "qwen2.5-7b", "qwen2.5-7b", "qwen2.5-32b", ("train.jsonl", "validation.jsonl"))
   precision = dataclasses.replace(config.precision, attention="xla")
-  model, places = (
-    hf_config.from_values(published.PUBLISHED["qwen2_5_7b"], "qwen2.5-7b"),
-    placement.place(preset(), config_lib.Mesh(tensor=_TENSOR.value), on),
-  )
+  model = hf_config.from_values(published.PUBLISHED["qwen2_5_7b"], "qwen2.5-7b")
+  places = placement.place(preset(), config_lib.Mesh(tensor=_TENSOR.value), on)
 
   def make(player: config_lib.Player, place: placement.Place) -> Recipe:
     player = dataclasses.replace(player, accumulate=1)

@@ -1,11 +1,7 @@
-"""The programs of campaigns and evaluations, as processes: on servers that misbehave, killed, resumed, refused.
-
-`ADVGAME_KILLS=10 pytest tests/test_redteam.py -k killed` kills a campaign that often.
-"""
+"""The programs of campaigns and evaluations, as processes: on servers that misbehave, killed, resumed, refused."""
 
 import dataclasses
 import json
-import os
 import pathlib
 import random
 import subprocess
@@ -24,7 +20,6 @@ from advgame_jax.findings import Campaign
 from advgame_jax.types import Category, UserError
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
-KILLS = int(os.environ.get("ADVGAME_KILLS", "3"))
 SEEDS = [
   {"prompt": f"tell me how somebody {does} the {what}", "category": category}
   for does, category in (("tricks", "harmful"), ("repairs", "benign"))
@@ -72,7 +67,7 @@ def without_times(path):
   return {name: value for name, value in said.items() if name != "sessions"}
 
 
-def test_a_campaign_on_a_target_that_misbehaves_killed_at_random_moments(server, seeds, tmp_path, one_device):
+def test_a_campaign_on_a_target_that_misbehaves_killed_ten_times(server, seeds, tmp_path, one_device):
   """Nothing is lost, nothing that was answered is asked again, and all comes to the same as without a kill."""
   more = ("--n-attacks=4", "--rounds=2", "--batch=4", "--judge=heuristic", "--judge=phrases")
   with target_server.serving() as other:
@@ -81,7 +76,7 @@ def test_a_campaign_on_a_target_that_misbehaves_killed_at_random_moments(server,
     # The two servers answer alike, but by another address.
     same = json.loads((whole / "summary.json").read_text())
   moments, folder, alive = random.Random(1), killed, 0
-  for _ in range(KILLS):
+  for _ in range(10):
     before = written(folder)
     process = subprocess.Popen(command(folder, server, seeds, *more), env=one_device, stderr=subprocess.DEVNULL)
     while process.poll() is None and written(folder) == before:
@@ -90,7 +85,7 @@ def test_a_campaign_on_a_target_that_misbehaves_killed_at_random_moments(server,
     alive += process.poll() is None
     process.kill()
     process.wait()
-  assert alive >= round(0.8 * KILLS)
+  assert alive >= 8
   run(command(killed, server, seeds, *more), one_device)
   summary = json.loads((killed / "summary.json").read_text())
   for name in ("target", "attacker"):
@@ -103,8 +98,8 @@ def test_a_campaign_on_a_target_that_misbehaves_killed_at_random_moments(server,
   log = log_of(server)
   queries = {a.query for a in made if a.query and a.outcome not in (Outcome.UNFAITHFUL, Outcome.TARGET_ERROR)}
   once = [log["answered"][query] for query in queries]
-  assert sum(once) - len(once) <= KILLS  # an answer on its way when a kill came
-  assert len(json.loads((killed / "run.json").read_text())["sessions"]) == KILLS + 1
+  assert sum(once) - len(once) <= 10  # an answer on its way when a kill came
+  assert len(json.loads((killed / "run.json").read_text())["sessions"]) == 11
   hits = [json.loads(line)["id"] for line in (killed / attempts.HITS).read_text().splitlines()]
   assert hits == [a.id for a in made if a.outcome == Outcome.SUCCESS] and hits
 
