@@ -212,7 +212,7 @@ def paged(
   parts: list[Sequence[jax.Array]] = [
     (own_RKn[..., None], jnp.ones_like(own_RKn)[..., None], itself_RKnH[..., None, :])
   ]
-  parts += [_of_rows(pool.readers, _read_pages(query_RKnH, place_R, pool, rule, window)) for pool in pools]
+  parts += [_of_rows(pool.readers, read_pages(query_RKnH, place_R, pool, rule, window)) for pool in pools]
   highest_RKn1 = functools.reduce(jnp.maximum, (jnp.max(part[0], -1, keepdims=True) for part in parts))
   total_RKn, output_RKnH = jnp.zeros_like(own_RKn), jnp.zeros_like(itself_RKnH)
   for highest_RKnJ, total_RKnJ, read_RKnJH in parts:
@@ -222,7 +222,7 @@ def paged(
   return (output_RKnH / total_RKn[..., None]).reshape(R, N, H).astype(query_RNH.dtype)
 
 
-def _read_pages(
+def read_pages(
   query_RKnH: jax.Array, place_R: jax.Array, pool: Pool, rule: Rule, window: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Of each page and reader: the greatest logit, the sum of exp(logit − greatest), and the values weighted by those."""

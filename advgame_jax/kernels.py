@@ -42,6 +42,11 @@ def resolve(
   return implementation
 
 
+def by_pages(implementation: str, platform: str, head_size: int) -> bool:
+  """Whether rows attend to pages by `flash_decoding`, and not by `attention.paged`."""
+  return implementation != "xla" and platform == "gpu" and head_size >= 16 and head_size & (head_size - 1) == 0
+
+
 def _cudnn_obstacle(rule: Rule, platform: str, head_size: int, dtype: Any, packed: bool) -> str:
   if platform != "gpu":
     return f"runs on gpu, not on {platform}"

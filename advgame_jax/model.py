@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import attention, experts, rotary
+from advgame_jax import attention, experts, flash_decoding, kernels, rotary
 from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.matrices import Adapted, Int8, cast, project, quantise
 from advgame_jax.rotary import Turn
@@ -342,6 +342,7 @@ def decode(
   pools: Sequence[tuple[Layers, attention.Index]],
   *,
   layout: Layout = LOCAL,
+  kernel: str = "auto",
 ) -> tuple[jax.Array, Layers]:
   """One token a row → hidden states [R, M], and the token's keys and values: `Layers` of Cache.
 
@@ -350,7 +351,9 @@ def decode(
   Args:
     place_R: int32, the token's.
     pools: of `empty_pool`'s form, and who reads their pages. Each part of the rows has its own pages.
+    kernel: of `attention.causal`; by any but "xla", pages are read by the platform's own kernels if there are any.
   """
+  paged = flash_decoding.paged if kernels.by_pages(kernel, jax.default_backend(), config.head_size) else attention.paged
   x_RTM = layout.constrain(embed(config, params, token_R[:, None], layout), "rows", "tokens", None)
   turns = rotary.turns_of_ropes(config, place_R[:, None])
   rule, indices = attention_rules(config)[0], [index for _, index in pools]  # the window is the layer's
@@ -358,7 +361,7 @@ def decode(
 
   def read(query: Any, key: Any, value: Any, place: Any, caches: Any, indices: Any, window: Any) -> jax.Array:
     pools = [attention.Pool(cache.key_RKHS, cache.value_RKSH, index) for cache, index in zip(caches, indices)]
-    return attention.paged(query, key, value, place, pools, rule, window)
+    return paged(query, key, value, place, pools, rule, window)
 
   read = layout.local(read, (heads, heads, heads, rows, heads, rows, jax.P()), heads)
 

@@ -70,7 +70,7 @@ def compiled(
   @jax.named_scope("generate")
   def advance(params: Any, prefixes: Any, prompts: Any, own: Any, *others: Any) -> Any:
     members = list(map(Member, params, prefixes, prompts, own))
-    return sampler.advance(config, members, *others, steps=steps, layout=layout)
+    return sampler.advance(config, members, *others, steps=steps, layout=layout, kernel=attention)
 
   resize = functools.partial(sampler.resize, layout=layout)
   whole = sharding.replicated(mesh)

@@ -14,6 +14,9 @@ _QWEN |= {"vocab_size": 152064, "tie_word_embeddings": False}
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 5e5, "max_position_embeddings": 131072}
 _LLAMA |= {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
 PUBLISHED = {  # as their config.json have it, as far as it is read
+  "qwen2_5_0_5b": _QWEN
+  | {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+  | {"intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True},
   "qwen2_5_7b": _QWEN
   | {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28}
   | {"num_key_value_heads": 4, "intermediate_size": 18944},

@@ -5,6 +5,7 @@ key and its prompt alone: not on its slot, its company, the padding, the pages o
 decides.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -234,6 +235,7 @@ def advance(
   *,
   steps: int,
   layout: Layout = LOCAL,
+  kernel: str = "auto",
 ) -> tuple[Rows, tuple[Layers, ...], Chunk]:
   """Draws at most `steps` tokens in each slot that is live → the rows, all members' `own` pools, and what was drawn.
 
@@ -258,7 +260,8 @@ def advance(
     put = jax.lax.dynamic_update_index_in_dim
     chunk = chunk._replace(**{name: put(getattr(chunk, name), x, i, 1) for name, x in columns.items()})
     with jax.named_scope("decode"):
-      decode = lambda member, *pools: model.decode(config, member.params, token_R, rows.place_R, pools, layout=layout)
+      decode_by = functools.partial(model.decode, config, layout=layout, kernel=kernel)
+      decode = lambda member, *pools: decode_by(member.params, token_R, rows.place_R, pools)
       hidden, new = zip(*(decode(m, *others, (pool, own)) for m, others, pool in zip(members, beside, pools)))
     page_R = jnp.take_along_axis(own.entry_RJ, jnp.minimum(rows.count_R // S, own.entry_RJ.shape[1] - 1)[:, None], 1)
     page_R = jnp.where(rows.live_R, page_R[:, 0], nowhere_R)

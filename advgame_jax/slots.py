@@ -187,11 +187,11 @@ class Part:
   def own_index(self, pool: int, before: int) -> Index:
     """Who reads which page of what was drawn."""
     index = _blank_index(pool, 1, self.slots, self.shapes.own_pages)
-    index.end_P[:] = np.iinfo(np.int32).max  # what is not yet drawn is the row's future
     for slot, row in self.rows.items():
       first = before + len(row.prompt.ids)
       index.reader_PG[row.pages] = slot
       index.start_P[row.pages] = first + self.shapes.page * np.arange(len(row.pages))
+      index.end_P[row.pages] = np.iinfo(np.int32).max  # what is not yet drawn is the row's future
       index.entry_RJ[slot, : len(row.pages)] = row.pages
     return index
 

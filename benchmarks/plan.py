@@ -1,11 +1,14 @@
 """What was planned against what is: python benchmarks/plan.py --config=configs/smollm2_135m.py [--steps=2]
 
 Plans the config for the devices that are here, then plays and learns some steps of it, after one of warm-up, and prints
-planned and measured seconds, and planned and measured peaks of memory. For CPUs: the peak is the resident size of the
-process, looked at every 2 ms, less what that was before the run had any weights, in a process in which everything has
-been compiled and run before: what is measured is arrays and temporaries, as far as they were touched. It is of a step
-of its own, in which memory goes back to the system as soon as it is free, which takes time. "By CPU time" is what all
-cores together worked for a step, over their number: what it would take at least where nobody else uses them.
+planned and measured seconds, and planned and measured peaks of memory. "By CPU time" is what all cores together worked
+for a step, over their number: what it would take at least where nobody else uses them.
+
+A CPU's peak is the resident size of the process, looked at every 2 ms, less what that was before the run had any
+weights, in a process in which everything has been compiled and run before: what is measured is arrays and temporaries,
+as far as they were touched. It is of a step of its own, in which memory goes back to the system as soon as it is free,
+which takes time. An accelerator's is that of JAX's allocator, in the first step: run it twice with
+JAX_COMPILATION_CACHE_DIR set, for what tries kernels while it compiles counts too.
 """
 
 import contextlib
@@ -39,6 +42,9 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def resident() -> int:
+  """Bytes; of an accelerator the most that there ever were."""
+  if stats := jax.devices()[0].memory_stats():
+    return stats["peak_bytes_in_use"]
   with open("/proc/self/statm") as file:
     return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -86,11 +92,13 @@ def steps(run: Session, count: int, watch: Watch) -> Iterator[tuple[dict[str, fl
 def main() -> None:
   settings = CONFIG()
   run, watch = session.open_session(settings), Watch()
-  list(steps(run, STEPS.value + 1, watch))  # compiles every shape that they meet
+  first, *_ = steps(run, STEPS.value + 1, watch)  # compiles every shape that they meet
   readings = list(steps(run, STEPS.value + 1, watch))
-  give_back()
-  empty = resident()
-  resident_peaks = list(steps(run, 2, watch))[1]
+  if jax.default_backend() == "cpu":
+    give_back()
+    empty, resident_peaks = resident(), list(steps(run, 2, watch))[1]
+  else:
+    empty, resident_peaks = 0, first
   costs = [after for after, *_ in readings]
   medians = {k: float(np.median([b[k] - a[k] for a, b in itertools.pairwise(costs)])) for k in costs[0]}
   game, batch = settings.game, settings.data.batch

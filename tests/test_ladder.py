@@ -14,7 +14,7 @@ LEVELS = (
   "types settings config",
   "sharding hosts meeting cluster supervise tokenizer refusals prompts rewards preferences losses rounding optimizers "
   "paper offline diversity tables chips collectives targets roofline",
-  "architecture matrices lora blockwise kernels attention experts rotary model scoring sampler slots drawn programs "
+  "architecture matrices lora blockwise kernels attention flash_decoding experts rotary model scoring sampler slots drawn programs "
   "engine hf_rope hf_config hf_shards hf hf_gguf peft frozen placement",
   "policies game judges canary rubrics cases guards phrases drift model_judge endpoint server_judge heuristic "
   "microworld worldfiles state update",
@@ -44,7 +44,7 @@ CHAINS = (
   "matrices → lora → peft",
   "architecture → lora",
   "architecture → peft",
-  "blockwise → kernels → attention → model",
+  "blockwise → kernels → attention → flash_decoding → model",
   "architecture → hf_rope → hf_config → hf → hf_gguf",
   "architecture → hf_shards → hf",
   "hf → peft",
