@@ -1,11 +1,13 @@
 """Where arrays live: the mesh, layouts from logical axes to mesh axes, and global arrays from local parts."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -59,7 +61,7 @@ class Layout:
     """
     if "width" not in axes or _parts(self.width) == 1:
       return x
-    gather = lambda x: jax.lax.all_gather(x, self.width, axis=axes.index("width"), tiled=True)
+    gather = functools.partial(_gather, self.width, axes.index("width"))
     mine = self.by_compiler.spec(axes)
     return self.by_compiler.local(gather, mine, mine)(x)
 
@@ -105,6 +107,38 @@ TRAIN = Layout(
 # A decode step reads every weight once: gathering them layer by layer for each token would drown it.
 GENERATE_REPLICATED = Layout(rows=AXES)
 GENERATE_TENSOR = dataclasses.replace(TRAIN, rows=("data", "fsdp", "sequence"), tokens=(), width=())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(axes: MeshAxes, axis: int, part: jax.Array) -> jax.Array:
+  return jax.lax.all_gather(part, axes, axis=axis, tiled=True)
+
+
+def _scatter(axes: MeshAxes, axis: int, _: None, x: jax.Array) -> tuple[jax.Array]:
+  """The gradient of `_gather`. What a program is compiled for is known when it is lowered, not by what lowers it."""
+  plainly = functools.partial(jax.lax.psum_scatter, axis_name=axes, scatter_dimension=axis, tiled=True)
+  in_stages = functools.partial(scatter_in_stages, axes, axis)
+  return (jax.lax.platform_dependent(x, tpu=in_stages, default=plainly),)
+
+
+_gather.defvjp(lambda *args: (_gather(*args), None), _scatter)
+
+
+def scatter_in_stages(axes: MeshAxes, axis: int, x: jax.Array) -> jax.Array:
+  """`psum_scatter` of one axis, tiled: first between groups of neighbours, then within them.
+
+  The compiler for TPUs reduces a whole array and cuts a part out, which sends twice the bytes, where the devices are a
+  whole slice or the parts no whole tiles of the memory: hence two groups, as near to equal as they get, and the axis
+  that is scattered in front of two others. A sum is rounded once more on the way.
+  """
+  count = _parts(axes)
+  size = max(n for n in range(1, math.isqrt(count) + 1) if count % n == 0)
+  devices = np.arange(count).reshape(-1, size)
+  whole = jnp.moveaxis(x, axis, 0)
+  part = whole.reshape(*devices.shape, len(whole) // count, -1)
+  for together in (devices.T, devices):
+    part = jax.lax.psum_scatter(part, axes, axis_index_groups=together.tolist())
+  return jnp.moveaxis(part.reshape(-1, *whole.shape[1:]), 0, axis)
 
 
 def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:

@@ -24,7 +24,7 @@ from advgame_jax.update import Recipe
 
 _KIND = flags.DEFINE_enum("kind", "h100", ["h100", "v5p", "v5e", "cpu", "none"], "what the update is compiled for")
 _DEVICES = flags.DEFINE_list("devices", "8,16,32,64,128,256", "numbers of devices")
-_TENSOR = flags.DEFINE_integer("tensor", 1, "parts of the heads, another number than parts of the width")
+_TENSOR = flags.DEFINE_integer("tensor", 1, "parts of the heads")
 
 GIB = 2**30
 ROW = 512  # tokens; what is sent does not depend on them
@@ -42,8 +42,6 @@ class Sent(NamedTuple):
 def main(_: Any) -> None:
   absl_logging.set_verbosity(absl_logging.ERROR)
   counts = list(map(int, _DEVICES.value))
-  if any(count == _TENSOR.value**2 for count in counts):
-    raise app.UsageError("as many parts of heads as of the width: whose collectives are whose cannot be told")
   if _KIND.value == "cpu":
     jax.config.update("jax_num_cpu_devices", max(counts))
   print(f"Qwen2.5-7B twice, all weights, {preset()}; jax {jax.__version__}; GiB of each device")
@@ -106,7 +104,8 @@ def update_bytes(on: list[Any]) -> Sent:
   with jax.set_mesh(mesh):
     text = update.lower(state, batches, {}).compile().as_text()
   parts = mesh.size // _TENSOR.value
-  found = [one for one in collectives.of(text) if one.devices != _TENSOR.value]
+  parts_of_heads = [i // _TENSOR.value for i in range(mesh.size)]  # as islands: what parts of the width send crosses
+  found = [one for one in collectives.of(text, parts_of_heads) if one.crosses]
   split = [spec for spec in jax.tree.leaves(of.defender.specs) if "width" in spec.axes]
   once = (parts - 1) / parts * dtype.itemsize * sum(math.prod(spec.shape) for spec in split) / _TENSOR.value
   passes = sum(3 + (not recipe.player.reference_is_generator) for recipe in of)

@@ -1,5 +1,7 @@
 """Meshes and layouts: what fits, what is refused, and that placing and fetching change no number."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,3 +87,45 @@ def test_constrain_pins_an_activation_and_the_local_layout_pins_nothing():
   with jax.set_mesh(mesh()):
     pinned = jax.jit(lambda x: Layout(rows=("data",)).constrain(x, "rows", None))(x)
   assert pinned.sharding.spec[0] in ("data", ("data",))
+
+
+def scattered(scatter, mesh, axis, x):
+  """What each device of a mesh keeps of the sum of what all have, `x` by device; of `TRAIN.width`."""
+  one = jax.shard_map(
+    lambda mine: scatter(TRAIN.width, axis, mine[0])[None],
+    in_specs=jax.P(sharding.AXES),
+    out_specs=jax.P(sharding.AXES),
+    check_vma=False,
+  )
+  with jax.set_mesh(mesh):
+    return np.asarray(jax.jit(one)(x))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+  "data,fsdp,sequence", [(1, 8, 1), (1, 2, 4), (1, 4, 2), (2, 4, 1), (4, 2, 1), (1, 6, 1), (1, 7, 1)]
+)
+def test_scattering_in_stages_gives_each_device_what_scattering_plainly_does(data, fsdp, sequence, axis):
+  count = data * fsdp * sequence
+  on = sharding.make_mesh((data, fsdp, sequence, 1), jax.devices()[:count])
+  shape = [3, 5, 2]
+  shape[axis] *= fsdp * sequence
+  x = np.random.default_rng(0).integers(-99, 99, (count, *shape)).astype(np.float32)  # whose sums are exact
+  plainly = lambda axes, axis, x: jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True)
+  expected = scattered(plainly, on, axis, x)
+  np.testing.assert_array_equal(scattered(sharding.scatter_in_stages, on, axis, x), expected)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("platform,scatters", [("cpu", 1), ("cuda", 1), ("tpu", 2)])
+def test_what_is_gathered_is_scattered_in_stages_by_programs_for_tpus_and_plainly_by_others(platform, scatters, tensor):
+  axes, on = ("width", "heads"), mesh(1, 8 // tensor, tensor)
+  by_hand = TRAIN.by_hand.local(
+    functools.partial(TRAIN.gather_width, axes=axes), TRAIN.by_hand.spec(axes), TRAIN.by_hand.spec((None, "heads"))
+  )
+  x = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=sharding.named(on, TRAIN, axes, (16, 4), "x"))
+  with jax.set_mesh(on):
+    traced = jax.jit(jax.grad(lambda x: jnp.sum(by_hand(x) ** 2))).trace(x)
+    lowered = traced.lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("stablehlo.reduce_scatter") == scatters
+    assert platform != "cpu" or "conditional" not in lowered.compile().as_text()
