@@ -65,6 +65,7 @@ class Work(NamedTuple):
   flops: float  # of one device and run; of a loop that does not know its trips, of one trip
   moved: float  # bytes that a device reads and writes, likewise
   guess: Guess
+  kernels: float  # as in `roofline.seconds`, likewise
   trips: float  # of such a loop, in a run of the program
   chunk: int  # its trips, as far as a compiler knows
   runs: float  # in a step
@@ -260,7 +261,7 @@ class _Drafter:
       guess = Guess(0, self.wires.ring("all-gather", place.mesh, recipe.layout.width, narrow, 1))
       lower = functools.partial(_lower, place.mesh, player.decode_weights, weights)
       runs = len(getattr(self.members, name))
-      yield Work(f"{name}: copy", "play", place.mesh, lower, 0, 0, size(weights) + 2 * narrow, guess, 1, 1, runs)
+      yield Work(f"{name}: copy", "play", place.mesh, lower, 0, 0, size(weights) + 2 * narrow, guess, 0, 1, 1, runs)
 
   def _playing(self) -> Iterator[Work]:
     game, B = self.config.game, self.config.data.batch
@@ -368,7 +369,7 @@ class _Drafter:
       flops, moved = sum(effort.flops for effort in efforts), sum(effort.moved for effort in efforts)
       name = " ".join(["update", *names] if len(self.bases) > 1 else ["update"])
       lower = functools.partial(_lower, mesh, update, *given)
-      yield Work(name, "update", mesh, lower, 0, flops, moved + 2 * size(state), guess, 1, 1, 1)
+      yield Work(name, "update", mesh, lower, 0, flops, moved + 2 * size(state), guess, 0, 1, 1, 1)
 
   def batch(self, recipe: Recipe) -> PreferenceBatch:
     """What a player learns from in a step, padded as `Session.update` does it; every prompt in the largest bucket."""

@@ -278,7 +278,9 @@ class Precision(Settings):
     identity=False,
   )
   attention: Literal["auto", "xla", "cudnn", "splash"] = setting(
-    "auto", "of whole rows: XLA's, cuDNN's (GPU), splash (TPU), or the best that can do what the model asks"
+    "auto",
+    "whole rows by XLA, cudnn (GPU), splash (TPU), or the best that can do what the model asks; but for xla, GPUs read "
+    "pages by kernels",
   )
   logit_chunk: int = setting(1024, "tokens whose logits exist at one time in the loss", at_least=1, identity=False)
 

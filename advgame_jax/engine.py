@@ -33,7 +33,7 @@ from advgame_jax.slots import Part, Prompt, Shapes
 from advgame_jax.types import UserError
 
 _NONE = 2**30  # a slot or a page that there is none of
-_ROWS = (0.25, 0.5, 0.75, 1.0)  # lengths of packed rows, of the longest
+_ROWS = (0.25, 0.5, 0.75, 1.0)  # of the longest packed row, or of the most rows of one prompt each
 
 
 class Load(NamedTuple):
@@ -74,7 +74,9 @@ class Engine:
       widths = {max(16, math.ceil(part * max(longest, budget) / 16) * 16) for part in _ROWS}
       rows = [(1, width) for width in sorted(widths)]
     else:
-      rows = [(max(1, budget // width), width) for width in settings.prompt_buckets]
+      most = {width: max(1, budget // width) for width in settings.prompt_buckets}
+      counts = {(math.ceil(part * count), width) for width, count in most.items() for part in _ROWS}
+      rows = sorted(counts, key=lambda shape: (math.prod(shape), shape))
     pages = lambda tokens: -(-tokens // settings.page)
     return Shapes(
       group, lanes * group, settings.page, pages(longest), pages(settings.max_new_tokens), tuple(rows), packed

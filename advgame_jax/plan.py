@@ -204,7 +204,7 @@ def guessed(work: Work, chip: Chip) -> Cost:
   """Of a program that is not compiled."""
   scale = work.runs * work.trips
   sent = [_times(one, scale) for one in work.guess.collectives]
-  time_ = roofline.seconds(work.flops * scale, work.moved * scale, sent, chip)
+  time_ = roofline.seconds(work.flops * scale, work.moved * scale, sent, chip, work.kernels * scale)
   return Cost(work, work.kept + work.guess.temporary, sent, time_, "", ESTIMATE)
 
 
@@ -230,7 +230,7 @@ def compiled(work: Work, target: Target, chip: Chip) -> Cost:
   if not text:
     sent = [_times(one, scale) for one in work.guess.collectives]
   log.info("%s: compiled in %.0f s", work.name, time.perf_counter() - start)
-  time_ = roofline.seconds(work.flops * scale, work.moved * scale, sent, chip)
+  time_ = roofline.seconds(work.flops * scale, work.moved * scale, sent, chip, work.kernels * scale)
   source = "compiler" if text else "compiler, sent: estimate"
   return Cost(work, work.kept + memory.temp_size_in_bytes + outputs, sent, time_, largest_of(text), source)
 

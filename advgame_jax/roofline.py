@@ -55,7 +55,9 @@ class Estimate(NamedTuple):
     return Estimate(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def seconds(flops: float, bytes_moved: float, collectives: Iterable[Collective], chip: Chip) -> Estimate:
+def seconds(
+  flops: float, bytes_moved: float, collectives: Iterable[Collective], chip: Chip, kernels: float = 0
+) -> Estimate:
   """How long a program takes on a chip, of what one device does.
 
   Args:
@@ -64,13 +66,15 @@ def seconds(flops: float, bytes_moved: float, collectives: Iterable[Collective],
     collectives: of `collectives.of`. Those that cross islands take the network too: as many rings run beside each
       other as a group has devices on an island, each through its own device's port.
     chip: whose peaks count.
+    kernels: that run one after the other, as far as they are too small to hide what each takes at least.
   """
   link = network = 0.0
   for one in collectives:
     link += one.times * max(LATENCY, one.sent / (LINK * chip.link))
     if one.crosses:
       network += one.times * max(LATENCY, one.sent / one.local / (NETWORK * chip.network))
-  return Estimate(flops / (FLOPS * chip.flops), bytes_moved / (BANDWIDTH * chip.bandwidth), link, network)
+  memory = bytes_moved / (BANDWIDTH * chip.bandwidth) + kernels * chip.kernel
+  return Estimate(flops / (FLOPS * chip.flops), memory, link, network)
 
 
 def measured(devices: Sequence[jax.Device] | None = None) -> Chip:

@@ -3,7 +3,8 @@
 A trace (`*.xplane.pb`) has planes of lines of events. Operations of a device are, on
 
     CPU  events with the stat `hlo_op`, on the lines of the threads that ran them, of the device `device_ordinal`
-    GPU  the lines `Stream #…` of the planes `/device:GPU:…`, with the same stats; copies have none
+    GPU  the lines `Stream #…` of the planes `/device:GPU:…`, with the same stats; copies have none, and what runs in a
+         CUDA graph, most of a program, that of the graph: it is known by its kernel's name
     TPU  the line `XLA Ops` of the planes `/device:TPU:…`, named by their HLO text; `XLA Modules` says whose they are
 
 An operation's scope is not in the trace. It is in the metadata of the program's HLO text, which is found by
@@ -32,6 +33,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_GRAPH = "command_buffer"
 
 Scope = tuple[str, ...]
 """Named scopes, the outermost first."""
@@ -114,6 +116,8 @@ def _of_cpu(plane: Any) -> Iterator[Op]:
 
 def _op(device: str, stats: Mapping[str, Any], event: Any) -> Op:
   name = str(stats.get("hlo_op", event.name)).rsplit("::", 1)[-1]  # of a GPU's nested ones all names are given
+  if name.startswith(_GRAPH):
+    name = re.sub(r"__\d+$", "", event.name)  # kernels of one name are numbered
   module, program = str(stats.get("hlo_module", "")), int(stats.get("program_id", 0))
   return Op(device, module, program, name, event.start_ns, event.end_ns)
 
@@ -157,7 +161,8 @@ def innermost(spans: Sequence[Span]) -> list[Span]:
 def read_program(text: str) -> tuple[str, Program]:
   """The name and instructions of a compiled program's HLO text.
 
-  A fusion without a name of its own has the most frequent scope of what it is made of.
+  A fusion without a name of its own has the most frequent scope of what it is made of. Kernels are called as their
+  instructions are, with underscores alone, those written in Pallas as they were there: they are found so too.
   """
   module = text.split(",", 1)[0].split()[1] if text.startswith("HloModule") else ""
   found: dict[str, tuple[Scope, str]] = {}
@@ -167,8 +172,11 @@ def read_program(text: str) -> tuple[str, Program]:
   for line in text.splitlines():
     if instruction := _INSTRUCTION.match(line):
       name, opcode = instruction.groups()
-      scope = scope_of(said[1]) if (said := _OP_NAME.search(line)) else ()
+      said = _OP_NAME.search(line)
+      scope = scope_of(said[1]) if said else ()
       found[name] = scope, opcode
+      if said and said[1].endswith("/pallas_call"):
+        found.setdefault(said[1].split("/")[-2], found[name])
       inside[computation][scope] += bool(scope)
       if called := _CALLS.search(line):
         calls[name] = called[1]
@@ -178,7 +186,7 @@ def read_program(text: str) -> tuple[str, Program]:
     scope, opcode = found[name]
     if not scope and inside[fused]:
       found[name] = inside[fused].most_common(1)[0][0], opcode
-  return module, found
+  return module, {re.sub(r"\W", "_", name): what for name, what in found.items()} | found
 
 
 def scope_of(op_name: str) -> Scope:
@@ -198,8 +206,9 @@ def scope_of(op_name: str) -> Scope:
 def attribute(trace: Trace, programs: Sequence[tuple[str, Program]]) -> list[Ran]:
   """The time of every operation, to the role on whose behalf it ran and to its scope.
 
-  An operation without a scope has that of the loop or branch it ran inside, on whatever thread. Where two host threads
-  were at work, it is the role's that is named as its outermost scope.
+  An operation without a scope has that of the loop or branch it ran inside, on whatever thread; one that its program
+  does not know, a library's kernel in a CUDA graph, that of the operation before it. Where two host threads were at
+  work, it is the role's that is named as its outermost scope.
   """
   chosen = {ran: programs[place][1] for ran, place in choose(trace.ops, programs).items()}
   starts = [[span.start for span in spans] for spans in trace.roles]
@@ -210,10 +219,12 @@ def attribute(trace: Trace, programs: Sequence[tuple[str, Program]]) -> list[Ran
   for ops in by_device.values():
     of_device: list[Ran] = []
     loops: list[Ran] = []  # that are not over
+    before: dict[tuple[str, int], Scope] = {}
     for op in sorted(ops, key=lambda op: (op.start, -op.end)):
       loops = [loop for loop in loops if loop.op.end > op.start]
-      scope, opcode = chosen.get((op.module, op.program), {}).get(op.name, ((), op.name.split(".")[0]))
-      scope = scope or (loops[-1].scope if loops else ())
+      ran = op.module, op.program
+      scope, opcode = chosen.get(ran, {}).get(op.name, (before.get(ran, ()), op.name.split(".")[0]))
+      before[ran] = scope = scope or (loops[-1].scope if loops else ())
       role = _role(trace.roles, starts, (op.start + op.end) / 2, scope)
       collective = any(map(_COLLECTIVE.match, (opcode, op.name)))
       of_device.append(Ran(op, 0.0, role, scope, collective, opcode not in _LOOPS))

@@ -19,6 +19,8 @@ from advgame_jax.engine import Engine
 from advgame_jax.targets import StandIn, Target
 from advgame_jax.update import Recipe
 
+_KERNELS_A_LAYER, _KERNELS_A_DRAW = 16, 25  # of a step of drawing, as XLA makes it for GPUs
+
 
 class Guess(NamedTuple):
   """Of a program that is not compiled."""
@@ -33,6 +35,7 @@ class Effort(NamedTuple):
   flops: float
   moved: float  # bytes read from and written to memory
   guess: Guess
+  kernels: float = 0  # as in `roofline.seconds`
 
 
 class Drawing(NamedTuple):
@@ -136,7 +139,8 @@ def stepping(engine: Engine, drawing: Drawing, weights: Sequence[Any], moving: f
   passes = 10 + 30 * ((sampling.top_p < 1) + (sampling.top_k > 0))  # over the logits, to choose a token
   flops = len(weights) * architecture.forward_flops(model, R, drawing.context) / tensor
   moved = size(weights) + len(weights) * R * drawing.context * token + passes * logits
-  return Effort(flops, moved, Guess(max(moving, 3 * logits + R * layer), where.reduce(engine, R)))
+  kernels = len(weights) * _KERNELS_A_LAYER * model.layers + _KERNELS_A_DRAW
+  return Effort(flops, moved, Guess(max(moving, 3 * logits + R * layer), where.reduce(engine, R)), kernels)
 
 
 def updating(recipe: Recipe, shape: tuple[int, int, int], where: Wires) -> Effort:

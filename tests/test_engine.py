@@ -128,6 +128,15 @@ def test_rows_do_not_depend_on_how_prompts_are_read(monkeypatch):
   assert_same(generate(engine(slots=8)), baseline())
 
 
+def test_prompts_that_are_not_packed_are_read_in_shapes_of_four_sizes(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # by cuDNN's attention, which takes no packed rows
+  settings = dataclasses.replace(SAMPLING, prompt_buckets=(16, 64), prefill_tokens=128)
+  who = Engine(CONFIG, settings, tiny.mesh(), sharding.LOCAL, np.dtype("float16"), "auto", NEVER)
+  shapes = who.shapes(8, 1, prefix=False)
+  assert shapes.rows == ((2, 16), (1, 64), (4, 16), (6, 16), (2, 64), (8, 16)) and not shapes.packed
+  assert shapes.fitting([[10] * 3]) == (4, 16) and shapes.fitting([[10, 20]]) == (2, 64)
+
+
 def test_stacked_layers_draw_the_same():
   """As a base that adapters share has them."""
   assert_same(generate(stacked=True), baseline())

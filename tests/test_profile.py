@@ -37,6 +37,7 @@ ENTRY %main.1 (x: f32[2]) -> f32[2] {
   %while.1 = (s32[], f32[2]{0}, /*index=2*/f32[2]{0}) while(%x), condition=%c, body=%b, metadata={op_name="jit(f)/generate/while"}
   %fusion.2 = (f32[2]{0}) fusion(%x), kind=kLoop, calls=%fused
   %copy.4 = f32[2]{0} copy(%x)
+  %pallas_call.7 = f32[2]{0} custom-call(%x), metadata={op_name="jit(f)/generate/while/body/decode/attention/read_pages/pallas_call"}
   ROOT %ar-start = f32[2]{0} all-reduce-start(%x), to_apply=%add, metadata={op_name="jit(f)/generate/while/body/draw/head/psum"}
 }
 """  # noqa: E501
@@ -83,6 +84,8 @@ def test_a_program_is_read_from_its_text():
   assert program["fusion.2"] == (("generate", "decode", "mlp"), "fusion")  # by what it is made of
   assert program["copy.4"] == ((), "copy")
   assert program["ar-start"] == (("generate", "draw", "head"), "all-reduce-start")
+  assert program["fusion_2"] == program["fusion.2"]  # as its kernel is called
+  assert program["read_pages"] == program["pallas_call.7"] == (("generate", "decode", "attention"), "custom-call")
   assert trace.read_program("no program") == ("", {})
 
 
@@ -177,6 +180,25 @@ def test_planes_of_a_gpu(tmp_path):
     Op("GPU:1", "jit_advance", 7, "fusion.2", 101, 106),
     Op("GPU:1", "", 0, "MemcpyD2H", 109, 110),
   ]
+
+
+def test_a_cuda_graph_s_kernels_are_known_by_their_names_or_by_what_came_before_them(tmp_path):
+  names = ["fusion_2", "nvjet_sm90_tst_64x32", "read_pages__1", "nvjet_sm90_tst_64x32"]
+  events = metadata(event_metadata=names, stat_metadata=["hlo_op", "hlo_module", "program_id"])
+  stats = """stats { metadata_id: 1 str_value: "command_buffer_1" } stats { metadata_id: 2 str_value: "jit_advance" }
+    stats { metadata_id: 3 int64_value: 7 }"""
+  ran = "".join(
+    f"events {{ metadata_id: {i} offset_ps: {2000 * i} duration_ps: 1000 {stats} }}" for i in range(1, len(names) + 1)
+  )
+  path = written(
+    tmp_path / "x.pb",
+    f"""planes {{ name: "/device:GPU:0" {events} lines {{ id: 1 name: "Stream #14(Compute)" {ran} }} }}""",
+  )
+  traced = trace.read(path, WORKS)
+  assert [op.name for op in traced.ops] == ["fusion_2", names[1], "read_pages", names[3]]
+  mlp, attention = ("generate", "decode", "mlp"), ("generate", "decode", "attention")
+  found = trace.attribute(traced, [trace.read_program(HLO)])
+  assert [each.scope for each in found] == [mlp, mlp, attention, attention]
 
 
 def test_planes_of_a_tpu(tmp_path):

@@ -5,12 +5,18 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import tiny
+from jax.sharding import NamedSharding
 
-from advgame_jax import chips, roofline
+from advgame_jax import architecture, chips, hf_config, published, roofline, targets, workload
 from advgame_jax.chips import Chip
 from advgame_jax.collectives import Collective
+from advgame_jax.config import Sampling
+from advgame_jax.engine import Engine
 from advgame_jax.roofline import Estimate
+from advgame_jax.sharding import LOCAL
 
 CHIP = Chip("one", ("one",), flops=1e12, bandwidth=1e11, memory=1e10, link=1e10, network=1e9)
 GATHER = Collective("all-gather", "bf16", 16, sent=7e9, times=2, crosses=False, local=16, name="")
@@ -33,6 +39,33 @@ def test_what_crosses_hosts_takes_the_network_through_every_port():
 def test_a_small_collective_takes_its_latency():
   small = dataclasses.replace(GATHER, sent=1.0, times=1000)
   assert roofline.seconds(0, 0, [small], CHIP).link == pytest.approx(1000 * roofline.LATENCY)
+
+
+def test_many_small_kernels_take_their_time_besides_what_they_move():
+  slow = dataclasses.replace(CHIP, kernel=2e-6)
+  assert roofline.seconds(0, 4e11, [], slow, kernels=1e6) == pytest.approx(Estimate(0, 7, 0, 0))
+  assert roofline.seconds(0, 4e11, [], CHIP, kernels=1e6).memory == pytest.approx(5)
+
+
+# Milliseconds of a token of each row, 512 to 576 tokens of text, by benchmarks/decode.py on one H200, 2026-11-26.
+MEASURED = {
+  ("qwen2_5_0_5b", 8): 1.35, ("qwen2_5_0_5b", 32): 1.60, ("qwen2_5_0_5b", 128): 2.43,
+  ("qwen2_5_7b", 8): 4.76, ("qwen2_5_7b", 32): 5.47, ("qwen2_5_7b", 128): 7.93,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, rows", MEASURED)
+def test_drawing_on_an_h200_takes_what_was_measured_within_a_factor_of_two(name, rows):
+  config = hf_config.from_values(published.PUBLISHED[name], name)
+  engine = Engine(config, Sampling(), tiny.mesh(), LOCAL, jnp.dtype("bfloat16"), "auto", np.zeros((2, 1), np.int16))
+  where = NamedSharding(engine.mesh, jax.P())
+  abstract = lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=where)
+  weights = jax.tree.map(abstract, architecture.param_specs(config))
+  target = targets.parse("h200:1")
+  drawing = workload.Drawing(rows, rows, steps=64, context=544, reads=1, width=8192)
+  step = workload.stepping(engine, drawing, [weights], 0, workload.Wires(target))
+  planned = roofline.seconds(step.flops, step.moved, [], target.chip, step.kernels).total
+  assert 0.5 < planned / (MEASURED[name, rows] / 1e3) < 2
 
 
 def test_nothing_takes_no_time_and_programs_add_up():

@@ -1,0 +1,128 @@
+"""The kernels that read pages on GPUs, interpreted, against the plain form; and that they compile for them."""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_attention
+import tiny
+
+from advgame_jax import attention, flash_decoding, kernels, model, sampler, sharding
+from advgame_jax.config import Sampling
+from advgame_jax.engine import Engine, Load
+from advgame_jax.scoring import Generator
+
+R, N, K, H, PAGE = 4, 6, 2, 16, 16
+INTERPRETED = functools.partial(flash_decoding.paged, interpret=True)
+
+
+@pytest.fixture(autouse=True)
+def sizes(monkeypatch):
+  monkeypatch.setattr(test_attention, "K", K)
+  monkeypatch.setattr(test_attention, "H", H)
+
+
+def inputs(page=PAGE, readers=(0, 0, 1, 1), dtype=np.float32):
+  """A new token a row, and two pools: texts that rows share, and each row's own."""
+  rng = np.random.default_rng(3)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  text = lambda first, length: (first, normal(length, K, H), normal(length, K, H))
+  shared = [text(0, length) for length in (39, 24)[: max(readers) + 1]]
+  own = [text(len(shared[readers[r]][1]), length) for r, length in enumerate((3, 36, 1, 0))]
+  place_R = np.array([first + len(key) for first, key, _ in own], np.int32)
+  pools = [test_attention.pooled(rng, shared, readers, page), test_attention.pooled(rng, own, range(R), page)]
+  cast = lambda x: jnp.asarray(x, dtype if x.dtype == np.float32 else x.dtype)
+  return jax.tree.map(cast, (normal(R, N, H), normal(R, K, H), normal(R, K, H), place_R, pools))
+
+
+def both(*parts, softcap=0.0, window=2**30):
+  rule = attention.Rule(H**-0.5, softcap=softcap)
+  return (paged(*parts, rule=rule, window=jnp.int32(window)) for paged in (attention.paged, INTERPRETED))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("window", [7, 2**30])
+@pytest.mark.parametrize("page", [16, 32])
+@pytest.mark.parametrize("readers", [(0, 0, 1, 1), (0, 0, 0, 0)], ids=["of_two", "of_four"])
+def test_kernels_give_what_the_plain_form_gives(page, readers, window, softcap):
+  plain, kernel = both(*inputs(page, readers), softcap=softcap, window=window)
+  np.testing.assert_allclose(kernel, plain, atol=1e-6)
+
+
+def test_a_cache_in_bfloat16_or_eight_bits():
+  *new, pools = inputs(dtype=jnp.bfloat16)
+  plain, kernel = both(*new, pools)
+  np.testing.assert_allclose(kernel.astype(jnp.float32), plain.astype(jnp.float32), atol=1e-2)
+  *new, pools = inputs()
+  narrow = [pool._replace(**dict(zip(pool._fields, model.narrow(model.Cache(*pool[:2]))))) for pool in pools]
+  plain, kernel = both(*new, narrow)
+  np.testing.assert_allclose(kernel, plain, atol=1e-6)
+  assert np.abs(kernel - next(both(*new, pools))).max() > 1e-3  # they are narrow
+
+
+def test_what_the_kernel_cannot_read_is_read_plainly_beside_it():
+  *new, pools = inputs(page=12)  # no power of two
+  assert not any(flash_decoding.suits(pool, N, H) for pool in pools)
+  plain, kernel = both(*new, pools)
+  np.testing.assert_allclose(kernel, plain, atol=1e-6)
+  own = inputs()[-1][1]
+  assert flash_decoding.suits(own, N, H) and not flash_decoding.suits(own, 2048, H)
+
+
+def test_pages_of_many_blocks_are_joined():
+  *new, pools = inputs()
+  with mock.patch.object(flash_decoding, "_JOINED", 2):
+    jax.clear_caches()
+    plain, kernel = both(*new, pools)
+  np.testing.assert_allclose(kernel, plain, atol=1e-6)
+
+
+def test_pages_of_nobody_spoil_nothing():
+  *new, (shared, own) = inputs()
+  used_P = np.isin(np.arange(len(own.key_PKHS)), own.readers.entry_RJ)
+  assert not used_P.all()
+  spoilt = own._replace(key_PKHS=jnp.where(used_P[:, None, None, None], own.key_PKHS, jnp.nan))
+  (_, expected), (_, kernel) = both(*new, [shared, own]), both(*new, [shared, spoilt])
+  np.testing.assert_array_equal(kernel, expected)
+
+
+@pytest.mark.parametrize("dtype, int8", [("bfloat16", False), ("float32", False), ("bfloat16", True)])
+def test_kernels_are_lowered_for_gpus(dtype, int8):
+  *new, pools = inputs(dtype=jnp.dtype(dtype))
+  if int8:
+    pools = [pool._replace(**dict(zip(pool._fields, model.narrow(model.Cache(*pool[:2]))))) for pool in pools]
+  run = jax.jit(functools.partial(flash_decoding.paged, rule=attention.Rule(1.0), window=jnp.int32(9)))
+  text = run.trace(*new, pools).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("xla.gpu.triton") == 3  # of each pool, and what joins them
+
+
+def test_who_reads_pages_by_kernels():
+  assert kernels.by_pages("auto", "gpu", 128) and kernels.by_pages("cudnn", "gpu", 64)
+  assert not any(kernels.by_pages(*how) for how in (("xla", "gpu", 128), ("auto", "cpu", 128), ("auto", "tpu", 128)))
+  assert not kernels.by_pages("auto", "gpu", 96)
+
+
+def test_a_generation_by_kernels_draws_the_plain_one_s_tokens():
+  config = dataclasses.replace(tiny.CONFIG, head_size=H)
+  params = model.unstack(tiny.params(config))
+  sampling = Sampling(prompt_buckets=(40,), max_new_tokens=20, page=16, decode_chunk=4)
+  never = sampler.stop_table([""] * config.vocab, [], [])
+  prompts = [np.random.default_rng(q).integers(1, config.vocab, 10 * q + 5).tolist() for q in range(4)]
+
+  def draw(name):
+    who = Engine(config, sampling, tiny.mesh(1, 1, 1), sharding.LOCAL, np.dtype("float32"), name, never)
+    load = Load(Generator((params,)), prompts, np.arange(4, dtype=np.uint32), 2, jax.random.key(1))
+    return who.generate(load)
+
+  plain = draw("xla")
+  with (
+    mock.patch.object(kernels, "by_pages", lambda *_: True),
+    mock.patch.object(flash_decoding, "paged", INTERPRETED),
+  ):
+    drawn = draw("auto")
+  np.testing.assert_array_equal(drawn.tokens_RT, plain.tokens_RT)
+  np.testing.assert_allclose(drawn.plain_logprob_RT, plain.plain_logprob_RT, atol=1e-5)
