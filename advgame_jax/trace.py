@@ -223,7 +223,8 @@ def attribute(trace: Trace, programs: Sequence[tuple[str, Program]]) -> list[Ran
     for op in sorted(ops, key=lambda op: (op.start, -op.end)):
       loops = [loop for loop in loops if loop.op.end > op.start]
       ran = op.module, op.program
-      scope, opcode = chosen.get(ran, {}).get(op.name, (before.get(ran, ()), op.name.split(".")[0]))
+      unknown = before.get(ran, ()) if ran in chosen and op.device.startswith("GPU") else ()
+      scope, opcode = chosen.get(ran, {}).get(op.name, (unknown, op.name.split(".")[0]))
       before[ran] = scope = scope or (loops[-1].scope if loops else ())
       role = _role(trace.roles, starts, (op.start + op.end) / 2, scope)
       collective = any(map(_COLLECTIVE.match, (opcode, op.name)))

@@ -1,13 +1,13 @@
 """Prompts and draws of published shapes on the accelerator that is here, against what its memory and products can do.
 
-    python benchmarks/decode.py --models=qwen2_5_0_5b,qwen2_5_7b --rows=8,32,128 [--peer=PYTHON]
+    python benchmarks/decode.py [--model=qwen2_5_7b] [--rows=8,32,128] [--peer=PYTHON]
 
 Random weights in bfloat16, --rows prompts of --prompt tokens, temperature 1. *Reading* is a whole call of the engine
 that draws one token a row, host and start included; its MFU is by the chip's data sheet. A *step* is what each further
 token takes, (seconds of --new tokens − seconds of one) / (--new − 1); its floor is all weights and all keys and values
 of the texts' true length, read once at the bandwidth of a large copy, measured in the same run. --peer is an
-interpreter that has torch with CUDA and transformers: the same shapes by `generate`. Least of --rounds, after one for
-warmth.
+interpreter that has torch with CUDA and transformers: the same shapes by `generate`, for which there is room on the
+card with XLA_PYTHON_CLIENT_PREALLOCATE=false. Least of --rounds, after one for warmth.
 """
 
 import gc
@@ -33,7 +33,7 @@ from advgame_jax.config import Sampling
 from advgame_jax.engine import Engine, Load
 from advgame_jax.scoring import Generator
 
-MODELS = flags.DEFINE_list("models", "qwen2_5_0_5b,qwen2_5_7b", "Published architectures.")
+MODELS = flags.DEFINE_multi_enum("model", ["qwen2_5_0_5b", "qwen2_5_7b"], list(published.PUBLISHED), "Architectures.")
 ROWS = flags.DEFINE_list("rows", "8,32,128", "Rows that draw at once.")
 PROMPT = flags.DEFINE_integer("prompt", 512, "Tokens of a prompt.")
 NEW = flags.DEFINE_integer("new", 64, "Tokens drawn in a row.")
