@@ -11,7 +11,7 @@ import pytest
 import test_attention
 import tiny
 
-from advgame_jax import attention, flash_decoding, kernels, model, sampler, sharding
+from advgame_jax import architecture, attention, flash_decoding, kernels, model, sampler, sharding
 from advgame_jax.config import Sampling
 from advgame_jax.engine import Engine, Load
 from advgame_jax.scoring import Generator
@@ -106,17 +106,19 @@ def test_who_reads_pages_by_kernels():
   assert not kernels.by_pages("auto", "gpu", 96)
 
 
-def test_a_generation_by_kernels_draws_the_plain_one_s_tokens():
+@pytest.mark.parametrize("mesh, layout", [((1, 1, 1), sharding.LOCAL), ((2, 2, 2), sharding.GENERATE_TENSOR)])
+def test_a_generation_by_kernels_draws_the_plain_one_s_tokens(mesh, layout):
   config = dataclasses.replace(tiny.CONFIG, head_size=H)
-  params = model.unstack(tiny.params(config))
   sampling = Sampling(prompt_buckets=(40,), max_new_tokens=20, page=16, decode_chunk=4)
   never = sampler.stop_table([""] * config.vocab, [], [])
   prompts = [np.random.default_rng(q).integers(1, config.vocab, 10 * q + 5).tolist() for q in range(4)]
+  over = tiny.mesh(*mesh)
+  where = architecture.shardings(architecture.param_specs(config), over, layout)
+  weights = jax.device_put(model.unstack(tiny.params(config)), model.unstack_shardings(where, config.layers))
 
   def draw(name):
-    who = Engine(config, sampling, tiny.mesh(1, 1, 1), sharding.LOCAL, np.dtype("float32"), name, never)
-    load = Load(Generator((params,)), prompts, np.arange(4, dtype=np.uint32), 2, jax.random.key(1))
-    return who.generate(load)
+    who = Engine(config, sampling, over, layout, np.dtype("float32"), name, never)
+    return who.generate(Load(Generator((weights,)), prompts, np.arange(4, dtype=np.uint32), 2, jax.random.key(1)))
 
   plain = draw("xla")
   with (
