@@ -74,10 +74,8 @@ def test_what_the_kernel_cannot_read_is_read_plainly_beside_it():
 
 
 def test_pages_of_many_blocks_are_joined():
-  *new, pools = inputs()
   with mock.patch.object(flash_decoding, "_JOINED", 2):
-    jax.clear_caches()
-    plain, kernel = both(*new, pools)
+    plain, kernel = both(*inputs(), softcap=3.0)  # a rule that nothing was compiled for
   np.testing.assert_allclose(kernel, plain, atol=1e-6)
 
 
