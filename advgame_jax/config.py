@@ -279,8 +279,8 @@ class Precision(Settings):
   )
   attention: Literal["auto", "xla", "cudnn", "splash"] = setting(
     "auto",
-    "whole rows by XLA, cudnn (GPU), splash (TPU), or the best that can do what the model asks; but for xla, GPUs read "
-    "pages by kernels",
+    "XLA's, cuDNN's (GPU), splash (TPU), or auto, the best that can do what the model asks; but for xla, GPUs read "
+    "pages by kernels of their own",
   )
   logit_chunk: int = setting(1024, "tokens whose logits exist at one time in the loss", at_least=1, identity=False)
 

@@ -21,15 +21,16 @@ from advgame_jax.matrices import Int8
 _LEAST = float(jnp.finfo(jnp.float32).min)
 _LEAST_ROWS = 16  # of a product on tensor cores
 _MOST_ROWS = 128  # of queries of a page: those of more readers are a product for XLA
+_MOST_BYTES = 32 * 2**10  # of a page's keys: they and its values lie in a multiprocessor's shared memory
 _JOINED = 32  # pages that are joined at a time
 _EXACT = jax.lax.Precision.HIGHEST  # float32 is multiplied as such
 
 
-def suits(pool: Pool, heads: int, head_size: int) -> bool:
-  """Whether a pool's pages are what the kernel reads: powers of two, by not too many queries."""
-  sizes = (jax.tree.leaves(pool.value_PKSH)[0].shape[2], head_size)
-  readers, K = pool.readers.reader_PG.shape[1], jax.tree.leaves(pool.value_PKSH)[0].shape[1]
-  return all(size & (size - 1) == 0 and size >= _LEAST_ROWS for size in sizes) and readers * heads // K <= _MOST_ROWS
+def suits(pool: Pool, query_RKnH: jax.Array) -> bool:
+  """Whether a pool's pages are what the kernel reads: a power of two of tokens that fit, by not too many queries."""
+  S, (*_, n, H) = jax.tree.leaves(pool.value_PKSH)[0].shape[2], query_RKnH.shape
+  fits = S * H * query_RKnH.dtype.itemsize <= _MOST_BYTES and pool.readers.reader_PG.shape[1] * n <= _MOST_ROWS
+  return fits and S >= _LEAST_ROWS and S & (S - 1) == 0
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "interpret"))  # traced once for all layers
@@ -44,13 +45,13 @@ def paged(
   *,
   interpret: bool = False,
 ) -> jax.Array:
-  """As `attention.paged` → [R, N, H]; `interpret` runs it anywhere, slowly. Head sizes are powers of two."""
+  """As `attention.paged` → [R, N, H], where `kernels.by_pages` says so; `interpret` runs it anywhere, slowly."""
   R, N, H = query_RNH.shape
   K = key_RKH.shape[1]
   query_RKnH = query_RNH.reshape(R, K, N // K, H)
   parts: list[jax.Array] = []
   for pool in pools:
-    read = functools.partial(_read, interpret=interpret) if suits(pool, N, H) else attention.read_pages
+    read = functools.partial(_read, interpret=interpret) if suits(pool, query_RKnH) else attention.read_pages
     parts += read(query_RKnH, place_R, pool, rule, window)
   entries = [pool.readers.entry_RJ for pool in pools]
   join = functools.partial(_join_head, rule=rule, pools=len(pools), group=N // K)

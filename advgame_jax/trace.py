@@ -28,7 +28,7 @@ SCOPES = (
 STEP = "step"
 _DERIVED = {"rematted_computation": "recompute", "transpose(": "backward", "jvp(": "forward"}
 _LOOPS = ("while", "conditional", "call")
-_COLLECTIVE = re.compile(r"(ragged-)?(all-reduce|all-gather|reduce-scatter|all-to-all|collective-)")
+_COLLECTIVE = re.compile(r"nccl|(ragged-)?(all-reduce|all-gather|reduce-scatter|all-to-all|collective-)")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')

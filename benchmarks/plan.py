@@ -7,8 +7,8 @@ for a step, over their number: what it would take at least where nobody else use
 A CPU's peak is the resident size of the process, looked at every 2 ms, less what that was before the run had any
 weights, in a process in which everything has been compiled and run before: what is measured is arrays and temporaries,
 as far as they were touched. It is of a step of its own, in which memory goes back to the system as soon as it is free,
-which takes time. An accelerator's is that of JAX's allocator, in the first step: run it twice with
-JAX_COMPILATION_CACHE_DIR set, for what tries kernels while it compiles counts too.
+which takes time. An accelerator's is one for the whole step, the most that JAX's allocator had since the process began:
+run it twice with JAX_COMPILATION_CACHE_DIR set, for what tries kernels while it compiles counts too.
 """
 
 import contextlib
@@ -126,7 +126,10 @@ def main() -> None:
   print(f"{'GiB':20}{'planned':>10}{'measured':>10}{'ratio':>8}")
   peaks = {peak.what: peak.bytes for peak in planned.peaks}
   playing = max(peaks[cost.work.name] for cost in planned.costs if cost.work.phase == "play")
-  for name, expected, at in (("play", playing, 1), ("update", peaks["update"], 2)):
+  parts = [("play", playing, 1), ("update", peaks["update"], 2)]
+  if jax.default_backend() != "cpu":
+    parts = [("step", max(peaks.values()), 2)]
+  for name, expected, at in parts:
     measured = resident_peaks[at] - empty
     print(f"{name:20}{expected / GIB:10.2f}{measured / GIB:10.2f}{expected / measured:8.2f}")
 

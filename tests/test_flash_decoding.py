@@ -64,13 +64,20 @@ def test_a_cache_in_bfloat16_or_eight_bits():
   assert np.abs(kernel - next(both(*new, pools))).max() > 1e-3  # they are narrow
 
 
+def suits(S, head_size=H, readers=1, dtype="float32", heads=3):
+  array = jax.ShapeDtypeStruct
+  index = attention.Index(array((1, readers), jnp.int32), None, None, None)
+  pool = attention.Pool(array((1, K, head_size, S), dtype), array((1, K, S, head_size), dtype), index)
+  return flash_decoding.suits(pool, array((R, K, heads, head_size), dtype))
+
+
 def test_what_the_kernel_cannot_read_is_read_plainly_beside_it():
-  *new, pools = inputs(page=12)  # no power of two
-  assert not any(flash_decoding.suits(pool, N, H) for pool in pools)
+  *new, pools = inputs(page=12)
   plain, kernel = both(*new, pools)
   np.testing.assert_allclose(kernel, plain, atol=1e-6)
-  own = inputs()[-1][1]
-  assert flash_decoding.suits(own, N, H) and not flash_decoding.suits(own, 2048, H)
+  assert suits(16) and suits(128, 128, dtype="bfloat16") and suits(16, readers=42)
+  assert not suits(12) and not suits(8) and not suits(16, readers=43)
+  assert not suits(512, 128, dtype="bfloat16") and not suits(128, 128)  # more than shared memory holds
 
 
 def test_pages_of_many_blocks_are_joined():
@@ -79,22 +86,30 @@ def test_pages_of_many_blocks_are_joined():
   np.testing.assert_allclose(kernel, plain, atol=1e-6)
 
 
-def test_pages_of_nobody_spoil_nothing():
-  *new, (shared, own) = inputs()
-  used_P = np.isin(np.arange(len(own.key_PKHS)), own.readers.entry_RJ)
-  assert not used_P.all()
-  spoilt = own._replace(key_PKHS=jnp.where(used_P[:, None, None, None], own.key_PKHS, jnp.nan))
-  (_, expected), (_, kernel) = both(*new, [shared, own]), both(*new, [shared, spoilt])
-  np.testing.assert_array_equal(kernel, expected)
+def test_pages_of_nobody_are_not_read():
+  *_, (_, own) = inputs()
+  query_RKnH, place_R = jnp.ones((R, K, N // K, H)), jnp.full(R, 99)
+  nobody = own._replace(readers=own.readers._replace(end_P=own.readers.start_P))
+  read = lambda pool: flash_decoding._read(
+    query_RKnH, place_R, pool, attention.Rule(1.0), jnp.int32(9999), interpret=True
+  )
+  assert np.isfinite(read(own)[1]).all() and np.isnan(read(nobody)[1]).all()  # interpreted, what nobody wrote is NaN
 
 
-@pytest.mark.parametrize("dtype, int8", [("bfloat16", False), ("float32", False), ("bfloat16", True)])
-def test_kernels_are_lowered_for_gpus(dtype, int8):
+@pytest.mark.parametrize(
+  "dtype, int8, softcap", [("bfloat16", False, 0.0), ("float32", False, 30.0), ("bfloat16", True, 0.0)]
+)
+def test_kernels_are_lowered_for_gpus(dtype, int8, softcap):
   *new, pools = inputs(dtype=jnp.dtype(dtype))
   if int8:
     pools = [pool._replace(**dict(zip(pool._fields, model.narrow(model.Cache(*pool[:2]))))) for pool in pools]
-  run = jax.jit(functools.partial(flash_decoding.paged, rule=attention.Rule(1.0), window=jnp.int32(9)))
-  text = run.trace(*new, pools).lower(lowering_platforms=("cuda",)).as_text()
+  more_RJ = jnp.pad(pools[0].readers.entry_RJ, ((0, 0), (0, 60)), constant_values=-1)  # three blocks of pages
+  pools[0] = pools[0]._replace(readers=pools[0].readers._replace(entry_RJ=more_RJ))
+  rule = attention.Rule(1.0, softcap=softcap)
+  run = jax.jit(functools.partial(flash_decoding.paged, rule=rule, window=jnp.int32(9)))
+  card = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=card)):
+    text = run.trace(*new, pools).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("xla.gpu.triton") == 3  # of each pool, and what joins them
 
 

@@ -183,7 +183,7 @@ def test_planes_of_a_gpu(tmp_path):
 
 
 def test_a_cuda_graph_s_kernels_are_known_by_their_names_or_by_what_came_before_them(tmp_path):
-  names = ["fusion_2", "nvjet_sm90_tst_64x32", "read_pages__1", "nvjet_sm90_tst_64x32"]
+  names = ["fusion_2", "nvjet_sm90_tst_64x32", "read_pages__1", "ncclDevKernel_AllReduce_Sum"]
   events = metadata(event_metadata=names, stat_metadata=["hlo_op", "hlo_module", "program_id"])
   stats = """stats { metadata_id: 1 str_value: "command_buffer_1" } stats { metadata_id: 2 str_value: "jit_advance" }
     stats { metadata_id: 3 int64_value: 7 }"""
@@ -199,6 +199,7 @@ def test_a_cuda_graph_s_kernels_are_known_by_their_names_or_by_what_came_before_
   mlp, attention = ("generate", "decode", "mlp"), ("generate", "decode", "attention")
   found = trace.attribute(traced, [trace.read_program(HLO)])
   assert [each.scope for each in found] == [mlp, mlp, attention, attention]
+  assert [each.collective for each in found] == [False, False, False, True]
 
 
 def test_planes_of_a_tpu(tmp_path):

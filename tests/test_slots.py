@@ -60,7 +60,9 @@ def test_no_page_and_no_slot_has_two_owners(events):
       assert (index.reader_PG[row.pages, 0] == slot).all()
       first = 5 + len(row.prompt.ids)
       assert index.start_P[row.pages].tolist() == [first + 3 * j for j in range(len(row.pages))]
+    assert np.flatnonzero(index.start_P < index.end_P).tolist() == sorted(own)  # what nobody has is not read
     index = part.prompt_index(SHAPES.prompt_pools[-1], before=5)
+    assert set(np.flatnonzero(index.start_P < index.end_P)) <= set(of_prompts)
     for slot, row in part.rows.items():
       entries = index.entry_RJ[slot][index.entry_RJ[slot] >= 0]
       assert (entries // 2).tolist() == row.prompt.pages
