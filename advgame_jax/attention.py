@@ -167,7 +167,10 @@ def _weighted(weight_RKTnS: jax.Array, segment: Segment) -> jax.Array:
 
 
 class Index(NamedTuple):
-  """Who reads the pages of a pool. A page holds S consecutive tokens of one text, and G rows may read it."""
+  """Who reads the pages of a pool. A page holds S consecutive tokens of one text, and G rows may read it.
+
+  A page that does not start before its end is nobody's, and need not be read.
+  """
 
   reader_PG: jax.Array  # int32, rows; what is nobody's holds any
   start_P: jax.Array  # int32, the place of the page's first token

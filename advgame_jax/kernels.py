@@ -1,4 +1,4 @@
-"""Causal attention by the vendors' kernels, and what each of them cannot do.
+"""Causal attention by the vendors' kernels, what each of them cannot do, and where pages have kernels of their own.
 
 The kernels compute what `blockwise.causal` does; `resolve` says which of them a setting means on a platform.
 """
