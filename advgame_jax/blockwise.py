@@ -15,6 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+ATTENDED = "attended"  # what a policy of `jax.checkpoint` may keep, so that attention is not computed again
 
 # (rows of at most so many tokens, tokens of a block): small blocks skip more of the future and stay in the caches,
 # large ones feed the products better. Measured by benchmarks/attention.py.
@@ -103,7 +106,8 @@ def _forward(
   carry = (empty_RKX + _LEAST, empty_RKX, jnp.zeros(query_RKXH.shape))
   highest_RKX, total_RKX, output_RKXH = _over_pairs(rule, size, key_RKSH.shape[2], step, carry)
   output_RKXH = (output_RKXH / total_RKX[..., None]).astype(query_RKXH.dtype)
-  kept = (query_RKXH, key_RKSH, value_RKSH, segment_RS, output_RKXH, highest_RKX + jnp.log(total_RKX))
+  output_RKXH, log_total_RKX = checkpoint_name((output_RKXH, highest_RKX + jnp.log(total_RKX)), ATTENDED)
+  kept = (query_RKXH, key_RKSH, value_RKSH, segment_RS, output_RKXH, log_total_RKX)
   return output_RKXH, kept
 
 

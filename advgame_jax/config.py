@@ -274,7 +274,7 @@ class Precision(Settings):
   frozen: Literal["compute", "int8"] = setting("compute", "bases of adapters: in the compute dtype, or in 8 bits")
   remat: Literal["none", "products", "layer"] = setting(
     "layer",
-    "what the backward pass computes again: nothing, what lies between matrix products, or whole layers",
+    "what the backward pass computes again: nothing, what lies between matrix products and attention, or whole layers",
     identity=False,
   )
   attention: Literal["auto", "xla", "cudnn", "splash"] = setting(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from advgame_jax.blockwise import Rule
+from advgame_jax.blockwise import ATTENDED, Rule
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import UserError
 
@@ -118,6 +118,7 @@ def _splash_rows(
     head_shards=1,
     q_seq_shards=1,
     attn_logits_soft_cap=rule.softcap or None,
+    residual_checkpoint_name=ATTENDED,
     interpret=interpret,
   )
 

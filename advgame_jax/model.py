@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from advgame_jax import attention, experts, flash_decoding, kernels, rotary
 from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
+from advgame_jax.blockwise import ATTENDED
 from advgame_jax.matrices import Adapted, Int8, cast, project, quantise
 from advgame_jax.rotary import Turn
 from advgame_jax.sharding import LOCAL, Layout
@@ -22,7 +23,9 @@ from advgame_jax.types import Params
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 _KEPT = {
   "layer": jax.checkpoint_policies.nothing_saveable,
-  "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "products": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(ATTENDED)
+  ),
 }
 _EVERYTHING = jnp.iinfo(jnp.int32).max  # the window of a layer that has none
 
@@ -156,7 +159,8 @@ def forward(
 
   Args:
     prefix: a text that every row continues.
-    remat: what the backward pass computes again: "none", the whole of each "layer", or all but the matrix "products".
+    remat: what the backward pass computes again: "none", the whole of each "layer", or all but the matrix "products"
+      and what attention gave.
     kernel: an implementation of `attention.causal`.
     place_RT: int32, of each token in its text behind the prefix; None is 0, 1, 2, …
     segment_RT: int32; a token sees only its own segment of a packed row.

@@ -144,6 +144,17 @@ def test_remat_changes_no_gradient(remat):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(a).max()), plain, rematted)
 
 
+def test_attention_is_computed_again_with_its_layer_and_not_between_products():
+  """Its blocks are scanned, of rows longer than a block: there, again if asked for, and back."""
+  tokens_RT = np.tile(TOKENS_RT, (1, 100))[:, :80]
+
+  def scans(remat):
+    loss = lambda params: jnp.sum(model.forward(tiny.CONFIG, params, tokens_RT, remat=remat)[0])
+    return str(jax.make_jaxpr(jax.grad(loss))(tiny.params())).count("scan[")
+
+  assert scans("none") == scans("products") == scans("layer") - 1
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_forward_flops_agree_with_the_compiler(tied):
   """One layer, since a scanned body is counted once; wide enough that the matrix products dominate."""
