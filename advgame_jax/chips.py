@@ -16,6 +16,7 @@ class Chip:
   link: float  # bytes a second to devices of its host or slice, in one direction, all its links together
   network: float  # bytes a second to other hosts or slices, in one direction
   kernel: float = 2e-6  # seconds that each of many small kernels takes besides what it moves: an H200's in a CUDA graph
+  overlaps: bool = True  # it multiplies what is there while it reads what is next
 
 
 GIB, GB, TB, TFLOPS = 2**30, 1e9, 1e12, 1e12
@@ -51,7 +52,7 @@ CHIPS = (
 )
 
 # Of a CPU nothing is published that would help: `roofline.measured` has the numbers of this one.
-CPU = Chip("CPU", ("cpu",), 1e11, 2e10, 4 * GIB, 1e10, 1e9, 0)
+CPU = Chip("CPU", ("cpu",), 1e11, 2e10, 4 * GIB, 1e10, 1e9, kernel=0, overlaps=False)
 
 
 def find(kind: str) -> Chip | None:

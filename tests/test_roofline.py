@@ -46,6 +46,13 @@ def test_many_small_kernels_take_their_time_besides_what_they_move():
   assert {chip.kernel for chip in chips.CHIPS if chip.name.startswith("TPU")} == {chips.CPU.kernel} == {0}
 
 
+def test_what_does_not_overlap_is_one_term_named_after_the_longer():
+  one_by_one = dataclasses.replace(CHIP, overlaps=False)
+  assert roofline.seconds(6e12, 4e11, [GATHER], one_by_one) == pytest.approx(Estimate(15, 0, 2, 0))
+  assert roofline.seconds(3e12, 8e11, [GATHER], one_by_one) == pytest.approx(Estimate(0, 15, 2, 0))
+  assert not chips.CPU.overlaps and all(chip.overlaps for chip in chips.CHIPS)
+
+
 # Milliseconds of a token of each row, 512 to 576 tokens of text, by benchmarks/decode.py on one H200, 2026-11-26.
 MEASURED = {
   ("qwen2_5_0_5b", 8): 1.35, ("qwen2_5_0_5b", 32): 1.60, ("qwen2_5_0_5b", 128): 2.43,
