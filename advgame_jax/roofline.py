@@ -77,8 +77,8 @@ def seconds(
   memory = bytes_moved / (BANDWIDTH * chip.bandwidth) + kernels * chip.kernel
   compute = flops / (FLOPS * chip.flops)
   if not chip.overlaps:  # one term, named after the longer
-    longer, both = compute > memory, compute + memory
-    compute, memory = both * longer, both * (not longer)
+    both = compute + memory
+    compute, memory = (both, 0.0) if compute > memory else (0.0, both)
   return Estimate(compute, memory, link, network)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks that run peers share: a peer's process, the machine's speed, least times."""
+"""What the benchmarks that run peers share: peers' processes, the machine's speed, least times, our settings."""
 
 import json
 import os
@@ -11,6 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+# Of our updates on a CPU.
+CHUNK = 256  # tokens whose logits exist at one time: nearer to the caches than the default
+REMAT = "products"  # what is kept is written and read again: elementwise work is cheaper than memory here
 
 OF_VLLM = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
 

@@ -29,8 +29,6 @@ PROMPTS = flags.DEFINE_integer("prompts", 4, "B.")
 NEW = flags.DEFINE_integer("new_tokens", 64, "Of a completion.")
 STEPS = flags.DEFINE_integer("steps", 2, "Steps timed, after one for warmth.")
 BETA, RATE, COMPLETIONS = 0.1, 1e-6, 2
-CHUNK = 256  # tokens whose logits exist at one time; nearer to a CPU's caches than the default
-REMAT = "products"  # what is kept is written and read again: elementwise work is cheaper than memory here
 WORDS = ("river", "window", "garden", "letter", "morning", "bridge", "silver", "market", "winter", "engine")
 
 
@@ -48,7 +46,10 @@ class Game:
     self.longest = max(len(ids) for part in prompts for ids in part)
     sampling = config.Sampling(temperature=1.0, top_p=0.9, prompt_buckets=(self.longest,), max_new_tokens=NEW.value)
     player = config.Player(model=MODEL.value, generator="train", reference="initial", optimizer=optimizer)
-    self.loss, precision = config.Loss(kind="dpo", beta=BETA), config.Precision(remat=REMAT, logit_chunk=CHUNK)
+    self.loss, precision = (
+      config.Loss(kind="dpo", beta=BETA),
+      config.Precision(remat=beside.REMAT, logit_chunk=beside.CHUNK),
+    )
     settings = config.Config(attacker=player, defender=player, loss=self.loss, precision=precision)
     local = functools.partial(dataclasses.replace, layout=sharding.LOCAL)
     places = placement.place("single", settings.mesh)

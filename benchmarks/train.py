@@ -1,8 +1,8 @@
 """The update beside its peers, the same pairs in one run: python benchmarks/train.py --model=FOLDER [--peers=FOLDER]
 
 DPO steps of a language model in float32: AdamW, reference the initial weights, its forward pass in every step, no
-matrix product recomputed but the head's, rows of one length, half of it prompt, logits of `CHUNK` tokens at a time.
-Also what the backward pass costs: the gradient of the scores beside the scores alone.
+matrix product recomputed but the head's, rows of one length, half of it prompt, logits of `beside.CHUNK` tokens at
+a time. Also what the backward pass costs: the gradient of the scores beside the scores alone.
 `benchmarks/peers/install.sh FOLDER trl tunix` makes the peers' environments.
 """
 
@@ -29,8 +29,6 @@ PAIRS = flags.DEFINE_integer("pairs", 8, "Pairs of a step.")
 TOKENS = flags.DEFINE_integer("tokens", 128, "Of a row, half of them prompt.")
 STEPS = flags.DEFINE_integer("steps", 3, "Steps timed, after one for warmth.")
 BETA, RATE = 0.1, 1e-6
-CHUNK = 256  # tokens; nearer to a CPU's caches than the default
-REMAT = "products"  # what is kept is written and read again: elementwise work is cheaper than memory here
 
 
 def work(vocab: int) -> dict[str, Any]:
@@ -58,7 +56,7 @@ def ours(job: dict[str, Any]) -> tuple[list[float], list[float]]:
   optimizer = config.Optimizer(learning_rate=RATE, final_fraction=1.0)
   player = config.Player(model=MODEL.value, generator="train", reference="initial", optimizer=optimizer)
   frozen = config.Player(model=MODEL.value, frozen=True)
-  loss, precision = config.Loss(kind="dpo", beta=BETA), config.Precision(remat=REMAT, logit_chunk=CHUNK)
+  loss, precision = config.Loss(kind="dpo", beta=BETA), config.Precision(remat=beside.REMAT, logit_chunk=beside.CHUNK)
   settings = config.Config(attacker=frozen, defender=player, loss=loss, precision=precision)
   local = functools.partial(dataclasses.replace, layout=sharding.LOCAL)
   recipes = Players(*map(local, session.make_recipes(settings, placement.place("single", settings.mesh))))
@@ -82,7 +80,7 @@ def backward_against_forward(job: dict[str, Any]) -> tuple[float, float]:
   model, params, batch = hf.load_config(MODEL.value), hf.load(MODEL.value), batch_of(job)
   rows = lambda x: x.reshape(-1, x.shape[-1])
   data = rows(batch.tokens_PCT), rows(batch.completion_mask_PCT)
-  total = lambda params: jnp.sum(scoring.score(model, params, *data, chunk=CHUNK, remat=REMAT))
+  total = lambda params: jnp.sum(scoring.score(model, params, *data, chunk=beside.CHUNK, remat=beside.REMAT))
   forward, both = jax.jit(total), jax.jit(jax.value_and_grad(total))
   return tuple(beside.least_seconds(call, params, rounds=STEPS.value + 1) for call in (forward, both))
 
