@@ -51,10 +51,6 @@ class Estimate(NamedTuple):
     """The term that is longest."""
     return max(zip(self, self._fields))[1]
 
-  def __add__(self, other: "Estimate") -> "Estimate":  # type: ignore[override]
-    """Of programs one after the other, term by term."""
-    return Estimate(*(a + b for a, b in zip(self, other, strict=True)))
-
 
 def seconds(
   flops: float, bytes_moved: float, collectives: Iterable[Collective], chip: Chip, kernels: float = 0

@@ -74,10 +74,11 @@ def test_drawing_on_an_h200_takes_what_was_measured_within_a_factor_of_two(name,
   assert 0.5 < planned / (MEASURED[name, rows] / 1e3) < 2
 
 
-def test_nothing_takes_no_time_and_programs_add_up():
-  assert roofline.seconds(0, 0, [], CHIP).total == 0
-  a, b = roofline.seconds(1e12, 0, [GATHER], CHIP), roofline.seconds(0, 1e11, [], CHIP)
-  assert a + b == roofline.seconds(1e12, 1e11, [GATHER], CHIP)
+@pytest.mark.parametrize("chip", [CHIP, dataclasses.replace(CHIP, overlaps=False)])
+def test_nothing_takes_no_time_and_twice_the_work_twice_as_long(chip):
+  assert roofline.seconds(0, 0, [], chip).total == 0
+  once, twice = (roofline.seconds(n * 1e12, n * 3e11, [GATHER] * n, chip) for n in (1, 2))
+  assert twice == pytest.approx([2 * term for term in once])
 
 
 def test_a_faster_chip_is_never_slower():
