@@ -6,9 +6,11 @@ for a step, over their number: what it would take at least where nobody else use
 
 A CPU's peak is the resident size of the process, looked at every 2 ms, less what that was before the run had any
 weights, in a process in which everything has been compiled and run before: what is measured is arrays and temporaries,
-as far as they were touched. It is of a step of its own, in which memory goes back to the system as soon as it is free,
-which takes time. An accelerator's is one for the whole step, the most that JAX's allocator had since the process began:
-run it twice with JAX_COMPILATION_CACHE_DIR set, for what tries kernels while it compiles counts too.
+as far as they were touched. Until it has been read, every large array is a mapping of its own, which goes back to the
+system with it: what a compiler leaves free in the heap would be taken for arrays, kept when they are freed, and
+counted. That takes time, so the seconds are of steps after it, by the C library's own ways. An accelerator's peak is
+one for the whole step, the most that JAX's allocator had since the process began: run it twice with
+JAX_COMPILATION_CACHE_DIR set, for what tries kernels while it compiles counts too.
 """
 
 import contextlib
@@ -38,7 +40,7 @@ PARTS = {
   "update": ("update", ("update",)),
 }
 GIB = 2**30
-M_MMAP_THRESHOLD = -3  # malloc.h
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
 
 
 def resident() -> int:
@@ -66,12 +68,12 @@ class Watch:
     return most
 
 
-def give_back() -> None:
-  """What is free, and from here on what becomes free, leaves the process."""
-  gc.collect()
-  with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+def map_arrays(own: bool) -> None:
+  """Whether all but small arrays are mappings of their own; if not, what glibc comes to by itself."""
+  with contextlib.suppress(AttributeError, OSError):  # another C library
     libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16 if own else 2**25)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**17 if own else 2**26)
     libc.malloc_trim(0)
 
 
@@ -92,13 +94,16 @@ def steps(run: Session, count: int, watch: Watch) -> Iterator[tuple[dict[str, fl
 def main() -> None:
   settings = CONFIG()
   run, watch = session.open_session(settings), Watch()
+  on_cpu = jax.default_backend() == "cpu"
+  map_arrays(on_cpu)
   first, *_ = steps(run, STEPS.value + 1, watch)  # compiles every shape that they meet
-  readings = list(steps(run, STEPS.value + 1, watch))
-  if jax.default_backend() == "cpu":
-    give_back()
+  empty, resident_peaks = 0, first
+  if on_cpu:
+    gc.collect()
+    map_arrays(True)
     empty, resident_peaks = resident(), list(steps(run, 2, watch))[1]
-  else:
-    empty, resident_peaks = 0, first
+    map_arrays(False)
+  readings = list(steps(run, STEPS.value + 1, watch))
   costs = [after for after, *_ in readings]
   medians = {k: float(np.median([b[k] - a[k] for a, b in itertools.pairwise(costs)])) for k in costs[0]}
   game, batch = settings.game, settings.data.batch
@@ -127,7 +132,7 @@ def main() -> None:
   peaks = {peak.what: peak.bytes for peak in planned.peaks}
   playing = max(peaks[cost.work.name] for cost in planned.costs if cost.work.phase == "play")
   parts = [("play", playing, 1), ("update", peaks["update"], 2)]
-  if jax.default_backend() != "cpu":
+  if not on_cpu:
     parts = [("step", max(peaks.values()), 2)]
   for name, expected, at in parts:
     measured = resident_peaks[at] - empty
