@@ -118,26 +118,26 @@ def _feed_forward(config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax
 
 
 @jax.named_scope("embed")
-def embed(config: ModelConfig, params: Params, tokens: jax.Array, layout: Layout = LOCAL) -> jax.Array:
-  """[...] → [..., M].
+def embed(config: ModelConfig, params: Params, tokens_RT: jax.Array, layout: Layout = LOCAL) -> jax.Array:
+  """[R, T] → [R, T, M]. The table stays in parts: XLA would make it whole on every device, and its gradient too.
 
-  Of a vocabulary that is split over devices each looks up its own words, and they are added up: XLA would make the
-  table whole on every device, and its gradient too. Its width is gathered.
+  Of a vocabulary that is split over devices each looks up its own words, and they are added up. Gradients of a word
+  that is there more than once are added up in float32.
   """
   table_VM = params["embed"]
   scale = jnp.asarray(config.embed_scale, table_VM.dtype)
-  if not layout.vocab:
-    return table_VM[tokens] * scale
 
   def look_up(part_VM: jax.Array, tokens: jax.Array) -> jax.Array:
-    part_VM = layout.gather_width(part_VM, (None, "width"))
+    rows = lambda word: part_VM.astype(jnp.float32)[word].astype(part_VM.dtype)
+    if not layout.vocab:
+      return rows(tokens)
     first = jax.lax.axis_index(layout.vocab) * len(part_VM)
     here = (tokens >= first) & (tokens < first + len(part_VM))
-    found = jnp.where(here[..., None], part_VM[jnp.where(here, tokens - first, 0)], 0)
-    return jax.lax.psum(found, layout.vocab)
+    return jax.lax.psum(jnp.where(here[..., None], rows(jnp.where(here, tokens - first, 0)), 0), layout.vocab)
 
-  rows = layout.spec(("rows", "tokens"))
-  return layout.local(look_up, (layout.spec(("vocab", "width")), rows), rows)(table_VM, tokens) * scale
+  on_device = lambda part_VM, tokens_RT: layout.of_all_width(functools.partial(look_up, part_VM), tokens_RT)
+  by_rows = layout.spec(("rows", "tokens"))
+  return layout.local(on_device, (layout.spec(("vocab", "width")), by_rows), by_rows)(table_VM, tokens_RT) * scale
 
 
 def forward(

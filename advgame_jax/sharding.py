@@ -65,6 +65,16 @@ class Layout:
     mine = self.by_compiler.spec(axes)
     return self.by_compiler.local(gather, mine, mine)(x)
 
+  def of_all_width(self, look_up: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Likewise: `look_up(x)` [*x.shape, M], of which a device has its part of the width M only, for any x.
+
+    Each looks up what all need, and gives them theirs: an activation is sent, and on the way back its gradient.
+    """
+    if _parts(self.width) == 1:
+      return look_up(x)
+    found = look_up(jax.lax.all_gather(x, self.width))
+    return jax.lax.all_to_all(found, self.width, split_axis=0, concat_axis=found.ndim - 1, tiled=True)[0]
+
   def gather_tokens(self, x_RTNH: jax.Array) -> jax.Array:
     """Likewise: whole rows of a part of the heads, from a part of the rows' tokens (Ulysses, 2309.14509)."""
     return self._exchange(x_RTNH, split_axis=2, concat_axis=1)

@@ -164,9 +164,12 @@ def updating(recipe: Recipe, shape: tuple[int, int, int], where: Wires) -> Effor
   logits = 3 * 4 * max(precision.logit_chunk, tokens / T) * V
   gathered = 3 * Z * ((count - V * M * (1 if model.tied else 2)) / L + V * M) + 4 * V * M
   temporary = kept + 2 * layer + logits + gathered + 2 * gradient
-  rings = where.ring("all-gather", mesh, layout.width, forwards * count * Z, forwards * (L + 1))
+  whole = (count - (0 if model.tied else V * M)) * Z  # not the embedding, which is looked up in parts
+  rings = where.ring("all-gather", mesh, layout.width, forwards * whole, forwards * (L + 1))
+  looks = 1 + (not recipe.player.reference_is_generator) + (not recipe.adapted)  # and back, if the table learns
+  rings += where.ring("all-to-all", mesh, layout.width, looks * tokens * M * Z, looks)
   if not recipe.adapted:
-    rings += where.ring("reduce-scatter", mesh, layout.width, count * Z, L + 1)
+    rings += where.ring("reduce-scatter", mesh, layout.width, whole, L + 1)
     copies = tuple(axis for axis in layout.rows if axis not in layout.width)
     rings += where.ring("all-reduce", mesh, copies, gradient, L + 1)
   sums = (forwards + 1) * 2 * L

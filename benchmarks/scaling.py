@@ -1,10 +1,10 @@
 """What more devices give a run whose weights are split: python benchmarks/scaling.py [--kind=h100] [--devices=8,…,256]
 
-Of Qwen2.5-7B on both sides, all weights, by `fsdp`, or with --tensor=4 by `fsdp_tensor`: bytes of the state on each
-device, and bytes that a device sends in an update of one micro-batch, read from the program that the target's compiler
-makes, against the least that it must send: two gathers of the weights and one scatter of the gradients in the compute
-dtype, for each player. What parts of heads tell each other is not counted. No hardware; compilers for TPUs and CUDA as
-`advgame_jax/targets.py` says. With --kind=none nothing is compiled.
+Of --model (Qwen2.5-7B) on both sides, all weights, by `fsdp`, or with --tensor=4 by `fsdp_tensor`: bytes of the state
+on each device, and bytes that a device sends in an update of one micro-batch, read from the program that the target's
+compiler makes, against the least that it must send: two gathers of the weights and one scatter of the gradients in the
+compute dtype, for each player. What parts of heads tell each other is not counted. No hardware; compilers for TPUs and
+CUDA as `advgame_jax/targets.py` says. With --kind=none nothing is compiled.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from advgame_jax.update import Recipe
 
 _KIND = flags.DEFINE_enum("kind", "h100", ["h100", "v5p", "v5e", "cpu", "none"], "what the update is compiled for")
 _DEVICES = flags.DEFINE_list("devices", "8,16,32,64,128,256", "numbers of devices")
+_MODEL = flags.DEFINE_enum("model", "qwen2_5_7b", sorted(published.PUBLISHED), "of both players")
 _TENSOR = flags.DEFINE_integer("tensor", 1, "parts of the heads")
 
 GIB = 2**30
@@ -44,7 +45,7 @@ def main(_: Any) -> None:
   counts = list(map(int, _DEVICES.value))
   if _KIND.value == "cpu":
     jax.config.update("jax_num_cpu_devices", max(counts))
-  print(f"Qwen2.5-7B twice, all weights, {preset()}; jax {jax.__version__}; GiB of each device")
+  print(f"{_MODEL.value} twice, all weights, {preset()}; jax {jax.__version__}; GiB of each device")
   print(f"{'devices':>8}{'state':>10}{'× devices':>11}{'sent':>9}{'least':>9}{'ratio':>8}{'gathered at once':>18}")
   for count in counts:
     hosts = max(1, count // 8)
@@ -78,7 +79,7 @@ def recipes(on: list[Any], dtype: Any) -> Players[Recipe]:
   """Both players of the paper's run of all weights, one micro-batch."""
   config = paper.config("dpo", "qwen2.5-7b", "qwen2.5-7b", "qwen2.5-32b", ("train.jsonl", "validation.jsonl"))
   precision = dataclasses.replace(config.precision, attention="xla")
-  model = hf_config.from_values(published.PUBLISHED["qwen2_5_7b"], "qwen2.5-7b")
+  model = hf_config.from_values(published.PUBLISHED[_MODEL.value], _MODEL.value)
   places = placement.place(preset(), config_lib.Mesh(tensor=_TENSOR.value), on)
 
   def make(player: config_lib.Player, place: placement.Place) -> Recipe:

@@ -1,7 +1,8 @@
 """What an update with split weights sends, read from its compiled program, against the least that it must.
 
 A pass gathers every weight when it goes there and, layers computed again, when it comes back, and scatters every
-gradient once; the reference's pass gathers once. Here CPU devices compile it; docs/scaling.md has other compilers.
+gradient once; the reference's pass gathers once. The embedding is looked up in parts, and sends what was found.
+Here CPU devices compile it; docs/scaling.md has other compilers.
 """
 
 import collections
@@ -70,10 +71,12 @@ def update_of(name):
   return model, collectives.of(text)
 
 
-def split_bytes(model):
-  """Of the parameters that are split."""
-  specs = jax.tree.leaves(architecture.param_specs(model))
-  return sum(4 * math.prod(spec.shape) for spec in specs if "width" in spec.axes)
+def gathered_bytes(model):
+  """Of the parameters that are split and made whole: all but the embedding, if it is no head too."""
+  specs = {**architecture.param_specs(model)}
+  if not model.tied:
+    del specs["embed"]
+  return sum(4 * math.prod(spec.shape) for spec in jax.tree.leaves(specs) if "width" in spec.axes)
 
 
 def largest_matrix(model):
@@ -90,7 +93,7 @@ def sent(found, kind, devices):
 def test_a_pass_gathers_weights_twice_and_scatters_gradients_once(name):
   (model, found), case = update_of(name), CASES[name]
   shards = case.shards
-  once = (shards - 1) / shards * split_bytes(model) / case.tensor * case.accumulate
+  once = (shards - 1) / shards * gathered_bytes(model) / case.tensor * case.accumulate
   gathered, scattered = sent(found, "all-gather", shards), sent(found, "reduce-scatter", shards)
   assert 2.5 * once < gathered <= SLACK * 3 * once  # twice, and once for the reference
   assert 0.99 * once < scattered <= SLACK * once
@@ -100,10 +103,17 @@ def test_a_pass_gathers_weights_twice_and_scatters_gradients_once(name):
 @pytest.mark.parametrize("name", CASES)
 def test_copies_send_each_other_only_their_parts_of_the_gradient(name):
   (model, found), case = update_of(name), CASES[name]
-  part = split_bytes(model) * case.data / 8 * case.accumulate
+  part = gathered_bytes(model) * case.data / 8 * case.accumulate
   reduced = sent(found, "all-reduce", case.data) if case.data > 1 else 0
   assert reduced <= SLACK * 2 * (case.data - 1) / case.data * part
   assert reduced > 0 or case.data == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_of_the_embedding_only_what_was_looked_up_is_sent_and_its_gradient(name):
+  (model, found), case = update_of(name), CASES[name]
+  rows = 2 * ROWS * T * case.accumulate * 4 * model.width * (case.shards - 1) / case.shards
+  assert sent(found, "all-to-all", case.shards) == pytest.approx(3 * rows)  # of the reference too
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -111,12 +121,13 @@ def test_nothing_else_is_sent_but_norms_and_numbers(name):
   (model, found), case = update_of(name), CASES[name]
   weights = [("all-gather", case.shards), ("reduce-scatter", case.shards), ("all-reduce", case.data)]
   weights += [("all-reduce", case.tensor)]  # of what heads and feed-forward give
+  weights += [("all-to-all", case.shards)]  # of what was looked up
   others = collections.Counter()
   for one in found:
     if (one.kind, one.devices) not in weights:
       others[one.kind] += one.bytes
   assert set(others) <= {"all-reduce"}
-  assert others.total() < 0.01 * split_bytes(model)
+  assert others.total() < 0.01 * gathered_bytes(model)
 
 
 @pytest.mark.parametrize("name", CASES)

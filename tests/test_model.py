@@ -208,3 +208,12 @@ def test_rows_that_continue_a_prefix_are_whole_rows(window):
     packed_RTM, _ = model.forward(config, params, packed_RT, prefix=prefix, place_RT=place_RT, segment_RT=segment_RT)
     for r, length in enumerate(length_R):
       np.testing.assert_allclose(packed_RTM[0, segment_RT[0] == r], hidden_RTM[r, :length], atol=2e-5)
+
+
+def test_the_gradient_of_a_word_that_is_often_there_is_added_up_in_float32():
+  table_VM = jnp.zeros((8, 4), jnp.bfloat16)
+  tokens_RT = jnp.full((2, 500), 3)
+  gradient = jax.grad(lambda table_VM: jnp.sum(model.embed(tiny.CONFIG, {"embed": table_VM}, tokens_RT)))(table_VM)
+  assert gradient.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(gradient[3], 1000)  # one by one in bfloat16, 256 ones are the most
+  assert not gradient[jnp.arange(8) != 3].any()
