@@ -122,7 +122,7 @@ def embed(config: ModelConfig, params: Params, tokens_RT: jax.Array, layout: Lay
   """[R, T] → [R, T, M]. The table stays in parts: XLA would make it whole on every device, and its gradient too.
 
   Of a vocabulary that is split over devices each looks up its own words, and they are added up. Gradients of a word
-  that is there more than once are added up in float32.
+  that one copy of the table has more than once are added up in float32.
   """
   table_VM = params["embed"]
   scale = jnp.asarray(config.embed_scale, table_VM.dtype)
@@ -136,8 +136,8 @@ def embed(config: ModelConfig, params: Params, tokens_RT: jax.Array, layout: Lay
     return jax.lax.psum(jnp.where(here[..., None], rows(jnp.where(here, tokens - first, 0)), 0), layout.vocab)
 
   on_device = lambda part_VM, tokens_RT: layout.of_all_width(functools.partial(look_up, part_VM), tokens_RT)
-  by_rows = layout.spec(("rows", "tokens"))
-  return layout.local(on_device, (layout.spec(("vocab", "width")), by_rows), by_rows)(table_VM, tokens_RT) * scale
+  of_table, by_tokens = layout.spec(("vocab", "width")), layout.spec(("rows", "tokens"))
+  return layout.local(on_device, (of_table, by_tokens), by_tokens)(table_VM, tokens_RT) * scale
 
 
 def forward(

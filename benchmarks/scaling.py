@@ -2,9 +2,9 @@
 
 Of --model (Qwen2.5-7B) on both sides, all weights, by `fsdp`, or with --tensor=4 by `fsdp_tensor`: bytes of the state
 on each device, and bytes that a device sends in an update of one micro-batch, read from the program that the target's
-compiler makes, against the least that it must send: two gathers of the weights and one scatter of the gradients in the
-compute dtype, for each player. What parts of heads tell each other is not counted. No hardware; compilers for TPUs and
-CUDA as `advgame_jax/targets.py` says. With --kind=none nothing is compiled.
+compiler makes, against two gathers of all weights and one scatter of all gradients in the compute dtype, for each
+player. What parts of heads tell each other is not counted. No hardware; compilers for TPUs and CUDA as
+`advgame_jax/targets.py` says. With --kind=none nothing is compiled.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ _MODEL = flags.DEFINE_enum("model", "qwen2_5_7b", sorted(published.PUBLISHED), "
 _TENSOR = flags.DEFINE_integer("tensor", 1, "parts of the heads")
 
 GIB = 2**30
-ROW = 512  # tokens; what is sent does not depend on them
+ROW = 512  # tokens; of what is sent, only what is looked up depends on them
 
 
 class Sent(NamedTuple):
   """By one device in one update."""
 
   bytes: float
-  least: float
+  bound: float  # see above
   largest: float  # bytes of the largest array that is gathered at once
   seconds: float  # to compile
 
@@ -46,7 +46,7 @@ def main(_: Any) -> None:
   if _KIND.value == "cpu":
     jax.config.update("jax_num_cpu_devices", max(counts))
   print(f"{_MODEL.value} twice, all weights, {preset()}; jax {jax.__version__}; GiB of each device")
-  print(f"{'devices':>8}{'state':>10}{'× devices':>11}{'sent':>9}{'least':>9}{'ratio':>8}{'gathered at once':>18}")
+  print(f"{'devices':>8}{'state':>10}{'× devices':>11}{'sent':>9}{'bound':>9}{'ratio':>8}{'gathered at once':>18}")
   for count in counts:
     hosts = max(1, count // 8)
     stand_ins = [targets.StandIn(i, i * hosts // count) for i in range(count)]
@@ -55,7 +55,7 @@ def main(_: Any) -> None:
     if _KIND.value != "none":
       sent = update_bytes(devices(count))
       line += (
-        f"{sent.bytes / GIB:>9.2f}{sent.least / GIB:>9.2f}{sent.bytes / sent.least:>8.3f}{sent.largest / GIB:>18.2f}"
+        f"{sent.bytes / GIB:>9.2f}{sent.bound / GIB:>9.2f}{sent.bytes / sent.bound:>8.3f}{sent.largest / GIB:>18.2f}"
       )
       line += f"   {_KIND.value}, compiled in {sent.seconds:.0f} s"
     print(line, flush=True)
@@ -96,7 +96,7 @@ def state_bytes(of: Players[Recipe]) -> int:
 
 
 def update_bytes(on: list[Any]) -> Sent:
-  """What a device sends in the compiled update, and the least that it must."""
+  """What a device sends in the compiled update, and the bound."""
   dtype = jnp.dtype("float32" if _KIND.value == "cpu" else "bfloat16")
   of = recipes(on, dtype)
   mesh, start = of.defender.mesh, time.perf_counter()

@@ -25,7 +25,7 @@ from advgame_jax.update import Recipe
 
 # Matrices dominate: a norm is a thousandth of a layer.
 MODEL = ModelConfig(vocab=1024, width=256, layers=3, heads=4, kv_heads=4, head_size=64, feed_forward=1024, tied=False)
-SLACK = 1.1
+SLACK = 1.05
 ROWS, T = 1, 64  # comparisons of a device and micro-batch, and tokens of a row
 QUICK = {"xla_backend_optimization_level": 0}  # of machine code; what is sent stays
 
@@ -71,16 +71,19 @@ def update_of(name):
   return model, collectives.of(text)
 
 
+def split_bytes(model):
+  """Of the parameters that are split."""
+  specs = jax.tree.leaves(architecture.param_specs(model))
+  return sum(4 * math.prod(spec.shape) for spec in specs if "width" in spec.axes)
+
+
 def gathered_bytes(model):
-  """Of the parameters that are split and made whole: all but the embedding, if it is no head too."""
-  specs = {**architecture.param_specs(model)}
-  if not model.tied:
-    del specs["embed"]
-  return sum(4 * math.prod(spec.shape) for spec in jax.tree.leaves(specs) if "width" in spec.axes)
+  """Of those that are made whole: all but the embedding, if it is no head too."""
+  return split_bytes(model) - (0 if model.tied else 4 * model.vocab * model.width)
 
 
 def largest_matrix(model):
-  """Bytes of a layer's largest matrix, or of the embedding."""
+  """Bytes of a layer's largest matrix, or of the head."""
   specs = jax.tree.leaves(architecture.param_specs(model))
   return max(4 * math.prod(spec.shape[spec.stacked :]) for spec in specs)
 
@@ -103,7 +106,7 @@ def test_a_pass_gathers_weights_twice_and_scatters_gradients_once(name):
 @pytest.mark.parametrize("name", CASES)
 def test_copies_send_each_other_only_their_parts_of_the_gradient(name):
   (model, found), case = update_of(name), CASES[name]
-  part = gathered_bytes(model) * case.data / 8 * case.accumulate
+  part = split_bytes(model) * case.data / 8 * case.accumulate
   reduced = sent(found, "all-reduce", case.data) if case.data > 1 else 0
   assert reduced <= SLACK * 2 * (case.data - 1) / case.data * part
   assert reduced > 0 or case.data == 1
@@ -127,11 +130,11 @@ def test_nothing_else_is_sent_but_norms_and_numbers(name):
     if (one.kind, one.devices) not in weights:
       others[one.kind] += one.bytes
   assert set(others) <= {"all-reduce"}
-  assert others.total() < 0.01 * gathered_bytes(model)
+  assert others.total() < 0.01 * split_bytes(model)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_more_than_a_matrix_of_a_layer_or_the_embedding_is_gathered_at_a_time(name):
+def test_no_more_than_a_matrix_of_a_layer_or_the_head_is_gathered_at_a_time(name):
   model, found = update_of(name)
   whole = [one.sent * one.devices / (one.devices - 1) for one in found if one.kind == "all-gather"]
   assert max(whole) <= largest_matrix(model)

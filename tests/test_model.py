@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import architecture, model, rotary
+from advgame_jax import architecture, model, rotary, sharding
 from advgame_jax.architecture import LayerKind, Rope
 from advgame_jax.attention import Index
 from advgame_jax.model import Prefix
@@ -217,3 +217,37 @@ def test_the_gradient_of_a_word_that_is_often_there_is_added_up_in_float32():
   assert gradient.dtype == jnp.bfloat16
   np.testing.assert_array_equal(gradient[3], 1000)  # one by one in bfloat16, 256 ones are the most
   assert not gradient[jnp.arange(8) != 3].any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "sequence": 2},
+    {"fsdp": 2, "sequence": 2, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 8},
+  ],
+  ids=lambda sizes: ", ".join(f"{axis} {size}" for axis, size in sizes.items()),
+)
+def test_a_mesh_looks_up_as_one_device_does_and_learns_alike(sizes, dtype):
+  mesh, layout, rng = tiny.mesh(**sizes), sharding.TRAIN, np.random.default_rng(1)
+  tokens_RT = rng.integers(0, 8, (8, 64)).astype(np.int32)  # each word some 64 times
+  table_VM, weight_RTM = (rng.normal(size=shape).astype(dtype) for shape in ((16, 32), (8, 64, 32)))
+
+  def weighed(table_VM, tokens_RT, weight_RTM, layout):
+    found_RTM = model.embed(tiny.CONFIG, {"embed": table_VM}, tokens_RT, layout)
+    return jnp.sum((found_RTM * weight_RTM).astype(jnp.float32)), found_RTM
+
+  look_up = jax.jit(jax.grad(weighed, has_aux=True), static_argnums=3)
+  expected, expected_RTM = look_up(table_VM, tokens_RT, weight_RTM, sharding.LOCAL)
+  place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, layout.spec(axes)))
+  arrays = (place(table_VM, "vocab", "width"), *(place(x, "rows", "tokens") for x in (tokens_RT, weight_RTM)))
+  with jax.set_mesh(mesh):
+    gradient, found_RTM = look_up(*arrays, layout)
+  np.testing.assert_array_equal(found_RTM, expected_RTM)
+  copies = sizes.get("data", 1)  # whose sums are rounded to bfloat16 before they are added up
+  rounding = 1e-6 if dtype == jnp.float32 else 2**-8 * copies
+  gradient, expected = (np.asarray(x, np.float32) for x in (gradient, expected))
+  np.testing.assert_allclose(gradient, expected, atol=rounding * np.abs(expected).max())
