@@ -34,6 +34,7 @@ from advgame_jax.types import UserError
 
 _NONE = 2**30  # a slot or a page that there is none of
 _ROWS = (0.25, 0.5, 0.75, 1.0)  # of the longest packed row, or of the most rows of one prompt each
+SMALL = 2**23  # bytes of a load's pages that cost less to read than programs for fewer of them cost to compile
 
 
 class Load(NamedTuple):
@@ -77,10 +78,17 @@ class Engine:
       most = {width: max(1, budget // width) for width in settings.prompt_buckets}
       counts = {(math.ceil(part * count), width) for width, count in most.items() for part in _ROWS}
       rows = sorted(counts, key=lambda shape: (math.prod(shape), shape))
-    pages = lambda tokens: -(-tokens // settings.page)
-    return Shapes(
-      group, lanes * group, settings.page, pages(longest), pages(settings.max_new_tokens), tuple(rows), packed
-    )
+    pages_of = lambda tokens: -(-tokens // settings.page)
+    prompt_pages, own_pages = pages_of(longest), pages_of(settings.max_new_tokens)
+    grows = lanes * (prompt_pages + group * own_pages) * self.page_bytes > SMALL
+    return Shapes(group, lanes * group, settings.page, prompt_pages, own_pages, tuple(rows), packed, grows)
+
+  @property
+  def page_bytes(self) -> float:
+    """Of a page of one device: keys and values of all layers."""
+    number = 1 + 4 / self.model.head_size if self.sampling.cache == "int8" else np.dtype(self.dtype).itemsize
+    tensor = sharding.shards(self.mesh, self.layout.heads)
+    return 2 * self.model.layers * self.model.kv_heads * self.model.head_size * number * self.sampling.page / tensor
 
   def generate(self, load: Load) -> Drawn:
     """What the load asks for.

@@ -24,6 +24,7 @@ class Shapes:
   own_pages: int  # of the longest completion
   rows: tuple[tuple[int, int], ...]  # of prompts that are read together: rows, tokens a row
   packed: bool  # a row may hold several prompts
+  grows: bool = True  # pools are of several sizes, not of one for all
 
   @property
   def lanes(self) -> int:
@@ -38,14 +39,16 @@ class Shapes:
   @property
   def prompt_pools(self) -> list[int]:
     """Sizes of the prompts' pool, pages, ascending."""
-    most = self.lanes * self.prompt_pages
-    return sorted({max(self.prompt_pages, math.ceil(part * most)) for part in _PROMPT_POOLS})
+    return self._sizes(self.lanes, self.prompt_pages, _PROMPT_POOLS)
 
   @property
   def own_pools(self) -> list[int]:
     """Sizes of the rows' pool, pages, ascending."""
-    most = self.slots * self.own_pages
-    return sorted({max(self.own_pages, math.ceil(part * most)) for part in _OWN_POOLS})
+    return self._sizes(self.slots, self.own_pages, _OWN_POOLS)
+
+  def _sizes(self, texts: int, pages: int, parts: Sequence[float]) -> list[int]:
+    """Of a pool for so many texts; each has room for the longest."""
+    return sorted({max(pages, math.ceil(part * texts * pages)) for part in (parts if self.grows else (1.0,))})
 
   def pages_of(self, tokens: int) -> int:
     """Pages that so many tokens of one text take."""

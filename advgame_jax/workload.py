@@ -97,12 +97,9 @@ def drawing_of(engine: Engine, prompts: int, group: int, prompt_tokens: float, m
 
 def pool_bytes(engine: Engine, prompts: int, group: int, prefix: bool, stacked: bool) -> tuple[float, float]:
   """Of one device: what the pools of a load take at most, and what moving the largest of their arrays takes beside."""
-  shapes, model = engine.shapes(prompts, group, prefix), engine.model
-  tensor = sharding.shards(engine.mesh, engine.layout.heads)
-  number = 1 + 4 / model.head_size if engine.sampling.cache == "int8" else engine.dtype.itemsize
-  page = 2 * model.layers * model.kv_heads * model.head_size * number * shapes.page / tensor
+  shapes, page = engine.shapes(prompts, group, prefix), engine.page_bytes
   own = shapes.own_pools[-1] * page
-  return own + shapes.prompt_pools[-1] * page, own / 2 / (1 if stacked else model.layers)
+  return own + shapes.prompt_pools[-1] * page, own / 2 / (1 if stacked else engine.model.layers)
 
 
 def size(tree: Any) -> float:

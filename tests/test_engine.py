@@ -10,6 +10,7 @@ import tiny
 
 from advgame_jax import architecture, ledger, model, programs, sampler, scoring, sharding
 from advgame_jax import config as config_lib
+from advgame_jax import engine as engine_lib
 from advgame_jax.engine import Engine, Load
 from advgame_jax.model import Prefix
 from advgame_jax.scoring import Choice, Generator
@@ -27,6 +28,14 @@ SAMPLING = config_lib.Sampling(
 RNG = np.random.default_rng(0)
 LENGTH_Q = np.array([5, 2, 7, 1, 6, 3, 4, 7])
 PROMPTS = [RNG.integers(1, CONFIG.vocab, length).tolist() for length in LENGTH_Q]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pools_grow():
+  """As those of models do that are not so small."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(engine_lib, "SMALL", 0)
+    yield
 
 
 @functools.cache
@@ -475,6 +484,21 @@ def test_pools_are_moved_array_by_array(stacked, monkeypatch):
   monkeypatch.setattr(programs, "compiled", watched)
   assert_same(generate(who, stacked=stacked), baseline())
   assert len(moved) >= 2 * (1 if stacked else CONFIG.layers)
+
+
+def test_a_load_of_few_bytes_has_pools_of_one_size_and_draws_the_same(monkeypatch):
+  who = engine()
+  shapes = lambda: who.shapes(len(PROMPTS), 2, prefix=False)
+  compiled = lambda: sum(map(len, who.lower(Generator((weights(who),)), len(PROMPTS), 2)[0].values()))
+  assert (len(shapes().prompt_pools), len(shapes().own_pools)) == (2, 3)
+  many = compiled()
+  pages = shapes().prompt_pools[-1] + shapes().own_pools[-1]
+  monkeypatch.setattr(engine_lib, "SMALL", pages * who.page_bytes)
+  assert (len(shapes().prompt_pools), len(shapes().own_pools)) == (1, 1)
+  assert compiled() < many / 2
+  assert_same(generate(who), baseline())
+  monkeypatch.setattr(engine_lib, "SMALL", pages * who.page_bytes - 1)
+  assert len(shapes().own_pools) == 3
 
 
 def test_a_row_that_is_not_finite_spoils_no_other():
