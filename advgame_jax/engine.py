@@ -34,7 +34,7 @@ from advgame_jax.types import UserError
 
 _NONE = 2**30  # a slot or a page that there is none of
 _ROWS = (0.25, 0.5, 0.75, 1.0)  # of the longest packed row, or of the most rows of one prompt each
-SMALL = 2**23  # bytes of a load's pages that cost less to read than programs for fewer of them cost to compile
+SMALL = 2**23  # bytes of weights and pages: less work, whole, than programs for parts of it are to compile
 
 
 class Load(NamedTuple):
@@ -66,22 +66,24 @@ class Engine:
     settings, parts = self.sampling, self._parts
     lanes = max(1, -(-(settings.slots or prompts * group) // (group * parts)))
     longest, budget = settings.prompt_buckets[-1], settings.prefill_tokens
+    pages_of = lambda tokens: -(-tokens // settings.page)
+    prompt_pages, own_pages = pages_of(longest), pages_of(settings.max_new_tokens)
+    weights = architecture.count_params(self.model) * np.dtype(self.dtype).itemsize
+    varied = weights + lanes * (prompt_pages + group * own_pages) * self.page_bytes > SMALL
+    row_parts = _ROWS if varied else (1.0,)
     rules = model.attention_rules(self.model)
     how = {"head_size": self.model.head_size, "dtype": self.dtype}
     platform = jax.default_backend()
     chosen = [kernels.resolve(self.attention, rule, platform, **how) for rule in rules]
     packed = prefix or "cudnn" not in chosen
     if packed:
-      widths = {max(16, math.ceil(part * max(longest, budget) / 16) * 16) for part in _ROWS}
+      widths = {max(16, math.ceil(part * max(longest, budget) / 16) * 16) for part in row_parts}
       rows = [(1, width) for width in sorted(widths)]
     else:
       most = {width: max(1, budget // width) for width in settings.prompt_buckets}
-      counts = {(math.ceil(part * count), width) for width, count in most.items() for part in _ROWS}
+      counts = {(math.ceil(part * count), width) for width, count in most.items() for part in row_parts}
       rows = sorted(counts, key=lambda shape: (math.prod(shape), shape))
-    pages_of = lambda tokens: -(-tokens // settings.page)
-    prompt_pages, own_pages = pages_of(longest), pages_of(settings.max_new_tokens)
-    grows = lanes * (prompt_pages + group * own_pages) * self.page_bytes > SMALL
-    return Shapes(group, lanes * group, settings.page, prompt_pages, own_pages, tuple(rows), packed, grows)
+    return Shapes(group, lanes * group, settings.page, prompt_pages, own_pages, tuple(rows), packed, varied)
 
   @property
   def page_bytes(self) -> float:

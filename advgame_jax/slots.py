@@ -24,7 +24,7 @@ class Shapes:
   own_pages: int  # of the longest completion
   rows: tuple[tuple[int, int], ...]  # of prompts that are read together: rows, tokens a row
   packed: bool  # a row may hold several prompts
-  grows: bool = True  # pools are of several sizes, not of one for all
+  varied: bool = True  # pools and slots are of several sizes, not of one for all
 
   @property
   def lanes(self) -> int:
@@ -34,7 +34,7 @@ class Shapes:
   @property
   def few(self) -> int:
     """Slots for the last rows of a load."""
-    return self.slots if self.slots < 8 else -(-self.slots // 4)
+    return -(-self.slots // 4) if self.varied and self.slots >= 8 else self.slots
 
   @property
   def prompt_pools(self) -> list[int]:
@@ -48,7 +48,7 @@ class Shapes:
 
   def _sizes(self, texts: int, pages: int, parts: Sequence[float]) -> list[int]:
     """Of a pool for so many texts; each has room for the longest."""
-    return sorted({max(pages, math.ceil(part * texts * pages)) for part in (parts if self.grows else (1.0,))})
+    return sorted({max(pages, math.ceil(part * texts * pages)) for part in (parts if self.varied else (1.0,))})
 
   def pages_of(self, tokens: int) -> int:
     """Pages that so many tokens of one text take."""

@@ -486,19 +486,20 @@ def test_pools_are_moved_array_by_array(stacked, monkeypatch):
   assert len(moved) >= 2 * (1 if stacked else CONFIG.layers)
 
 
-def test_a_load_of_few_bytes_has_pools_of_one_size_and_draws_the_same(monkeypatch):
-  who = engine()
-  shapes = lambda: who.shapes(len(PROMPTS), 2, prefix=False)
-  compiled = lambda: sum(map(len, who.lower(Generator((weights(who),)), len(PROMPTS), 2)[0].values()))
-  assert (len(shapes().prompt_pools), len(shapes().own_pools)) == (2, 3)
-  many = compiled()
-  pages = shapes().prompt_pools[-1] + shapes().own_pools[-1]
-  monkeypatch.setattr(engine_lib, "SMALL", pages * who.page_bytes)
-  assert (len(shapes().prompt_pools), len(shapes().own_pools)) == (1, 1)
-  assert compiled() < many / 2
+def test_small_weights_and_few_pages_have_one_size_of_each_and_draw_the_same(monkeypatch):
+  who, load = engine(prefill_tokens=64), (len(PROMPTS), 2, False)
+  sizes = lambda: tuple(map(len, (who.shapes(*load).prompt_pools, who.shapes(*load).own_pools, who.shapes(*load).rows)))
+  compiled = lambda: sum(map(len, who.lower(Generator((weights(who),)), *load[:2])[0].values()))
+  shapes, many = who.shapes(*load), compiled()
+  assert (*sizes(), shapes.few) == (2, 3, 4, 4)
+  pages = shapes.prompt_pools[-1] + shapes.own_pools[-1]
+  small = architecture.count_params(CONFIG) * 4 + pages * who.page_bytes
+  monkeypatch.setattr(engine_lib, "SMALL", small)
+  assert (*sizes(), who.shapes(*load).few) == (1, 1, 1, 16)
+  assert compiled() < many / 4
   assert_same(generate(who), baseline())
-  monkeypatch.setattr(engine_lib, "SMALL", pages * who.page_bytes - 1)
-  assert len(shapes().own_pools) == 3
+  monkeypatch.setattr(engine_lib, "SMALL", small - 1)
+  assert sizes() == (2, 3, 4)
 
 
 def test_a_row_that_is_not_finite_spoils_no_other():
