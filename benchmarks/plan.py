@@ -55,16 +55,18 @@ class Watch:
   """The most memory since it was last asked."""
 
   def __init__(self) -> None:
-    self.most = 0
+    self.most, self.lock = 0, threading.Lock()
     threading.Thread(target=self._look, daemon=True).start()
 
   def _look(self) -> None:
     while True:
-      self.most = max(self.most, resident())
+      with self.lock:
+        self.most = max(self.most, resident())
       time.sleep(0.002)
 
   def take(self) -> int:
-    most, self.most = max(self.most, resident()), 0
+    with self.lock:
+      most, self.most = max(self.most, resident()), 0
     return most
 
 
@@ -83,6 +85,7 @@ def steps(run: Session, count: int, watch: Watch) -> Iterator[tuple[dict[str, fl
   ledger, reporter = Ledger(jax.device_count()), Reporter(".", config.Report(), count, 0, write=False)
   state = jax.block_until_ready(run.init_state())
   for step in range(count):
+    time.sleep(1)  # a program's temporaries leave the process a while after its results are there
     before, worked = ledger.scalars(), time.process_time()
     watch.take()
     played = train.play(run, run.policies(state), step, seeds[step], ledger)
