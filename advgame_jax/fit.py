@@ -74,7 +74,7 @@ def search(config: Config, target: Target, completion_tokens: float = 0, console
     if best.plan.fits and place + 1 < len(tried) and _rank(tried[place + 1]) > _rank(best):
       break  # what is still to come is slower even by its estimate
   _show(tried, best, console or plan_page.plain_console())
-  return best.plan
+  return best.plan._replace(notes=[*best.plan.notes, *([missing] if missing else [])])
 
 
 def candidates(config: Config, target: Target, completion_tokens: float, chip: Chip) -> Iterator[Candidate]:

@@ -106,7 +106,9 @@ def _verdict(plan: Plan, price: float) -> Iterator[str]:
     f"The run: {plan.blueprint.config.steps:,} steps and {evaluations}, {number(hours / plan.target.count)} h, "
     f"{number(hours)} device-hours{paid}."
   )
-  estimated = " By estimates: a compiler's temporaries have been up to twice as large." * plan.estimated
+  twice = max(peak.held + 2 * peak.added for peak in plan.peaks)
+  said = f" By estimates: a compiler's temporaries have been up to twice as large, {gib(twice)} GiB with what stays."
+  estimated = said if plan.estimated else ""
   fits = f"fits: {gib(plan.peak.bytes)} GiB of {plan.target.capacity / GIB:.1f}, in {plan.peak.what}"
   yield f"It {fits if plan.fits else plan.why_not()}.{estimated}"
 

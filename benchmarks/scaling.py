@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import flags
 
-from advgame_jax import collectives, hf_config, paper, placement, published, session, sharding, targets
+from advgame_jax import collectives, command, hf_config, paper, placement, published, session, sharding, targets
 from advgame_jax import config as config_lib
-from advgame_jax.types import Players, PreferenceBatch
+from advgame_jax.types import Players, PreferenceBatch, UserError
 from advgame_jax.update import Recipe
 
 _KIND = flags.DEFINE_enum("kind", "h100", ["h100", "v5p", "v5e", "cpu", "none"], "what the update is compiled for")
@@ -40,12 +39,15 @@ class Sent(NamedTuple):
   seconds: float  # to compile
 
 
-def main(_: Any) -> None:
-  absl_logging.set_verbosity(absl_logging.ERROR)
+def main() -> None:
+  jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for devices elsewhere cannot be read back
+  if not all(count.isdecimal() and int(count) > 1 for count in _DEVICES.value):
+    raise UserError(f"--devices={','.join(_DEVICES.value)}; allowed: numbers above 1, with commas between them")
   counts = list(map(int, _DEVICES.value))
   if _KIND.value == "cpu":
     jax.config.update("jax_num_cpu_devices", max(counts))
-  print(f"{_MODEL.value} twice, all weights, {preset()}; jax {jax.__version__}; GiB of each device")
+  sent_as = "" if _KIND.value == "none" else f", sent in {compute_dtype().name}"
+  print(f"{_MODEL.value} twice, all weights, {preset()}{sent_as}; jax {jax.__version__}; GiB of each device")
   print(f"{'devices':>8}{'state':>10}{'× devices':>11}{'sent':>9}{'bound':>9}{'ratio':>8}{'gathered at once':>18}")
   for count in counts:
     hosts = max(1, count // 8)
@@ -69,6 +71,10 @@ def devices(count: int) -> list[Any]:
     "cpu": f"cpu:{count}",
   }
   return targets.parse(names[_KIND.value]).devices()
+
+
+def compute_dtype() -> Any:
+  return jnp.dtype("float32" if _KIND.value == "cpu" else "bfloat16")
 
 
 def preset() -> str:
@@ -97,7 +103,7 @@ def state_bytes(of: Players[Recipe]) -> int:
 
 def update_bytes(on: list[Any]) -> Sent:
   """What a device sends in the compiled update, and the bound."""
-  dtype = jnp.dtype("float32" if _KIND.value == "cpu" else "bfloat16")
+  dtype = compute_dtype()
   of = recipes(on, dtype)
   mesh, start = of.defender.mesh, time.perf_counter()
   update = session.jit_update(of, mesh)
@@ -130,4 +136,4 @@ def _batch(recipe: Recipe) -> PreferenceBatch:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(main)

@@ -308,6 +308,7 @@ def test_a_load_of_more_rows_than_slots_takes_waves():
 def test_the_search_finds_what_fits_and_says_the_flags(paper, no_compiler, few_ways, capsys):
   made = fit.search(paper, targets.parse("h100:8"))
   assert made.fits
+  assert [note for note in made.notes if "nothing is compiled" in note]
   text = capsys.readouterr().out
   best = text[text.index("The best: ") :].split()[2:]
   values = dict(flag.removeprefix("--config.").split("=") for flag in best)
