@@ -34,7 +34,7 @@ from advgame_jax.types import UserError
 
 _NONE = 2**30  # a slot or a page that there is none of
 _ROWS = (0.25, 0.5, 0.75, 1.0)  # of the longest packed row, or of the most rows of one prompt each
-SMALL = 2**23  # bytes of weights and pages: less work, whole, than programs for parts of it are to compile
+SMALL = 2**23  # bytes of weights and pages, up to which a smaller shape saves less than it takes to compile
 
 
 class Load(NamedTuple):
