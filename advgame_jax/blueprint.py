@@ -134,10 +134,8 @@ class _Drafter:
 
   def blueprint(self, notes: list[str]) -> Blueprint:
     for recipe, place, name in zip(self.recipes, self.places, Players._fields):
-      buckets = recipe.player.sampling.prompt_buckets
       if not recipe.player.frozen:
-        lengths = [bucket + recipe.player.sampling.max_new_tokens for bucket in buckets]
-        placement.check(place, recipe.model, lengths, name)
+        placement.check(place, recipe.model, recipe.player.sampling, name)
     A, D, B = self.config.game.attacks_per_seed, self.config.game.responses, self.config.data.batch
     drawn = B * A * D * self.completion.defender
     drawn += 0 if self.config.game.skip_attacker else B * A * self.completion.attacker
@@ -373,26 +371,27 @@ class _Drafter:
 
   def batch(self, recipe: Recipe) -> PreferenceBatch:
     """What a player learns from in a step, padded as `Session.update` does it; every prompt in the largest bucket."""
-    P, C, T = self.comparisons(recipe)
+    P, S, C, T = self.comparisons(recipe)
     unit = sharding.shards(recipe.mesh, recipe.layout.rows) * recipe.player.accumulate
     P, rows = math.ceil(P / unit) * unit, sharding.rows_sharding(recipe.mesh, recipe.layout)
     array: Any = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
     return PreferenceBatch(
+      prompt_PS=array(jnp.int32, P, S),
+      prompt_length_P=array(jnp.int32, P),
       tokens_PCT=array(jnp.int32, P, C, T),
       length_PC=array(jnp.int32, P, C),
-      completion_mask_PCT=array(jnp.bool_, P, C, T),
       behaviour_logprob_PCT=array(jnp.float32, P, C, T),
       plain_logprob_PCT=array(jnp.float32, P, C, T),
       advantage_PC=array(jnp.float32, P, C),
       weight_P=array(jnp.float32, P),
     )
 
-  def comparisons(self, recipe: Recipe) -> tuple[int, int, int]:
-    """P, C, T before padding."""
+  def comparisons(self, recipe: Recipe) -> tuple[int, int, int, int]:
+    """P, S, C, T before padding."""
     game, B = self.config.game, self.config.data.batch
     nodes, group = (B, game.attacks) if recipe is self.recipes.attacker else (B * game.attacks_per_seed, game.responses)
-    T = recipe.player.sampling.prompt_buckets[-1] + recipe.player.sampling.max_new_tokens
-    return (nodes * group, 1, T) if self.config.loss.kind == "grpo" else (nodes, 2, T)
+    S, T = recipe.player.sampling.prompt_buckets[-1], recipe.player.sampling.max_new_tokens
+    return (nodes * group, S, 1, T) if self.config.loss.kind == "grpo" else (nodes, S, 2, T)
 
   def _evaluation_pools(self) -> Players[float]:
     count, no_stops = 2 * self.config.evaluation.seeds * self.config.evaluation.samples, np.zeros((1, 1), np.int16)

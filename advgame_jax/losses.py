@@ -62,7 +62,8 @@ def importance(logprob_PCT: jax.Array, behaviour_PCT: jax.Array, cap: float) -> 
 
 def live_tokens(batch: PreferenceBatch) -> jax.Array:
   """[P, C, T] bool: completion tokens of comparisons that have a weight."""
-  return jnp.logical_and(batch.completion_mask_PCT, (batch.weight_P > 0)[:, None, None])
+  there_PCT = jnp.arange(batch.tokens_PCT.shape[-1]) < jnp.asarray(batch.length_PC)[..., None]
+  return there_PCT & (batch.weight_P > 0)[:, None, None]
 
 
 def totals(batch: PreferenceBatch) -> Totals:

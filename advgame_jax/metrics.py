@@ -89,8 +89,8 @@ def generated(player: LanguageModel, samples: Samples) -> tuple[int, float]:
 
 
 def trained(run: Session, batch: Players[PreferenceBatch]) -> tuple[int, float]:
-  """Tokens of rows with a weight, and the FLOPs of the update."""
-  tokens = sum(float((b.length_PC * b.weight_P[:, None]).sum()) for b in batch)
+  """Tokens of prompts and completions with a weight, and the FLOPs of the update."""
+  tokens = sum(float(((b.prompt_length_P + b.length_PC.sum(1)) * b.weight_P).sum()) for b in batch)
   return int(tokens), sum(map(update.update_flops, run.recipes, batch))
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from advgame_jax import attention, experts, flash_decoding, kernels, rotary
 from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.blockwise import ATTENDED
+from advgame_jax.fork import Fork
 from advgame_jax.matrices import Adapted, Int8, cast, project, quantise
 from advgame_jax.rotary import Turn
 from advgame_jax.sharding import LOCAL, Layout
@@ -152,6 +153,7 @@ def forward(
   prefix: Prefix | None = None,
   place_RT: jax.Array | None = None,
   segment_RT: jax.Array | None = None,
+  fork: Fork | None = None,
 ) -> tuple[jax.Array, Layers]:
   """Whole rows, padded on the right → normalised hidden states [R, T, M] and the cache of all T tokens.
 
@@ -164,10 +166,12 @@ def forward(
     kernel: an implementation of `attention.causal`.
     place_RT: int32, of each token in its text behind the prefix; None is 0, 1, 2, …
     segment_RT: int32; a token sees only its own segment of a packed row.
+    fork: what the rows are made up of, where they are a prompt and several completions.
   """
   axes = _axes_of_layer(config, params["layers"])
   params = {**cast({**params, "layers": ()}, dtype), "layers": _cast_split(axes, params["layers"], dtype)}
   x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", "tokens", None)
+  place_RT = fork.place_PX if fork else place_RT
   by_row = "rows" if place_RT is not None or prefix else None  # else all rows turn alike
   place_RT = jnp.arange(tokens_RT.shape[1])[None] if place_RT is None else place_RT
   if prefix:
@@ -181,14 +185,14 @@ def forward(
     split(("rows",)),
     jax.tree.map(split, axes, is_leaf=_is_axes),
   )
-  given = (of_layer, by_tokens, split((by_row, "tokens")), jax.P(), by_rows, by_rows, by_tokens, by_tokens)
+  given = (of_layer, by_tokens, split((by_row, "tokens")), jax.P(), by_rows, by_rows, by_tokens, by_tokens, by_rows)
   cached: Any = (split(("rows", None, None, "tokens")), split(("rows", None, "tokens")))
   on_devices = layout.by_hand.local(on_device, given, (by_tokens, Cache(*cached)))
 
   def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Cache]:
     layer, kind, before = inputs
     length_Q = prefix and prefix.length_Q
-    return on_devices(layer, x_RTM, _turn(turns, kind), kind, before, length_Q, place_RT, segment_RT)
+    return on_devices(layer, x_RTM, _turn(turns, kind), kind, before, length_Q, place_RT, segment_RT, fork)
 
   step = layer_step if remat == "none" else jax.checkpoint(layer_step, policy=_KEPT[remat])
   x_RTM, cache = _over_layers(config, step, x_RTM, params["layers"], prefix and prefix.cache)
@@ -208,6 +212,7 @@ def _layer_on_device(
   length_Q: jax.Array | None,
   place_RT: jax.Array,
   segment_RT: jax.Array | None,
+  fork: Fork | None,
 ) -> tuple[jax.Array, Cache]:
   """One layer of a device's part of the tokens: what is split by width is gathered, and its gradient scattered.
 
@@ -220,7 +225,7 @@ def _layer_on_device(
   def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
     kept.extend((attention.keys_of_cache(key_RTKH), value_RTKH.swapaxes(1, 2)))
     if before is None or length_Q is None:
-      return _attend_rows(config, kernel, layout, kind.which, query_RTNH, key_RTKH, value_RTKH, segment_RT)
+      return _attend_rows(config, kernel, layout, kind.which, query_RTNH, key_RTKH, value_RTKH, segment_RT, fork)
     there_QgTS = (jnp.arange(before.key_RKHS.shape[3]) < length_Q[:, None])[:, None, None]
     shared, rule = attention.Segment(before.key_RKHS, before.value_RKSH, there_QgTS), attention_rules(config)[0]
     return attention.continued(
@@ -313,14 +318,17 @@ def _attend_rows(
   key_RTKH: jax.Array,
   value_RTKH: jax.Array,
   segment_RT: jax.Array | None,
+  fork: Fork | None,
 ) -> jax.Array:
   """Causal attention in this layer's window; kernels know windows only before they are compiled."""
   query_key_value = [layout.gather_tokens(x) for x in (query_RTNH, key_RTKH, value_RTKH)]
+  if fork:
+    query_key_value = [fork.whole_rows(x) for x in query_key_value]
   heads = layout.by_compiler
   attend = functools.partial(attention.causal, implementation=kernel, layout=heads, segment_RT=segment_RT)
   branches = [functools.partial(attend, rule=rule) for rule in attention_rules(config)]
   read = jax.lax.switch(which, branches, *query_key_value) if len(branches) > 1 else branches[0](*query_key_value)
-  return layout.scatter_tokens(read)
+  return layout.scatter_tokens(fork.one_row(read) if fork else read)
 
 
 def _windows(config: ModelConfig) -> list[int]:

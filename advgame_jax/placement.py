@@ -123,22 +123,19 @@ def by_host(devices: Sequence[Any]) -> list[list[Any]]:
   return [[device for device in devices if key(device) == host] for host in sorted(set(map(key, devices)))]
 
 
-def check(where: Place, model: ModelConfig, rows: Sequence[int], name: str) -> None:
+def check(where: Place, model: ModelConfig, sampling: config_lib.Sampling, name: str) -> None:
   """What a learning player's shapes must fit into, beside its parameters.
-
-  Args:
-    rows: lengths of its training rows, tokens.
 
   Raises:
     UserError: tokens or heads that do not divide.
   """
   parts = sharding.shards(where.mesh, where.train.tokens)
   within = parts * sharding.shards(where.mesh, where.train.heads)
-  for length in rows:
+  for length in (*sampling.prompt_buckets, sampling.max_new_tokens):
     if length % parts:
       raise UserError(
-        f"the {name}'s training rows have {length} tokens, which do not divide over {'×'.join(where.train.tokens)} = "
-        f"{parts} devices; allowed: prompt_buckets and max_new_tokens whose sum does"
+        f"the {name}'s prompts or completions of {length} tokens do not divide over {'×'.join(where.train.tokens)} = "
+        f"{parts} devices; allowed: prompt_buckets and max_new_tokens that do"
       )
   if parts > 1 and model.kv_heads % within:
     raise UserError(

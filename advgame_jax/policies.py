@@ -161,10 +161,6 @@ class LanguageModel:
   def longest_prompt(self) -> int:
     return self.sampling.prompt_buckets[-1]
 
-  def row_tokens(self, prompt_bucket: int) -> int:
-    """T of a training row: a prompt of this bucket and the longest completion."""
-    return prompt_bucket + self.sampling.max_new_tokens
-
 
 def open_model(
   folder: str,

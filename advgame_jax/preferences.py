@@ -22,9 +22,7 @@ class _Choice(NamedTuple):
   weight_P: np.ndarray  # bool
 
 
-def select_comparisons(
-  loss: config_lib.Loss, tree: RolloutTree, rewards: Rewards, row_tokens: Players[int]
-) -> Players[PreferenceBatch]:
+def select_comparisons(loss: config_lib.Loss, tree: RolloutTree, rewards: Rewards) -> Players[PreferenceBatch]:
   """What each player learns from one tree; the shapes depend on those of the tree and on `loss.kind` alone.
 
   Args:
@@ -32,27 +30,20 @@ def select_comparisons(
       rewards the latter are measured against.
     tree: B × A attacks (nodes: B) and B·A × D responses (nodes: B·A).
     rewards: of the same tree; masked ones are read nowhere.
-    row_tokens: T of each player's rows, tokens of prompt and completion together.
-
-  Raises:
-    ValueError: a compared row is longer than `row_tokens`.
   """
   shape_RG = tree.responses.text_RG.shape
   return Players(
-    attacker=_select(loss, tree.attacks, rewards.attack_BA, rewards.attack_mask_BA, row_tokens.attacker),
+    attacker=_select(loss, tree.attacks, rewards.attack_BA, rewards.attack_mask_BA),
     defender=_select(
       loss,
       tree.responses,
       rewards.response_BAD.reshape(shape_RG),
       rewards.response_mask_BAD.reshape(shape_RG),
-      row_tokens.defender,
     ),
   )
 
 
-def _select(
-  loss: config_lib.Loss, samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray, row_tokens: int
-) -> PreferenceBatch:
+def _select(loss: config_lib.Loss, samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray) -> PreferenceBatch:
   # A sample without tokens is no model's: seeds played as they are, a script, a server.
   mask_RG = mask_RG & (samples.length_RG > 0)
   reward_RG = np.where(mask_RG, reward_RG, 0.0).astype(np.float64)
@@ -60,7 +51,7 @@ def _select(
     choice = _every_sample(samples, reward_RG, mask_RG, None if loss.baseline == "batch" else 1)
   else:
     choice = _best_against_worst(samples, reward_RG, mask_RG)
-  return _lay_out(samples, choice, row_tokens)
+  return _lay_out(samples, choice)
 
 
 def _best_against_worst(samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray) -> _Choice:
@@ -96,28 +87,26 @@ def _every_sample(samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray, 
   )
 
 
-def _lay_out(samples: Samples, choice: _Choice, row_tokens: int) -> PreferenceBatch:
-  """Prompt and completion of each chosen sample, in one right-padded row; rows of weight 0 stay empty."""
-  shape_PCT = (*choice.sample_PC.shape, row_tokens)
+def _lay_out(samples: Samples, choice: _Choice) -> PreferenceBatch:
+  """Each prompt and the chosen samples of it; comparisons of weight 0 stay empty."""
+  shape_PCT = (*choice.sample_PC.shape, samples.tokens_RGT.shape[2])
+  live_P = choice.weight_P
   batch = PreferenceBatch(
+    prompt_PS=np.zeros((len(live_P), samples.prompt_tokens_RT.shape[1]), np.int32),
+    prompt_length_P=np.where(live_P, samples.prompt_length_R[choice.row_P], 0).astype(np.int32),
     tokens_PCT=np.zeros(shape_PCT, np.int32),
-    length_PC=np.zeros(shape_PCT[:2], np.int32),
-    completion_mask_PCT=np.zeros(shape_PCT, bool),
+    length_PC=np.where(live_P[:, None], choice.length_PC, 0).astype(np.int32),
     behaviour_logprob_PCT=np.zeros(shape_PCT, np.float32),
     plain_logprob_PCT=np.zeros(shape_PCT, np.float32),
-    advantage_PC=np.where(choice.weight_P[:, None], choice.advantage_PC, 0.0).astype(np.float32),
-    weight_P=choice.weight_P.astype(np.float32),
+    advantage_PC=np.where(live_P[:, None], choice.advantage_PC, 0.0).astype(np.float32),
+    weight_P=live_P.astype(np.float32),
   )
-  for p, c in np.argwhere(np.broadcast_to(choice.weight_P[:, None], shape_PCT[:2])):
-    r, g, kept = choice.row_P[p], choice.sample_PC[p, c], choice.length_PC[p, c]
-    start = samples.prompt_length_R[r]
-    stop = start + kept
-    if stop > row_tokens:
-      raise ValueError(f"a sample has {start} + {kept} tokens, but rows are {row_tokens} tokens long")
-    batch.tokens_PCT[p, c, :start] = samples.prompt_tokens_RT[r, :start]
-    batch.tokens_PCT[p, c, start:stop] = samples.tokens_RGT[r, g, :kept]
-    batch.length_PC[p, c] = stop
-    batch.completion_mask_PCT[p, c, start:stop] = True
-    batch.behaviour_logprob_PCT[p, c, start:stop] = samples.behaviour_logprob_RGT[r, g, :kept]
-    batch.plain_logprob_PCT[p, c, start:stop] = samples.plain_logprob_RGT[r, g, :kept]
+  for p in np.flatnonzero(live_P):
+    r, length = choice.row_P[p], batch.prompt_length_P[p]
+    batch.prompt_PS[p, batch.prompt_PS.shape[1] - length :] = samples.prompt_tokens_RT[r, :length]
+    for c, g in enumerate(choice.sample_PC[p]):
+      kept = slice(batch.length_PC[p, c])
+      batch.tokens_PCT[p, c, kept] = samples.tokens_RGT[r, g, kept]
+      batch.behaviour_logprob_PCT[p, c, kept] = samples.behaviour_logprob_RGT[r, g, kept]
+      batch.plain_logprob_PCT[p, c, kept] = samples.plain_logprob_RGT[r, g, kept]
   return batch

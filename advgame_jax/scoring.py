@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from advgame_jax import fork as forks
 from advgame_jax import model
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.sharding import LOCAL, Layout
-from advgame_jax.types import Params
+from advgame_jax.types import Array, Params
 
 Measure = Callable[[jax.Array, jax.Array], Any]
 """(logits_XV float32, token_X) → a pytree of [X]: what to keep of each token's logits."""
@@ -156,16 +157,66 @@ def score_generator(
   """
   forward = functools.partial(model.forward, config, dtype=dtype, layout=layout, remat=remat, kernel=kernel)
   hidden = [forward(params, tokens_RT)[0] for params in generator.members]
-  heads = [model.head(params).astype(dtype) for params in generator.members]
   to_next = lambda x_RT: jnp.pad(x_RT[:, 1:], ((0, 0), (0, 1)))  # position t says something of token t + 1
-  by_rows, by_width = layout.by_hand.spec(("rows", "tokens")), layout.by_hand.spec(("vocab", "width"))
-  measured = layout.by_hand.local(
-    functools.partial(_measure, config, measure, chunk, layout), (by_width, by_rows, by_rows, by_rows, None), by_rows
-  )(heads, hidden, to_next(tokens_RT), to_next(mask_RT), generator.share)
+  measured = _measure(config, generator, hidden, to_next(tokens_RT), to_next(mask_RT), measure, chunk, layout)
   return jax.tree.map(lambda x_RT: jnp.pad(x_RT[:, :-1], ((0, 0), (1, 0))), measured)
 
 
+def score_completions(
+  config: ModelConfig,
+  params: Params,
+  prompt_PS: Array,
+  length_P: Array,
+  tokens_PCT: Array,
+  mask_PCT: jax.Array,
+  measure: Measure = plain_logprob,
+  *,
+  chunk: int = 1024,
+  dtype: Any = jnp.float32,
+  layout: Layout = LOCAL,
+  remat: str = "none",
+  kernel: str = "auto",
+) -> Any:
+  """`score` of the completions of each prompt, whose own tokens are computed once → pytree of [P, C, T].
+
+  Args:
+    prompt_PS: padded on the left.
+    length_P: int32, tokens of the prompts.
+    tokens_PCT: padded on the right.
+    mask_PCT: bool, the tokens to measure.
+  """
+  fork, tokens_PX = forks.join(prompt_PS, length_P, tokens_PCT)
+  tokens_PX = layout.constrain(tokens_PX, "rows", "tokens")
+  hidden_PXM, _ = model.forward(
+    config, params, tokens_PX, dtype=dtype, layout=layout, remat=remat, kernel=kernel, fork=fork
+  )
+  hidden_RTM = layout.constrain(fork.in_front(hidden_PXM), "rows", "tokens", None)
+  rows = lambda x_PCT: x_PCT.reshape(-1, x_PCT.shape[-1])
+  measured = _measure(
+    config, Generator((params,)), [hidden_RTM], rows(tokens_PCT), rows(mask_PCT), measure, chunk, layout
+  )
+  return jax.tree.map(lambda x_RT: x_RT.reshape(tokens_PCT.shape), measured)
+
+
 def _measure(
+  config: ModelConfig,
+  generator: Generator,
+  hidden: Sequence[jax.Array],
+  token_RT: jax.Array,
+  mask_RT: jax.Array,
+  measure: Measure,
+  chunk: int,
+  layout: Layout,
+) -> Any:
+  """A measure of the masked of these tokens, of each of which the members' hidden states say something."""
+  heads = [model.head(params).astype(hidden[0].dtype) for params in generator.members]
+  by_rows, by_width = layout.by_hand.spec(("rows", "tokens")), layout.by_hand.spec(("vocab", "width"))
+  on_device = functools.partial(_measure_on_device, config, measure, chunk, layout)
+  on_devices = layout.by_hand.local(on_device, (by_width, by_rows, by_rows, by_rows, None), by_rows)
+  return on_devices(heads, hidden, token_RT, mask_RT, generator.share)
+
+
+def _measure_on_device(
   config: ModelConfig,
   measure: Measure,
   chunk: int,

@@ -272,7 +272,7 @@ def _language_model(config: Config, place: Place, name: str) -> LanguageModel:
       f"{player.model.max_positions} positions; allowed: prompt_buckets + max_new_tokens up to that"
     )
   if not settings.frozen:
-    placement.check(place, player.model, [player.row_tokens(n) for n in settings.sampling.prompt_buckets], name)
+    placement.check(place, player.model, settings.sampling, name)
   stops = (prompts.PROMPT_END,) if name == "attacker" else ()
   return dataclasses.replace(player, stop_strings=stops, lora=settings.lora)
 

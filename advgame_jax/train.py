@@ -178,7 +178,7 @@ def learn(
     panel, asked = metrics.metered_judges(run, ledger)
     judgments = judges.judge(config.judges, tree, panel.players, fold_key(config.seed, step))
     reward = rewards.assign_rewards(judgments)
-    batch = preferences.select_comparisons(config.loss, tree, reward, row_tokens(run, tree))
+    batch = preferences.select_comparisons(config.loss, tree, reward)
     with ledger.timed("update"):
       state, learnt = run.update(state, batch)
       with ledger.timed("other"):  # while the device works
@@ -241,7 +241,7 @@ def warm_up(run: Session, state: TrainState) -> TrainState:
   nothing = Rewards(np.zeros((B, A)), np.zeros((B, A), bool), np.zeros((B, A, D)), np.zeros((B, A, D), bool))
   for attack, response in itertools.product(attacks, responses):
     tree = _unplayed(attack, response)
-    batch = preferences.select_comparisons(config.loss, tree, nothing, row_tokens(run, tree))
+    batch = preferences.select_comparisons(config.loss, tree, nothing)
     state, _ = run.update(dataclasses.replace(state, step=state.step - 1), batch)
   return state
 
@@ -258,12 +258,6 @@ def _unplayed(attacks: Samples, responses: Samples) -> RolloutTree:
     response_text_BAD=responses.text_RG.reshape(*shape, -1),
     response_status_BAD=responses.status_RG.reshape(*shape, -1),
   )
-
-
-def row_tokens(run: Session, tree: RolloutTree) -> Players[int]:
-  """T of each player's training rows: the bucket its prompts fell into, and its longest completion."""
-  buckets = (tree.attacks.prompt_tokens_RT.shape[1], tree.responses.prompt_tokens_RT.shape[1])
-  return Players(*(player.row_tokens(bucket) for player, bucket in zip(run.players, buckets)))
 
 
 def _check_gradients(config: Config, step: int, scalars: Mapping[str, float]) -> None:

@@ -6,9 +6,10 @@ Every array name ends in its axes. The letters, unique in the package:
 
     B seeds   A attacks per seed   D responses per attack   P comparisons   C completions of a comparison   J votes
     R rows of a device batch (prompts × samples)   Q rows before they fork   G samples of one prompt
-    T tokens   t tokens of one chunk   S cache slots   Z stop states   X what one function runs over, as it says
-    V vocabulary   M width   F feed-forward   N query heads   K key/value heads   H head size   L layers
-    E experts   k of them per token   n query heads of a key head   h rotated pairs of a head   g rows of a group
+    T tokens   t tokens of one chunk   S slots of a cache, or of a prompt   Z stop states
+    X, Y what one function runs over, as it says   V vocabulary   M width   F feed-forward   L layers
+    N query heads   K key/value heads   H head size   n query heads of a key head   h rotated pairs of a head
+    E experts   k of them per token   g rows of a group
 
 A small letter is otherwise the part of the large one that is in one chunk or block.
 
@@ -157,15 +158,17 @@ class Rewards:
 
 @struct.dataclass
 class PreferenceBatch:
-  """P comparisons of C completions for one player: C = 2 (chosen, rejected) for pairs, C = 1 for GRPO.
+  """P comparisons of C completions of a prompt for one player: C = 2 (chosen, rejected) for pairs, C = 1 for GRPO.
 
-  A row is prompt and completion, right-padded to T. Weight 0 is padding: nothing else of that row is read.
+  Prompts are padded on the left to S, completions on the right to T. Weight 0 is padding: nothing else of that
+  comparison is read.
   """
 
-  tokens_PCT: Array  # int32
-  length_PC: Array  # int32: tokens of prompt and completion together
-  completion_mask_PCT: Array  # bool: the tokens a player chose
-  behaviour_logprob_PCT: Array  # float32, nats, 0 outside the completion
+  prompt_PS: Array  # int32
+  prompt_length_P: Array  # int32: tokens
+  tokens_PCT: Array  # int32: the completions, what a player chose
+  length_PC: Array  # int32: tokens of a completion
+  behaviour_logprob_PCT: Array  # float32, nats, 0 behind the completion
   plain_logprob_PCT: Array  # float32, nats: the generator's; the reference's too, `Player.reference_is_generator`
   advantage_PC: Array  # float32: reward − baseline
   weight_P: Array  # float32: 1 or 0

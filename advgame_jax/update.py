@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from advgame_jax import architecture, lora, losses, optimizers, rounding, scoring
@@ -87,7 +88,7 @@ def joint_update(
 def _update_player(
   recipe: Recipe, key: jax.Array, state: PlayerState, batch: PreferenceBatch, bases: Bases
 ) -> tuple[PlayerState, Metrics]:
-  if recipe.player.frozen:
+  if recipe.player.frozen or not batch.tokens_PCT.size:
     return state, {}
   if recipe.precision.offload:
     state = state_lib.move(state, jax.memory.Space.Device)
@@ -154,13 +155,13 @@ def micro_batches(batch: PreferenceBatch, parts: int) -> PreferenceBatch:
 
 def _score(recipe: Recipe, weights: Params, batch: PreferenceBatch, entropy: bool) -> tuple[jax.Array, jax.Array]:
   """Log-probabilities of the live tokens, and their entropies (zeros where not asked for), [P, C, T]."""
-  shape = batch.tokens_PCT.shape
-  rows = lambda x_PCT: x_PCT.reshape(-1, shape[-1])
-  scored = scoring.score(
+  scored = scoring.score_completions(
     recipe.model,
     weights,
-    rows(batch.tokens_PCT),
-    rows(losses.live_tokens(batch)),
+    batch.prompt_PS,
+    batch.prompt_length_P,
+    batch.tokens_PCT,
+    losses.live_tokens(batch),
     scoring.logprob_and_entropy if entropy else scoring.plain_logprob,
     chunk=recipe.precision.logit_chunk,
     dtype=recipe.dtype,
@@ -168,8 +169,7 @@ def _score(recipe: Recipe, weights: Params, batch: PreferenceBatch, entropy: boo
     remat=recipe.precision.remat,
     kernel=recipe.precision.attention,
   )
-  logprob_RT, entropy_RT = scored if entropy else (scored, jnp.zeros_like(scored))
-  return logprob_RT.reshape(shape), entropy_RT.reshape(shape)
+  return scored if entropy else (scored, jnp.zeros_like(scored))
 
 
 def update_flops(recipe: Recipe, batch: PreferenceBatch) -> float:
@@ -177,7 +177,14 @@ def update_flops(recipe: Recipe, batch: PreferenceBatch) -> float:
   if recipe.player.frozen:
     return 0.0
   parts = micro_batches(pad_leading(batch, recipe.player.accumulate), recipe.player.accumulate)
-  tokens = parts.tokens_PCT[(parts.weight_P > 0).any(1)]
-  shape = (recipe.model, tokens.size, tokens.shape[-1] / 2)
+  comparisons = np.any(np.asarray(parts.weight_P) > 0, axis=1).sum() * parts.weight_P.shape[1]
+  S, (C, T) = batch.prompt_PS.shape[1], batch.tokens_PCT.shape[1:]
+  return comparisons * comparison_flops(recipe, S, C, T)
+
+
+def comparison_flops(recipe: Recipe, prompt: float, completions: int, tokens: float) -> float:
+  """Of one comparison: forward, backward, what is computed again, and the reference."""
   forwards = 1 + (recipe.precision.remat == "layer") + (not recipe.player.reference_is_generator)
-  return forwards * architecture.forward_flops(*shape) + architecture.backward_flops(*shape, frozen=recipe.adapted)
+  return architecture.learning_flops(
+    recipe.model, prompt, completions, tokens, forwards=forwards, frozen=recipe.adapted
+  )

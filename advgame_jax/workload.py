@@ -17,7 +17,7 @@ from advgame_jax.architecture import ModelConfig
 from advgame_jax.collectives import Collective
 from advgame_jax.engine import Engine
 from advgame_jax.targets import StandIn, Target
-from advgame_jax.update import Recipe
+from advgame_jax.update import Recipe, comparison_flops
 
 _KERNELS_A_LAYER, _KERNELS_A_DRAW = 16, 25  # of a step on GPUs, pages read by `flash_decoding`
 
@@ -140,25 +140,26 @@ def stepping(engine: Engine, drawing: Drawing, weights: Sequence[Any], moving: f
   return Effort(flops, moved, Guess(max(moving, 3 * logits + R * layer), where.reduce(engine, R)), kernels)
 
 
-def updating(recipe: Recipe, shape: tuple[int, int, int], where: Wires) -> Effort:
-  """One player's update, of comparisons that all have a weight; `shape`: P, C, T before padding."""
+def updating(recipe: Recipe, shape: tuple[int, int, int, int], where: Wires) -> Effort:
+  """One player's update, of comparisons that all have a weight; `shape`: P, S, C, T before padding."""
   model, mesh, layout, precision = recipe.model, recipe.mesh, recipe.layout, recipe.precision
-  (P, C, T), accumulate, Z = shape, recipe.player.accumulate, np.dtype(recipe.dtype).itemsize
+  (P, S, C, T), accumulate, Z = shape, recipe.player.accumulate, np.dtype(recipe.dtype).itemsize
   parts, tensor = sharding.shards(mesh, layout.rows), sharding.shards(mesh, layout.heads)
   micro = min(P, accumulate)  # those that have a comparison; the rest cost nothing
-  tokens = math.ceil(P / (parts * accumulate)) * C * T / sharding.shards(mesh, layout.tokens)
+  comparisons = math.ceil(P / (parts * accumulate)) / sharding.shards(mesh, layout.tokens)
+  tokens, whole_rows = comparisons * (S + C * T), comparisons * C * (S + T)
   forwards = 1 + (precision.remat == "layer") + (not recipe.player.reference_is_generator)
-  flops = forwards * architecture.forward_flops(model, tokens, T / 2)
-  flops += architecture.backward_flops(model, tokens, T / 2, frozen=recipe.adapted)
+  flops = comparisons * comparison_flops(recipe, S, C, T)
   count, L, M = architecture.count_params(model) / tensor, model.layers, model.width
   F, V = model.feed_forward / tensor, model.vocab / tensor
   gradient = (
     4 * sum(math.prod(x.shape) for x in jax.tree.leaves(recipe.specs)) / tensor / sharding.shards(mesh, layout.width)
   )
-  layer = tokens * (8 * M + 4 * F) * Z
+  layer = (tokens * (4 * M + 4 * F) + whole_rows * 4 * M) * Z
   moved = (forwards + 1 + (not recipe.adapted)) * (count * Z + 2 * L * layer) + 3 * gradient
-  kept = {"layer": tokens * M, "products": tokens * (6 * M + 3 * F), "none": 1.5 * layer / Z}[precision.remat] * L * Z
-  logits = 3 * 4 * max(precision.logit_chunk, tokens / T) * V
+  products = tokens * (5 * M + 3 * F) + whole_rows * M
+  kept = {"layer": tokens * M, "products": products, "none": 1.5 * layer / Z}[precision.remat] * L * Z
+  logits = 3 * 4 * max(precision.logit_chunk, comparisons * C) * V
   gathered = 3 * Z * ((count - V * M * (1 if model.tied else 2)) / L + V * M) + 4 * V * M
   temporary = kept + 2 * layer + logits + gathered + 2 * gradient
   whole = (count - (0 if model.tied else V * M)) * Z  # not the embedding, which is looked up in parts

@@ -91,8 +91,7 @@ class Game:
     )
     reward_RG = np.array([[len(set(row_T)) for row_T in rows_GT] for rows_GT in tokens_RGT.tolist()], float)
     reward_RG[:, 0] += 0.5  # no ties: every prompt gives a pair
-    row_tokens = self.longest + NEW.value
-    return preferences._select(self.loss, samples, reward_RG, np.ones(reward_RG.shape, bool), row_tokens)
+    return preferences._select(self.loss, samples, reward_RG, np.ones(reward_RG.shape, bool))
 
 
 def ours(prompts: Players[list[list[int]]]) -> list[float]:

@@ -51,14 +51,15 @@ def make_batch(run: Session) -> Players[PreferenceBatch]:
   pairs = run.config.loss.kind != "grpo"
 
   def fill(player: Any, nodes: int, group: int) -> PreferenceBatch:
-    T = player.row_tokens(player.longest_prompt)
+    S, T = player.longest_prompt, player.sampling.max_new_tokens
     shape_PCT = (nodes, 2, T) if pairs else (nodes * group, 1, T)
-    is_new_PCT = np.broadcast_to(np.arange(T) >= player.longest_prompt, shape_PCT)
-    logprob_PCT = np.where(is_new_PCT, -random.exponential(1.0, shape_PCT), 0).astype(np.float32)
+    logprob_PCT = -random.exponential(1.0, shape_PCT).astype(np.float32)
+    tokens = lambda shape: random.integers(player.tokenizer.vocab_size, size=shape, dtype=np.int32)
     return PreferenceBatch(
-      tokens_PCT=random.integers(player.tokenizer.vocab_size, size=shape_PCT, dtype=np.int32),
+      prompt_PS=tokens((len(logprob_PCT), S)),
+      prompt_length_P=np.full(len(logprob_PCT), S, np.int32),
+      tokens_PCT=tokens(shape_PCT),
       length_PC=np.full(shape_PCT[:2], T, np.int32),
-      completion_mask_PCT=is_new_PCT,
       behaviour_logprob_PCT=logprob_PCT,
       plain_logprob_PCT=logprob_PCT,
       advantage_PC=np.tile(np.array([0.5, -0.5], np.float32), (nodes, 1))

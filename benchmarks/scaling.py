@@ -125,11 +125,12 @@ def _batch(recipe: Recipe) -> PreferenceBatch:
   rows, P = sharding.rows_sharding(recipe.mesh, recipe.layout), sharding.shards(recipe.mesh, recipe.layout.rows)
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
   return PreferenceBatch(
-    tokens_PCT=array(jnp.int32, P, 2, ROW),
+    prompt_PS=array(jnp.int32, P, ROW // 2),
+    prompt_length_P=array(jnp.int32, P),
+    tokens_PCT=array(jnp.int32, P, 2, ROW // 2),
     length_PC=array(jnp.int32, P, 2),
-    completion_mask_PCT=array(jnp.bool_, P, 2, ROW),
-    behaviour_logprob_PCT=array(jnp.float32, P, 2, ROW),
-    plain_logprob_PCT=array(jnp.float32, P, 2, ROW),
+    behaviour_logprob_PCT=array(jnp.float32, P, 2, ROW // 2),
+    plain_logprob_PCT=array(jnp.float32, P, 2, ROW // 2),
     advantage_PC=array(jnp.float32, P, 2),
     weight_P=array(jnp.float32, P),
   )

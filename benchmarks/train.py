@@ -43,12 +43,19 @@ def work(vocab: int) -> dict[str, Any]:
 
 
 def batch_of(job: dict[str, Any]) -> PreferenceBatch:
-  tokens_PCT = np.stack([job["chosen"], job["rejected"]], 1).astype(np.int32)
-  shape, zeros = tokens_PCT.shape, np.zeros(tokens_PCT.shape, np.float32)
-  mask_PCT = np.broadcast_to(np.arange(shape[2]) >= job["prompt_tokens"], shape)
-  length_PC = np.full(shape[:2], shape[2], np.int32)
-  weight_P = np.ones(len(tokens_PCT), np.float32)
-  return PreferenceBatch(tokens_PCT, length_PC, mask_PCT, zeros, zeros, zeros[..., 0], weight_P)
+  S, rows_PCT = job["prompt_tokens"], np.stack([job["chosen"], job["rejected"]], 1).astype(np.int32)
+  tokens_PCT = rows_PCT[..., S:]
+  (P, C, T), zeros = tokens_PCT.shape, np.zeros(tokens_PCT.shape, np.float32)
+  return PreferenceBatch(
+    prompt_PS=rows_PCT[:, 0, :S],
+    prompt_length_P=np.full(P, S, np.int32),
+    tokens_PCT=tokens_PCT,
+    length_PC=np.full((P, C), T, np.int32),
+    behaviour_logprob_PCT=zeros,
+    plain_logprob_PCT=zeros,
+    advantage_PC=zeros[..., 0],
+    weight_P=np.ones(P, np.float32),
+  )
 
 
 def ours(job: dict[str, Any]) -> tuple[list[float], list[float]]:
@@ -78,9 +85,9 @@ def ours(job: dict[str, Any]) -> tuple[list[float], list[float]]:
 def backward_against_forward(job: dict[str, Any]) -> tuple[float, float]:
   """Least seconds of the scores of a batch, and of their gradient."""
   model, params, batch = hf.load_config(MODEL.value), hf.load(MODEL.value), batch_of(job)
-  rows = lambda x: x.reshape(-1, x.shape[-1])
-  data = rows(batch.tokens_PCT), rows(batch.completion_mask_PCT)
-  total = lambda params: jnp.sum(scoring.score(model, params, *data, chunk=beside.CHUNK, remat=beside.REMAT))
+  data = batch.prompt_PS, batch.prompt_length_P, batch.tokens_PCT, np.full(batch.tokens_PCT.shape, True)
+  score = functools.partial(scoring.score_completions, chunk=beside.CHUNK, remat=beside.REMAT)
+  total = lambda params: jnp.sum(score(model, params, *data))
   forward, both = jax.jit(total), jax.jit(jax.value_and_grad(total))
   return tuple(beside.least_seconds(call, params, rounds=STEPS.value + 1) for call in (forward, both))
 

@@ -38,18 +38,30 @@ def stored(name):
   """The batch, the loss, and its gradient by Hugging Face's names."""
   tensors = load_file(GOLDEN / name / "gradient.safetensors")
   gradient = {key: value for key, value in tensors.items() if "." in key}
-  length_PC, (P, C, T) = tensors["length"], tensors["tokens"].shape
-  slots = np.arange(T)
-  batch = PreferenceBatch(
-    tokens_PCT=tensors["tokens"],
-    length_PC=length_PC,
-    completion_mask_PCT=(slots >= tensors["prompt"][:, None, None]) & (slots < length_PC[..., None]),
+  return batch_of(tensors), tensors["loss"], gradient
+
+
+def batch_of(tensors):
+  """Of whole rows, each a prompt and a completion."""
+  rows_PCT, start_P, stop_PC = tensors["tokens"], tensors["prompt"], tensors["length"]
+  (P, C, _), S, T = rows_PCT.shape, max(start_P), max((stop_PC - start_P[:, None]).flat)
+  prompt_PS, tokens_PCT = np.zeros((P, S), np.int32), np.zeros((P, C, T), np.int32)
+  reference_PCT = np.zeros((P, C, T), np.float32)
+  for p, c in np.ndindex(P, C):
+    start, stop = start_P[p], stop_PC[p, c]
+    prompt_PS[p, S - start :] = rows_PCT[p, c, :start]
+    tokens_PCT[p, c, : stop - start] = rows_PCT[p, c, start:stop]
+    reference_PCT[p, c, : stop - start] = tensors["reference"][p, c, start:stop]
+  return PreferenceBatch(
+    prompt_PS=prompt_PS,
+    prompt_length_P=start_P.astype(np.int32),
+    tokens_PCT=tokens_PCT,
+    length_PC=(stop_PC - start_P[:, None]).astype(np.int32),
     behaviour_logprob_PCT=np.zeros((P, C, T), np.float32),
-    plain_logprob_PCT=tensors["reference"],
+    plain_logprob_PCT=reference_PCT,
     advantage_PC=np.zeros((P, C), np.float32),
     weight_P=np.ones(P, np.float32),
   )
-  return batch, tensors["loss"], gradient
 
 
 def differentiate(name, params, batch, layout=LOCAL, remat="none"):

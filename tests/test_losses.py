@@ -12,7 +12,7 @@ import tiny
 from advgame_jax import config as config_lib
 from advgame_jax import losses
 
-P, T = 5, 7
+P, T = 5, 5
 PAIRS = [
   {"kind": kind, "mean_logprob": mean, "nll": nll, "entropy_bonus": entropy}
   for kind, mean, nll, entropy in itertools.product(["dpo", "ipo"], [False, True], [0.0, 0.3], [0.0, 0.2])
@@ -29,10 +29,14 @@ each = functools.partial(pytest.mark.parametrize, "settings", ids=lambda s: "-".
 def draw(settings, P=P, seed=5):
   """A batch with two rows of weight 0, and the policy's and reference's log-probabilities and entropies."""
   rng = np.random.default_rng(seed)
-  batch = tiny.preference_batch(rng, P, 1 if settings.kind == "grpo" else 2, T)
+  batch = tiny.preference_batch(rng, P, 1 if settings.kind == "grpo" else 2, T + 2)
   batch = batch.replace(weight_P=np.where(np.arange(P) % 3 == 1, 0, 1).astype(np.float32))
   near = lambda scale: (batch.behaviour_logprob_PCT + scale * rng.normal(size=(*batch.length_PC.shape, T))).astype("f4")
   return batch, near(0.5), near(0.5), rng.gamma(2.0, 1.0, near(0).shape).astype(np.float32)
+
+
+def mask_PCT(batch):
+  return np.arange(T) < batch.length_PC[..., None]
 
 
 def loss(settings, batch, logprob_PCT, reference_PCT, entropy_PCT, total=None):
@@ -50,7 +54,7 @@ def value_and_gradient(settings, *arguments):
 def expected_loss(settings, batch, logprob_PCT, reference_PCT, entropy_PCT, detached_PCT):
   """By its definition, comparison by comparison in float64; `detached` stands where no gradient flows."""
   rows = np.flatnonzero(batch.weight_P)
-  samples = [(p, c, batch.completion_mask_PCT[p, c]) for p in rows for c in range(batch.length_PC.shape[1])]
+  samples = [(p, c, mask_PCT(batch)[p, c]) for p in rows for c in range(batch.length_PC.shape[1])]
   tokens = sum(mask.sum() for _, _, mask in samples)
   total = -settings.entropy_bonus * sum(entropy_PCT[p, c][mask].sum() for p, c, mask in samples) / tokens
   if settings.kind == "grpo":
@@ -63,7 +67,7 @@ def expected_loss(settings, batch, logprob_PCT, reference_PCT, entropy_PCT, deta
       total -= gain.sum() / divisor[settings.normalisation]
     return total
   for p in rows:
-    mask_w, mask_l = batch.completion_mask_PCT[p]
+    mask_w, mask_l = mask_PCT(batch)[p]
     reduce = np.mean if settings.mean_logprob else np.sum
     delta_w = reduce((logprob_PCT - reference_PCT)[p, 0][mask_w])
     delta_l = reduce((logprob_PCT - reference_PCT)[p, 1][mask_l])
@@ -118,7 +122,7 @@ def test_masked_equals_filtered(settings):
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 def test_garbage_behind_masks_changes_nothing(settings, garbage):
   batch, *scores = draw(settings)
-  live_PCT = batch.completion_mask_PCT & (batch.weight_P > 0)[:, None, None]
+  live_PCT = mask_PCT(batch) & (batch.weight_P > 0)[:, None, None]
   spoil = lambda x: np.where(live_PCT, x, np.float32(garbage))
   spoilt = batch.replace(
     tokens_PCT=np.where(live_PCT, batch.tokens_PCT, -1),
@@ -152,7 +156,7 @@ def test_micro_batches_sum_to_the_whole(settings):
 def test_metrics_of_pairs_mean_what_they_say():
   batch, logprob, reference, entropy = draw(SETTINGS[0])
   _, metrics = loss(SETTINGS[0], batch, logprob, reference, entropy)
-  delta_PC = np.where(batch.completion_mask_PCT, logprob.astype(np.float64) - reference, 0).sum(-1)[batch.weight_P > 0]
+  delta_PC = np.where(mask_PCT(batch), logprob.astype(np.float64) - reference, 0).sum(-1)[batch.weight_P > 0]
   margin_P = delta_PC[:, 0] - delta_PC[:, 1]
   np.testing.assert_allclose(metrics["kl"], delta_PC.mean(), rtol=1e-5)
   np.testing.assert_allclose(metrics["margin"], margin_P.mean(), rtol=1e-5)

@@ -28,19 +28,20 @@ QWEN_7B = ModelConfig(
   family="qwen2",
   biases=("query", "key", "value"),
 )
-P, C, T, CHUNK = 2, 2, 2048, 256
+P, S, C, T, CHUNK = 2, 1024, 2, 1024, 256
 ARRAY = re.compile(r"\b(?:f64|f32|bf16|f16|s32|u32|s8|pred)\[([\d,]+)\]")
 
 
 def abstract_batch(where):
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-  rows = [array(dtype, P, C, T) for dtype in (jnp.int32, jnp.bool_, jnp.float32, jnp.float32)]
+  rows = [array(dtype, P, C, T) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
   return PreferenceBatch(
+    prompt_PS=array(jnp.int32, P, S),
+    prompt_length_P=array(jnp.int32, P),
     tokens_PCT=rows[0],
     length_PC=array(jnp.int32, P, C),
-    completion_mask_PCT=rows[1],
-    behaviour_logprob_PCT=rows[2],
-    plain_logprob_PCT=rows[3],
+    behaviour_logprob_PCT=rows[1],
+    plain_logprob_PCT=rows[2],
     advantage_PC=array(jnp.float32, P, C),
     weight_P=array(jnp.float32, P),
   )

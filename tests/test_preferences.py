@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from advgame_jax import config as config_lib
 from advgame_jax.preferences import select_comparisons
-from advgame_jax.types import Players, PreferenceBatch, Rewards, RolloutTree, Samples, SeedBatch, Status
+from advgame_jax.types import PreferenceBatch, Rewards, RolloutTree, Samples, SeedBatch, Status
 
 LOSSES = [
   config_lib.Loss(kind="dpo"),
@@ -49,7 +49,7 @@ def make_tree(attacks, responses):
   )
 
 
-def select(loss, samples, reward_RG, mask_RG=None, row_tokens=PROMPT + COMPLETION) -> PreferenceBatch:
+def select(loss, samples, reward_RG, mask_RG=None) -> PreferenceBatch:
   """The same nodes as responses of B = R seeds with one played attack each."""
   rows, group = samples.text_RG.shape
   reward_RG = np.asarray(reward_RG, np.float32)
@@ -57,7 +57,7 @@ def select(loss, samples, reward_RG, mask_RG=None, row_tokens=PROMPT + COMPLETIO
   tree = make_tree(make_samples(np.random.default_rng(0), rows, 1), samples)
   one = np.ones((rows, 1))
   rewards = Rewards(one, one > 0, reward_RG.reshape(rows, 1, group), mask_RG.reshape(rows, 1, group))
-  return select_comparisons(loss, tree, rewards, Players(row_tokens, row_tokens)).defender
+  return select_comparisons(loss, tree, rewards).defender
 
 
 def keep(samples, *index):
@@ -75,9 +75,7 @@ def assert_same(one, other, rows=slice(None), atol=0.0):
 
 def chosen_and_rejected(batch, samples):
   """Per pair, the columns whose tokens the two rows begin their completions with; for unique tokens only."""
-  first = [
-    [batch.tokens_PCT[p, c][batch.completion_mask_PCT[p, c]][0] for c in range(2)] for p in range(len(batch.weight_P))
-  ]
+  first = [[batch.tokens_PCT[p, c, 0] for c in range(2)] for p in range(len(batch.weight_P))]
   return [
     [int(np.flatnonzero(samples.tokens_RGT[p, :, 0] == token)[0]) for token in row] for p, row in enumerate(first)
   ]
@@ -131,41 +129,33 @@ def test_only_a_rejected_sample_that_met_the_limit_is_cut_to_the_chosen_length(r
   samples.length_RG[:] = lengths
   samples.status_RG[0, 1] = status
   batch = select(PAIRS, samples, [[5, -1]])
-  assert batch.completion_mask_PCT.sum(-1).tolist() == [list(kept)]
-  assert (batch.length_PC - samples.prompt_length_R[0]).tolist() == [list(kept)]
+  assert batch.length_PC.tolist() == [list(kept)]
+  assert (batch.tokens_PCT > 0).sum(-1).tolist() == [list(kept)]
 
 
 def test_a_chosen_sample_that_met_the_limit_is_not_cut(rng):
   samples = make_samples(rng, 1, 2)
   samples.length_RG[:] = 6, 2
   samples.status_RG[0, 0] = Status.MAX_LENGTH
-  assert select(PAIRS, samples, [[5, -1]]).completion_mask_PCT.sum(-1).tolist() == [[6, 2]]
+  assert select(PAIRS, samples, [[5, -1]]).length_PC.tolist() == [[6, 2]]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.kind}-{loss.baseline}")
-def test_a_row_is_prompt_completion_and_padding(rng, loss):
+def test_padding_is_in_front_of_the_prompt_and_behind_the_completions(rng, loss):
   samples = make_samples(rng, 3, 2)
-  batch = select(loss, samples, [[5, 1]] * 3, row_tokens=12)
+  batch = select(loss, samples, [[5, 1]] * 3)
   for p, c in np.ndindex(batch.length_PC.shape):
     r, g = (p, c) if loss.kind != "grpo" else divmod(p, 2)
     start, n = samples.prompt_length_R[r], samples.length_RG[r, g]
-    expected = np.concatenate([samples.prompt_tokens_RT[r, :start], samples.tokens_RGT[r, g, :n]])
-    np.testing.assert_array_equal(batch.tokens_PCT[p, c], np.pad(expected, (0, 12 - start - n)))
-    np.testing.assert_array_equal(np.flatnonzero(batch.completion_mask_PCT[p, c]), np.arange(start, start + n))
+    assert batch.prompt_length_P[p] == start and batch.length_PC[p, c] == n
+    prompt_S = np.pad(samples.prompt_tokens_RT[r, :start], (PROMPT - start, 0))
+    np.testing.assert_array_equal(batch.prompt_PS[p], prompt_S)
     for laid, source in [
+      (batch.tokens_PCT, samples.tokens_RGT),
       (batch.behaviour_logprob_PCT, samples.behaviour_logprob_RGT),
       (batch.plain_logprob_PCT, samples.plain_logprob_RGT),
     ]:
-      np.testing.assert_array_equal(laid[p, c, start : start + n], source[r, g, :n])
-      assert np.count_nonzero(laid[p, c]) == n
-    assert batch.length_PC[p, c] == start + n
-
-
-def test_a_row_that_does_not_fit_is_refused(rng):
-  with pytest.raises(ValueError, match="rows are 2 tokens long"):
-    samples = make_samples(rng, 1, 2)
-    samples.length_RG[:] = 3
-    select(PAIRS, samples, [[5, 1]], row_tokens=2)
+      np.testing.assert_array_equal(laid[p, c], np.pad(source[r, g, :n], (0, COMPLETION - n)))
 
 
 def test_advantages_are_measured_from_the_mean_of_the_unmasked(samples):
@@ -272,19 +262,19 @@ def test_node_advantages_sum_to_zero(drawn):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.kind}-{loss.baseline}")
 def test_both_players_have_their_own_nodes_and_widths(rng, loss):
-  tree = make_tree(make_samples(rng, 3, 2), make_samples(rng, 6, 4))
+  tree = make_tree(make_samples(rng, 3, 2, tokens=9), make_samples(rng, 6, 4))
   rewards = Rewards(
     rng.random((3, 2), np.float32), np.ones((3, 2), bool), rng.random((3, 2, 4), np.float32), np.ones((3, 2, 4), bool)
   )
-  attacker, defender = select_comparisons(loss, tree, rewards, Players(11, 13))
+  attacker, defender = select_comparisons(loss, tree, rewards)
   pairs = loss.kind != "grpo"
-  assert attacker.tokens_PCT.shape == ((3, 2, 11) if pairs else (6, 1, 11))
-  assert defender.tokens_PCT.shape == ((6, 2, 13) if pairs else (24, 1, 13))
+  assert attacker.tokens_PCT.shape == ((3, 2, 9) if pairs else (6, 1, 9))
+  assert defender.tokens_PCT.shape == ((6, 2, COMPLETION) if pairs else (24, 1, COMPLETION))
   assert attacker.weight_P.all() and defender.weight_P.all()
-  # A defender's node is one attack: its rows begin with that attack's prompt.
+  # A defender's node is one attack: its prompt is that attack's.
   for p, r in enumerate(range(6) if pairs else np.repeat(np.arange(6), 4)):
     start = tree.responses.prompt_length_R[r]
-    np.testing.assert_array_equal(defender.tokens_PCT[p, 0, :start], tree.responses.prompt_tokens_RT[r, :start])
+    np.testing.assert_array_equal(defender.prompt_PS[p, PROMPT - start :], tree.responses.prompt_tokens_RT[r, :start])
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.kind}-{loss.baseline}")
@@ -293,6 +283,6 @@ def test_a_policy_without_tokens_has_nothing_to_learn(rng, loss):
   rewards = Rewards(
     rng.random((3, 2), np.float32), np.ones((3, 2), bool), rng.random((3, 2, 2), np.float32), np.ones((3, 2, 2), bool)
   )
-  attacker, defender = select_comparisons(loss, tree, rewards, Players(0, PROMPT + COMPLETION))
+  attacker, defender = select_comparisons(loss, tree, rewards)
   assert not attacker.weight_P.any() and defender.weight_P.all()
   assert attacker.tokens_PCT.shape[-1] == 0

@@ -32,7 +32,7 @@ def alone(world_folder):
 
 def batches(run, recorder, step):
   tree = recorder.trees[step]
-  return preferences.select_comparisons(run.config.loss, tree, recorder.rewards[step], train.row_tokens(run, tree))
+  return preferences.select_comparisons(run.config.loss, tree, recorder.rewards[step])
 
 
 def assert_same_play(a, b, step):
@@ -64,6 +64,7 @@ def test_eight_devices_play_and_learn_as_one(alone, world_folder, tmp_path, shar
   assert world.same(before, states[0])
   assert_same_play(recorder, mesh_recorder, 0)
   for batch, other in zip(batches(run, recorder, 0), batches(mesh_run, mesh_recorder, 0)):
+    np.testing.assert_array_equal(batch.prompt_PS, other.prompt_PS)
     np.testing.assert_array_equal(batch.tokens_PCT, other.tokens_PCT)
     np.testing.assert_array_equal(batch.weight_P, other.weight_P)
   for name in Players._fields:

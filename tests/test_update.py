@@ -107,11 +107,10 @@ def test_the_attacker_s_step_equals_an_independent_adamw():
   @jax.jit
   @jax.grad
   def gradient(params):
-    tokens_RT = batch.tokens_PCT.reshape(-1, T)
+    tokens_RT, mask_RT, plain_RT = tiny.whole_rows(batch)
     logits_RTV = model.logits(tiny.CONFIG, params, model.forward(tiny.CONFIG, params, tokens_RT)[0])
     logprob_RT = jnp.take_along_axis(jax.nn.log_softmax(logits_RTV[:, :-1]), tokens_RT[:, 1:, None], 2)[..., 0]
-    delta_PCT = logprob_RT.reshape(P, 2, T - 1) - batch.plain_logprob_PCT[..., 1:]
-    delta_PC = jnp.sum(delta_PCT * batch.completion_mask_PCT[..., 1:], -1)
+    delta_PC = jnp.sum((logprob_RT - plain_RT[:, 1:]) * mask_RT[:, 1:], -1).reshape(P, 2)
     return jnp.mean(-jax.nn.log_sigmoid(0.1 * (delta_PC[:, 0] - delta_PC[:, 1]))[batch.weight_P > 0])
 
   wide = jax.tree.map(lambda x: np.asarray(x, np.float64), gradient(before.params))
@@ -140,14 +139,12 @@ def test_the_attacker_s_gradient_equals_finite_differences_in_float64():
   """Through a model that shares no code with ours, by the largest entry of every weight; read off the first moment."""
   batch = batches().attacker
   wide = jax.tree.map(lambda x: np.asarray(x, np.float64), start().players.attacker.params)
-  live_PCT = batch.completion_mask_PCT & (batch.weight_P > 0)[:, None, None]
+  tokens_RT, mask_RT, plain_RT = tiny.whole_rows(batch)
 
   def loss(params):
-    tokens_RT = batch.tokens_PCT.reshape(-1, T)
     logprob_RTV = tiny.log_softmax(tiny.llama_logits(tiny.CONFIG, params, tokens_RT)[:, :-1])
     logprob_RT = np.take_along_axis(logprob_RTV, tokens_RT[:, 1:, None], 2)[..., 0]
-    delta_PCT = logprob_RT.reshape(P, 2, T - 1) - batch.plain_logprob_PCT[..., 1:]
-    delta_PC = np.sum(delta_PCT * live_PCT[..., 1:], -1)
+    delta_PC = np.sum((logprob_RT - plain_RT[:, 1:]) * mask_RT[:, 1:], -1).reshape(P, 2)
     return np.mean(np.log1p(np.exp(-0.1 * (delta_PC[:, 0] - delta_PC[:, 1])))[batch.weight_P > 0])
 
   state, metrics = one_step()
@@ -200,13 +197,13 @@ def test_micro_batches_add_up_to_the_batch():
 
 
 def test_a_micro_batch_without_a_comparison_runs_no_model(monkeypatch):
-  runs, score = [], scoring.score
+  runs, score = [], scoring.score_completions
 
   def counted(*args, **kwargs):
     jax.debug.callback(lambda: runs.append(1))
     return score(*args, **kwargs)
 
-  monkeypatch.setattr(scoring, "score", counted)
+  monkeypatch.setattr(scoring, "score_completions", counted)
   recipe = recipes({"accumulate": 4}).attacker
   gradient = jax.jit(functools.partial(update._gradient, recipe, bases={}), compiler_options=QUICK)
   jax.block_until_ready(gradient(start().players.attacker, batches().attacker))
@@ -365,7 +362,12 @@ def test_a_mesh_updates_as_one_device_does_and_donates_its_state():
 def test_update_flops_count_forward_backward_remat_and_reference():
   remat = dataclasses.replace(RECIPES.defender, precision=config_lib.Precision(logit_chunk=64, remat="layer"))
   batch = tiny.preference_batch(np.random.default_rng(0), P, 2, T)
-  forward = architecture.forward_flops(tiny.CONFIG, P * 2 * T, T / 2)
+  S, head = T // 3, 2 * tiny.CONFIG.vocab * tiny.CONFIG.width
+  matrices = architecture.forward_flops(tiny.CONFIG, P * (S + 2 * (T - S)), 0) - P * S * head
+  attended = architecture.forward_flops(tiny.CONFIG, P * 2 * T, T / 2) - architecture.forward_flops(
+    tiny.CONFIG, P * 2 * T, 0
+  )
+  forward = matrices + attended
   assert update.update_flops(RECIPES.attacker, batch) == 3 * forward
   assert update.update_flops(RECIPES.defender, batch) == 4 * forward
   assert update.update_flops(remat, batch) == 5 * forward

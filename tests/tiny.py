@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -120,19 +121,44 @@ def nucleus(logits_V: np.ndarray, temperature: float, top_p: float) -> np.ndarra
 
 
 def preference_batch(rng: np.random.Generator, P: int, C: int, T: int, vocab: int = CONFIG.vocab) -> PreferenceBatch:
-  """Random comparisons, all of weight 1; prompts and completions of several lengths, log-probabilities made up."""
-  prompt_P1 = rng.integers(1, T // 3 + 1, (P, 1))
-  length_PC = prompt_P1 + rng.integers(1, T - T // 3 + 1, (P, C))
-  slots = np.arange(T)
-  mask_PCT = (slots >= prompt_P1[..., None]) & (slots < length_PC[..., None])
-  tokens_PCT = np.where(slots < length_PC[..., None], rng.integers(1, vocab, (P, C, T)), 0)
-  logprob = lambda: np.where(mask_PCT, -rng.gamma(2.0, 1.0, (P, C, T)), 0).astype(np.float32)
+  """Random comparisons, all of weight 1; prompts and completions of several lengths, log-probabilities made up.
+
+  Whole rows have T tokens, a third of them the prompt's slots.
+  """
+  S = T // 3
+  shape_PCT = (P, C, T - S)
+  prompt_length_P, length_PC = rng.integers(1, S + 1, P), rng.integers(1, T - S + 1, (P, C))
+  in_prompt_PS = np.arange(S) >= S - prompt_length_P[:, None]
+  mask_PCT = np.arange(T - S) < length_PC[..., None]
+  logprob = lambda: np.where(mask_PCT, -rng.gamma(2.0, 1.0, shape_PCT), 0).astype(np.float32)
   return PreferenceBatch(
-    tokens_PCT=tokens_PCT.astype(np.int32),
+    prompt_PS=np.where(in_prompt_PS, rng.integers(1, vocab, (P, S)), 0).astype(np.int32),
+    prompt_length_P=prompt_length_P.astype(np.int32),
+    tokens_PCT=np.where(mask_PCT, rng.integers(1, vocab, shape_PCT), 0).astype(np.int32),
     length_PC=length_PC.astype(np.int32),
-    completion_mask_PCT=mask_PCT,
     behaviour_logprob_PCT=logprob(),
     plain_logprob_PCT=logprob(),
     advantage_PC=rng.normal(size=(P, C)).astype(np.float32),
     weight_P=np.ones(P, np.float32),
   )
+
+
+class WholeRows(NamedTuple):
+  """A batch's comparisons written out, prompt and completion in one row, padded on the right: R = P·C."""
+
+  tokens_RT: np.ndarray
+  mask_RT: np.ndarray  # bool: the completion
+  plain_logprob_RT: np.ndarray
+
+
+def whole_rows(batch: PreferenceBatch) -> WholeRows:
+  (P, S), (_, C, T) = batch.prompt_PS.shape, batch.tokens_PCT.shape
+  rows = WholeRows(*(np.zeros((P * C, S + T), dtype) for dtype in (np.int32, bool, np.float32)))
+  for r, (p, c) in enumerate(np.ndindex(P, C)):
+    start, length = batch.prompt_length_P[p], batch.length_PC[p, c]
+    completion = slice(start, start + length)
+    rows.tokens_RT[r, :start] = batch.prompt_PS[p, S - start :]
+    rows.tokens_RT[r, completion] = batch.tokens_PCT[p, c, :length]
+    rows.mask_RT[r, completion] = True
+    rows.plain_logprob_RT[r, completion] = batch.plain_logprob_PCT[p, c, :length]
+  return rows
