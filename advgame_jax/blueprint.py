@@ -36,8 +36,9 @@ from advgame_jax.architecture import ModelConfig
 from advgame_jax.config import Config, Sampling
 from advgame_jax.engine import Engine
 from advgame_jax.held import ALWAYS, Held, hold
+from advgame_jax.layers import unstack, unstack_shardings
 from advgame_jax.matrices import Adapted, quantise
-from advgame_jax.model import Cache, Prefix, unstack, unstack_shardings
+from advgame_jax.model import Cache, Prefix
 from advgame_jax.placement import Place, Roles
 from advgame_jax.scoring import Generator
 from advgame_jax.sharding import Layout
@@ -208,7 +209,7 @@ class _Drafter:
     """In the judge's layout, as `session` would have them; one by one where they are its own."""
     place, model = self.places.judge, hf_config.load_config(folder)
     stacked = self._frozen(model, place.mesh, place.generate, int8)
-    return stacked if self._judges_by_base(folder, int8) else _apart(stacked, model.layers)
+    return stacked if self._judges_by_base(folder, int8) else _apart(model, stacked)
 
   @functools.cached_property
   def members(self) -> Players[list[Any]]:
@@ -223,7 +224,7 @@ class _Drafter:
   def _decode(self, recipe: Recipe, place: Place, adapters: bool) -> Any:
     stacked = self._frozen(recipe.model, place.mesh, place.generate, recipe.adapted and self.int8)
     if not recipe.adapted:
-      return _apart(stacked, recipe.model.layers)
+      return _apart(recipe.model, stacked)
     where = architecture.shardings(recipe.specs, place.mesh, place.generate)
     shape = lambda spec, place: jax.ShapeDtypeStruct(spec.shape, self.dtype, sharding=place)
     return lora.attach(stacked, jax.tree.map(shape, recipe.specs, where) if adapters else {})
@@ -423,11 +424,11 @@ def _elements(lowered: Any) -> int:
   return sum(math.prod(x.shape) for x in jax.tree.leaves(lowered.in_avals))
 
 
-def _apart(stacked: Any, layers: int) -> Any:
+def _apart(model: ModelConfig, stacked: Any) -> Any:
   """Layers one by one."""
-  where = unstack_shardings(jax.tree.map(lambda x: x.sharding, stacked), layers)
+  where = unstack_shardings(model, jax.tree.map(lambda x: x.sharding, stacked))
   shape = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-  return jax.tree.map(shape, jax.eval_shape(unstack, stacked), where)
+  return jax.tree.map(shape, jax.eval_shape(functools.partial(unstack, model), stacked), where)
 
 
 def _stacked(weights: Any) -> bool:

@@ -24,7 +24,8 @@ from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index
 from advgame_jax.drawn import Drawn, Piece, collect, drawn_by_nobody, put
-from advgame_jax.model import Layers, Prefix
+from advgame_jax.layers import Layers, one_by_one
+from advgame_jax.model import Prefix
 from advgame_jax.programs import Programs
 from advgame_jax.sampler import Arrival, Chunk
 from advgame_jax.scoring import Choice, Generator
@@ -154,7 +155,7 @@ class Engine:
 
   def _programs(self, generator: Generator) -> tuple[Programs, Programs]:
     """What runs for it, and where the outputs are."""
-    stacked = tuple(not model.one_by_one(params["layers"]) for params in generator.members)
+    stacked = tuple(not one_by_one(params["layers"]) for params in generator.members)
     settings = self.sampling
     sizes = (settings.page, settings.decode_chunk, settings.cache == "int8")
     return programs.compiled(self.model, self.mesh, self.layout, self.dtype, self.attention, *sizes, stacked)
@@ -404,7 +405,7 @@ class Generation:
       self.programs.free(x)
       return moved
 
-    of = lambda pool: self.programs.resize_layer if model.one_by_one(pool) else self.programs.resize_stack
+    of = lambda pool: self.programs.resize_layer if one_by_one(pool) else self.programs.resize_stack
     return tuple(jax.tree.map(functools.partial(move, of(pool)), pool) for pool in pools)
 
   def _to_device(self, of_parts: Sequence[Any]) -> list[jax.Array]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from advgame_jax import architecture, hf, model
+from advgame_jax import architecture, hf, layers
 from advgame_jax.architecture import ModelConfig, ParamSpec
 from advgame_jax.config import MATRICES
 from advgame_jax.matrices import Int8, quantise
@@ -26,26 +26,25 @@ def load(folder: str, mesh: Mesh, layout: Layout, dtype: Any, int8: bool) -> Par
   config = hf.load_config(folder)
   where = shardings(config, mesh, layout, int8)["layers"]
   specs = architecture.param_specs(config)["layers"]
-  layers = dict(params["layers"])
+  narrowed = dict(params["layers"])
   for name in MATRICES:
     narrow = functools.partial(quantise, stacked=specs[name].stacked, inputs=specs[name].inputs)
-    layers[name] = jax.jit(narrow, out_shardings=where[name])(params["layers"].pop(name))
-  return {**params, "layers": layers}
+    narrowed[name] = jax.jit(narrow, out_shardings=where[name])(params["layers"].pop(name))
+  return {**params, "layers": narrowed}
 
 
-def one_by_one(params: Params) -> Params:
-  """`model.unstack` of weights that only generate, a matrix at a time: at most one is there twice.
+def one_by_one(config: ModelConfig, params: Params) -> Params:
+  """`layers.unstack` of weights that only generate, a matrix at a time: at most one is there twice.
 
   The layers of `params` are taken out of it on the way.
   """
-  layers, apart = params["layers"], {}
-  for name in list(layers):
-    stack = layers.pop(name)
-    where = jax.tree.map(lambda x: jax.NamedSharding(x.sharding.mesh, jax.P(*x.sharding.spec[1:])), stack)
-    count = len(jax.tree.leaves(stack)[0])
-    apart[name] = jax.jit(model.apart, out_shardings=(where,) * count)(stack)
-  count = len(next(iter(apart.values())))
-  return {**params, "layers": tuple({name: each[layer] for name, each in apart.items()} for layer in range(count))}
+  stacks, specs, apart = params["layers"], architecture.param_specs(config)["layers"], {}
+  for name in list(stacks):
+    stack, spec = stacks.pop(name), specs[name]
+    where = layers.unstacked_sharding(name, spec, jax.tree.map(lambda x: x.sharding, stack))
+    one = functools.partial(layers.unstack_one, name, spec)
+    apart[name] = jax.jit(one, out_shardings=(where,) * config.layers)(stack)
+  return {**params, "layers": tuple(dict(zip(apart, layer)) for layer in zip(*apart.values()))}
 
 
 def shardings(config: ModelConfig, mesh: Mesh, layout: Layout, int8: bool) -> Any:
@@ -53,8 +52,9 @@ def shardings(config: ModelConfig, mesh: Mesh, layout: Layout, int8: bool) -> An
   specs = architecture.param_specs(config)
   where = architecture.shardings(specs, mesh, layout)
   if int8:
-    layers = {name: Int8(where["layers"][name], _of_scale(specs["layers"][name], mesh, layout)) for name in MATRICES}
-    where["layers"] |= layers
+    where["layers"] |= {
+      name: Int8(where["layers"][name], _of_scale(specs["layers"][name], mesh, layout)) for name in MATRICES
+    }
   return where
 
 

@@ -18,6 +18,12 @@ class Int8(NamedTuple):
   scale: jax.Array  # float32, the same shape with the dimensions that share a scale of size 1
 
 
+class Transposed(NamedTuple):
+  """Outputs first, then inputs: products of few rows, as when tokens are drawn, read it as it lies in memory."""
+
+  weight: jax.Array
+
+
 class Adapted(NamedTuple):
   """A frozen matrix and a low-rank change to it (LoRA, 2106.09685): W + down·up. Nothing is ever merged."""
 
@@ -26,7 +32,7 @@ class Adapted(NamedTuple):
   up: jax.Array  # the rank, then outputs; its scale is in it
 
 
-Matrix: TypeAlias = jax.Array | Int8 | Adapted
+Matrix: TypeAlias = jax.Array | Int8 | Transposed | Adapted
 
 
 def project(x: jax.Array, matrix: Matrix, inputs: int = 1) -> jax.Array:
@@ -39,9 +45,14 @@ def project(x: jax.Array, matrix: Matrix, inputs: int = 1) -> jax.Array:
   if isinstance(matrix, Int8):
     product = project(x, matrix.values.astype(x.dtype), inputs).astype(jnp.float32)
     return (product * matrix.scale.reshape(matrix.values.shape[inputs:])).astype(x.dtype)
-  before, outputs = x.shape[: x.ndim - inputs], matrix.shape[inputs:]
-  size = math.prod(matrix.shape[:inputs])
-  return (x.reshape(-1, size) @ matrix.reshape(size, -1)).reshape(*before, *outputs)
+  before, size = x.shape[: x.ndim - inputs], math.prod(x.shape[x.ndim - inputs :])
+  if isinstance(matrix, Transposed):
+    outputs = matrix.weight.shape[: matrix.weight.ndim - inputs]
+    product = jnp.einsum("xi,oi->xo", x.reshape(-1, size), matrix.weight.reshape(-1, size))
+  else:
+    outputs = matrix.shape[inputs:]
+    product = x.reshape(-1, size) @ matrix.reshape(size, -1)
+  return product.reshape(*before, *outputs)
 
 
 def quantise(weight: jax.Array, stacked: int, inputs: int) -> Int8:

@@ -1,8 +1,7 @@
 """One decoder-only transformer for every family, functional: a forward pass over nested dicts.
 
-An architecture's difference is a field of `ModelConfig`, or which parameters its table has. Weights that learn have
-their layers stacked, and a scan runs over them; those that only generate may have them one by one (`unstack`), which
-spares each token the copy of every layer out of the stack.
+An architecture's difference is a field of `ModelConfig`, or which parameters its table has. How layers are
+kept says `layers`.
 """
 
 import functools
@@ -16,7 +15,8 @@ from advgame_jax import attention, experts, flash_decoding, kernels, rotary
 from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.blockwise import ATTENDED
 from advgame_jax.fork import Fork
-from advgame_jax.matrices import Adapted, Int8, cast, project, quantise
+from advgame_jax.layers import Layers, apart, each_layer, one_by_one
+from advgame_jax.matrices import Adapted, Int8, Transposed, cast, project, quantise
 from advgame_jax.rotary import Turn
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
@@ -42,10 +42,6 @@ class Cache(NamedTuple):
 
   key_RKHS: jax.Array
   value_RKSH: jax.Array
-
-
-Layers = Any
-"""What there is of each layer: stacked, arrays with a leading L, or a tuple of L. As the parameters' layers are."""
 
 
 class Prefix(NamedTuple):
@@ -245,6 +241,8 @@ def _axes_of_layer(config: ModelConfig, layers: Layers) -> Any:
     before, outputs = of_plain[:inputs], of_plain[inputs:]
     if isinstance(matrix, Adapted):
       return Adapted(axes(spec, matrix.weight), (*before, None), (None, *outputs))  # type: ignore[arg-type]
+    if isinstance(matrix, Transposed):
+      return Transposed((*outputs, *before))  # type: ignore[arg-type]
     return Int8(of_plain, (*(None,) * inputs, *outputs)) if isinstance(matrix, Int8) else of_plain  # type: ignore[arg-type]
 
   specs, layer = param_specs(config)["layers"], layers[0] if one_by_one(layers) else layers
@@ -280,33 +278,6 @@ def _over_layers(
     x, kept = step(x, (layer, kind, part))
     given.append(kept)
   return x, tuple(given)
-
-
-def one_by_one(layers: Layers) -> bool:
-  """Whether these are not stacked. What there is of each layer may be a named tuple itself."""
-  return type(layers) is tuple
-
-
-def each_layer(f: Callable[..., Any], *layers: Layers) -> Layers:
-  """`f` of what there is of each layer."""
-  return tuple(map(f, *layers)) if one_by_one(layers[0]) else jax.vmap(f)(*layers)
-
-
-def unstack(params: Params) -> Params:
-  """The parameters with their layers one by one."""
-  return {**params, "layers": apart(params["layers"])}
-
-
-def unstack_shardings(where: Any, count: int) -> Any:
-  """Where the parameters live after `unstack`: as before, but for the axis that is gone."""
-  drop = lambda where: jax.NamedSharding(where.mesh, jax.P(*where.spec[1:]))
-  return {**where, "layers": (jax.tree.map(drop, where["layers"]),) * count}
-
-
-def apart(stacked: Any) -> tuple[Any, ...]:
-  """A tree of arrays with a leading L → L trees."""
-  take = lambda place: jax.tree.map(lambda x: x[place], stacked)
-  return tuple(map(take, range(len(jax.tree.leaves(stacked)[0]))))
 
 
 def _attend_rows(

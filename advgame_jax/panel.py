@@ -11,6 +11,7 @@ from advgame_jax import (
   frozen,
   guards,
   heuristic,
+  hf_config,
   hosts,
   judges,
   microworld,
@@ -140,7 +141,8 @@ def open_outside(
 def load_weights(config: Config, folder: str, place: Place, int8: bool) -> Params:
   """Of a local judge, a copy of its own in its decode layout."""
   dtype = policies.compute_dtype(config.precision)
-  return frozen.one_by_one(frozen.load(folder, place.mesh, place.generate, dtype, int8))
+  weights = frozen.load(folder, place.mesh, place.generate, dtype, int8)
+  return frozen.one_by_one(hf_config.load_config(folder), weights)
 
 
 def _with_refusal(judge: Judge, roles: frozenset[Role]) -> tuple[Judge, frozenset[Role]]:

@@ -10,7 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from advgame_jax import architecture, hf, hf_config, hosts, kernels, lora, matrices, model, sampler, sharding, tokenizer
+from advgame_jax import (
+  architecture,
+  hf,
+  hf_config,
+  hosts,
+  kernels,
+  layers,
+  lora,
+  matrices,
+  model,
+  sampler,
+  sharding,
+  tokenizer,
+)
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.drawn import Drawn, drawn_by_nobody
@@ -46,9 +59,9 @@ class LanguageModel:
     where = architecture.shardings(architecture.param_specs(self.model), self.mesh, self.layout)
 
     def copy(params: Params) -> Params:
-      return model.unstack(matrices.cast(_on_device(params), self.dtype))
+      return layers.unstack(self.model, matrices.cast(_on_device(params), self.dtype))
 
-    return jax.jit(copy, out_shardings=model.unstack_shardings(where, self.model.layers))
+    return jax.jit(copy, out_shardings=layers.unstack_shardings(self.model, where))
 
   @functools.cached_property
   def decode_adapters(self) -> Callable[[Params], Params]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from advgame_jax import model, sampler, sharding
 from advgame_jax.architecture import ModelConfig
-from advgame_jax.model import Layers
+from advgame_jax.layers import Layers
 from advgame_jax.sampler import Member, Rows
 from advgame_jax.sharding import Layout
 

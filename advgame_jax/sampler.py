@@ -16,7 +16,8 @@ import numpy as np
 from advgame_jax import attention, model, scoring
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index
-from advgame_jax.model import Cache, Layers, Prefix
+from advgame_jax.layers import Layers, each_layer, one_by_one
+from advgame_jax.model import Cache, Prefix
 from advgame_jax.scoring import Choice, Generator
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
@@ -204,7 +205,7 @@ def start(
 
   put = layout.local(keep, (by_heads, by_heads, by_rows, by_rows), by_heads)
   pages = (arrival.token_nS, arrival.page_n)
-  kept = [model.each_layer(lambda p, c: put(p, c, *pages), pool, cache) for pool, cache in zip(prompts, caches)]
+  kept = [each_layer(lambda p, c: put(p, c, *pages), pool, cache) for pool, cache in zip(prompts, caches)]
 
   Q, G = arrival.slot_QG.shape
   zeros_Q, ones_Q = jnp.zeros(Q, jnp.int32), jnp.ones(Q, bool)
@@ -268,7 +269,7 @@ def advance(
     return i + 1, drawn._replace(hidden_RM=hidden), tuple(pools), new, (page_R, rows.count_R % S), chunk
 
   pools = tuple(member.own for member in members)
-  stacked = [not model.one_by_one(member.params["layers"]) for member in members]
+  stacked = [not one_by_one(member.params["layers"]) for member in members]
   new = tuple(model.no_tokens(config, each, R, rows.hidden_RM[0].dtype) for each in stacked)
   carry = (jnp.int32(0), rows, pools, new, (nowhere_R, jnp.zeros(R, jnp.int32)), chunk)
   going = lambda carry: (carry[0] < steps) & jnp.any(carry[1].live_R)

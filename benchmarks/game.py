@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from advgame_jax import config, engine, hf, model, placement, preferences, session, sharding, state, tokenizer
+from advgame_jax import config, engine, hf, layers, placement, preferences, session, sharding, state, tokenizer
 from advgame_jax.scoring import Generator
 from advgame_jax.types import Players, PreferenceBatch, Samples, Status
 from advgame_jax.update import joint_update
@@ -61,7 +61,7 @@ class Game:
     never = np.zeros((2, architecture.vocab), np.int16)
     dtype = np.dtype("float32")
     self.engine = engine.Engine(architecture, sampling, mesh, sharding.LOCAL, dtype, "auto", never)
-    self.unstack = jax.jit(model.unstack)
+    self.unstack = jax.jit(functools.partial(layers.unstack, architecture))
     self.update = jax.jit(functools.partial(joint_update, self.recipes), donate_argnums=0)
 
   def step(self, number: int) -> None:

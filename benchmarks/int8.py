@@ -17,7 +17,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 import advgame_jax
-from advgame_jax import command, config, data, frozen, hf, model, policies, scoring, sharding, tokenizer
+from advgame_jax import command, config, data, frozen, hf, layers, model, policies, scoring, sharding, tokenizer
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.engine import Engine, Load
 from advgame_jax.scoring import Generator
@@ -54,7 +54,7 @@ def main() -> None:
   print(f"divergence of the next token, nats: mean {divergence_X.mean():.5f}, greatest {divergence_X.max():.4f}")
   print(f"the likeliest token stays: {100 * same:.1f} %")
 
-  generator = Generator((model.unstack(load(False)),))
+  generator = Generator((layers.unstack(architecture, load(False)),))
   for cache in ("compute", "int8"):
     error_X = cache_error(architecture, generator, encoded, mesh, cache)
     print(

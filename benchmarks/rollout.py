@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from advgame_jax import architecture, hf, ledger, model, sharding
+from advgame_jax import architecture, hf, layers, ledger, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.config import Sampling
 from advgame_jax.engine import Engine, Load
@@ -146,7 +146,8 @@ def main(_: Sequence[str]) -> None:
     if not folder:
       folder = f"{scratch}/llama_15m"
       hf.save(folder, SMALL, architecture.init(SMALL, jax.random.key(0)))
-    config, generator = hf.load_config(folder), Generator((model.unstack(hf.load(folder)),))
+    config = hf.load_config(folder)
+    generator = Generator((layers.unstack(config, hf.load(folder)),))
     print(f"{MODEL.value or 'random Llama, 15.5M'}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, float32")
     if LOAD.value == "linear":
       return plot(folder, config, generator)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import architecture, ledger, model, programs, sampler, scoring, sharding
+from advgame_jax import architecture, layers, ledger, model, programs, sampler, scoring, sharding
 from advgame_jax import config as config_lib
 from advgame_jax import engine as engine_lib
 from advgame_jax.engine import Engine, Load
@@ -50,7 +50,7 @@ def weights(who, stacked=False):
   """Of `PARAMS`, laid out as this engine's generator."""
   where = architecture.shardings(architecture.param_specs(CONFIG), who.mesh, who.layout)
   placed = jax.device_put(PARAMS, where)
-  return placed if stacked else jax.device_put(model.unstack(PARAMS), model.unstack_shardings(where, CONFIG.layers))
+  return placed if stacked else jax.device_put(layers.unstack(CONFIG, PARAMS), layers.unstack_shardings(CONFIG, where))
 
 
 def generate(who=None, prompts=PROMPTS, group=2, key=KEY, stacked=False, fold_Q=None, **more):
@@ -197,7 +197,7 @@ def test_keys_are_folded_from_what_is_given():
 
 @functools.cache
 def other_weights():
-  return model.unstack(tiny.params(seed=1))
+  return layers.unstack(CONFIG, tiny.params(seed=1))
 
 
 def mixed(share, seed=0, **changes):
@@ -513,7 +513,7 @@ def test_a_row_that_is_not_finite_spoils_no_other():
   for changes in ({}, {"slots": 2}, {"cache": "int8"}):
     who = dataclasses.replace(engine(**changes, stops="never"), model=config)
     draw = lambda params: who.generate(  # noqa: B023
-      Load(Generator((model.unstack(params),)), prompts, np.arange(len(prompts), dtype=np.uint32), 2, KEY)
+      Load(Generator((layers.unstack(config, params),)), prompts, np.arange(len(prompts), dtype=np.uint32), 2, KEY)
     )
     drawn, sound = draw(spoiled), draw({**PARAMS, "head": PARAMS["embed"]})
     fine_R = np.array([not np.isin(PROMPTS[0][0], row_T) for row_T in sound.tokens_RT])
@@ -537,5 +537,5 @@ def test_a_prefix_read_once_draws_what_whole_prompts_draw():
   prefix = read_prefix(engine(), prefix_T, 8)
   whole = generate(engine(prompt_buckets=(12,)), [prefix_T + ids for ids in PROMPTS])
   assert_same(generate(stacked=True, prefixes=(prefix,)), whole)
-  apart = prefix._replace(cache=model.unstack({"layers": prefix.cache})["layers"])
+  apart = prefix._replace(cache=layers.apart(prefix.cache))
   assert_same(generate(engine(slots=6), prefixes=(apart,)), whole)

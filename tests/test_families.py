@@ -14,7 +14,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from advgame_jax import architecture, hf, hf_config, model, sharding
+from advgame_jax import architecture, hf, hf_config, layers, model, sharding
 from advgame_jax import config as config_lib
 from advgame_jax.engine import Engine, Load
 from advgame_jax.scoring import Generator
@@ -59,7 +59,7 @@ def test_greedy_tokens_drawn_with_a_cache_are_transformers(name):
   who = Engine(config, sampling, tiny.mesh(), LOCAL, dtype, "auto", never)
   prompts = [tokens_T[:length].tolist() for tokens_T, length in zip(expected["tokens"], lengths)]
   fold_Q = np.arange(len(prompts), dtype=np.uint32)
-  drawn = who.generate(Load(Generator((model.unstack(params),)), prompts, fold_Q, 1, jax.random.key(0)))
+  drawn = who.generate(Load(Generator((layers.unstack(config, params),)), prompts, fold_Q, 1, jax.random.key(0)))
   np.testing.assert_array_equal(drawn.tokens_RT, expected["greedy"])
 
 

@@ -11,7 +11,7 @@ import pytest
 import test_attention
 import tiny
 
-from advgame_jax import architecture, attention, flash_decoding, kernels, model, sampler, sharding
+from advgame_jax import architecture, attention, flash_decoding, kernels, layers, model, sampler, sharding
 from advgame_jax.config import Sampling
 from advgame_jax.engine import Engine, Load
 from advgame_jax.scoring import Generator
@@ -132,7 +132,7 @@ def test_a_generation_by_kernels_draws_the_plain_one_s_tokens(mesh, layout):
   prompts = [np.random.default_rng(q).integers(1, config.vocab, 10 * q + 5).tolist() for q in range(4)]
   over = tiny.mesh(*mesh)
   where = architecture.shardings(architecture.param_specs(config), over, layout)
-  weights = jax.device_put(model.unstack(tiny.params(config)), model.unstack_shardings(where, config.layers))
+  weights = jax.device_put(layers.unstack(config, tiny.params(config)), layers.unstack_shardings(config, where))
 
   def draw(name):
     who = Engine(config, sampling, over, layout, np.dtype("float32"), name, never)

@@ -14,8 +14,8 @@ LEVELS = (
   "types settings config",
   "sharding hosts meeting cluster supervise tokenizer refusals prompts rewards preferences losses rounding optimizers "
   "paper offline diversity tables chips collectives targets roofline",
-  "architecture matrices lora blockwise kernels attention flash_decoding fork experts rotary model scoring sampler "
-  "slots drawn programs engine hf_rope hf_config hf_shards hf hf_gguf peft frozen placement",
+  "architecture matrices layers lora blockwise kernels attention flash_decoding fork experts rotary model scoring "
+  "sampler slots drawn programs engine hf_rope hf_config hf_shards hf hf_gguf peft frozen placement",
   "policies game judges canary rubrics cases guards phrases drift model_judge endpoint server_judge heuristic "
   "microworld worldfiles state update",
   "data checkpoint ledger report plots charts trace peaks profile page suites attempts handover campaign_page",
@@ -48,6 +48,12 @@ CHAINS = (
   "blockwise → flash_decoding",
   "matrices → flash_decoding",
   "kernels → model",
+  "architecture → layers → model",
+  "matrices → layers",
+  "layers → sampler",
+  "layers → programs",
+  "layers → engine",
+  "layers → frozen",
   "fork → model",
   "fork → scoring",
   "architecture → hf_rope → hf_config → hf → hf_gguf",
@@ -55,7 +61,6 @@ CHAINS = (
   "hf → peft",
   "hf_config → peft",
   "hf → frozen",
-  "model → frozen",
   "matrices → frozen",
   "architecture → frozen",
   "architecture → placement",

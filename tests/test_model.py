@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import architecture, model, rotary, sharding
+from advgame_jax import architecture, layers, model, rotary, sharding
 from advgame_jax.architecture import LayerKind, Rope
 from advgame_jax.attention import Index
 from advgame_jax.model import Prefix
@@ -81,7 +81,7 @@ def test_decode_step_by_step_equals_forward(stacked):
   """Rows behind prompts of several lengths, each in a page of its own; what they draw goes to pages of two tokens."""
   Q, steps, page = 3, 4, 2
   config, length_R = tiny.CONFIG, np.array([5, 2, 6])
-  params = tiny.params() if stacked else model.unstack(tiny.params())
+  params = tiny.params() if stacked else layers.unstack(tiny.CONFIG, tiny.params())
   _, prompts = model.forward(config, params, jnp.asarray(TOKENS_RT[:, :6]))
   new_RT = RNG.integers(0, config.vocab, (Q, steps)).astype(np.int32)
   places, zeros_R = np.arange(Q, dtype=np.int32)[:, None], np.zeros(Q, np.int32)
@@ -169,7 +169,7 @@ def test_forward_flops_agree_with_the_compiler(tied):
 @pytest.mark.parametrize("stacked", [True, False])
 def test_logits_are_float32_and_pools_match_caches(stacked):
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params())
-  params = params if stacked else model.unstack(params)
+  params = params if stacked else layers.unstack(tiny.CONFIG, params)
   hidden, cache = jax.eval_shape(lambda: model.forward(tiny.CONFIG, params, TOKENS_RT, dtype=jnp.bfloat16))
   pool = model.empty_pool(tiny.CONFIG, stacked, *TOKENS_RT.shape, jnp.bfloat16)
   assert hidden.dtype == jnp.bfloat16

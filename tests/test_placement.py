@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from advgame_jax import placement, sharding
-from advgame_jax.config import Mesh
+from advgame_jax.config import Mesh, Sampling
 from advgame_jax.placement import Place, Roles
 from advgame_jax.types import UserError
 
@@ -215,21 +215,27 @@ def where(**sizes):
   "sizes", [{"fsdp": 8}, {"sequence": 2}, {"sequence": 2, "tensor": 3}, {"sequence": 6}, {"tensor": 8}]
 )
 def test_shapes_that_fit(sizes):
-  placement.check(where(**sizes), HEADS, [12, 600], "defender")
+  placement.check(where(**sizes), HEADS, Sampling(prompt_buckets=(12,), max_new_tokens=600), "defender")
 
 
 @pytest.mark.parametrize(
-  "sizes,rows,said",
+  "sizes,lengths,said",
   [
     (
       {"sequence": 4},
-      [512, 514],
-      "the defender's training rows have 514 tokens, .* over sequence = 4 devices; allowed",
+      ((256, 258), 256),
+      "prompts or completions of 258 tokens .* over sequence = 4 dev",
     ),
-    ({"sequence": 4}, [512], "the defender has 6 key heads, .* over 4 devices .*; allowed: 1, 2, 3$"),
-    ({"sequence": 2, "tensor": 4}, [512], "the defender has 6 key heads, .* over 8 devices .*; allowed: 1, 2, 3, 6$"),
+    ({"sequence": 4}, ((256,), 258), "prompts or completions of 258 tokens .* over sequence = 4 dev"),
+    ({"sequence": 4}, ((256,), 256), "the defender has 6 key heads, .* over 4 devices .*; allowed: 1, 2, 3$"),
+    (
+      {"sequence": 2, "tensor": 4},
+      ((256,), 256),
+      "has 6 key heads, .* over 8 devices .*; allowed: 1, 2, 3, 6$",
+    ),
   ],
 )
-def test_tokens_and_key_heads_that_do_not_divide_are_refused(sizes, rows, said):
+def test_tokens_and_key_heads_that_do_not_divide_are_refused(sizes, lengths, said):
+  sampling = Sampling(prompt_buckets=lengths[0], max_new_tokens=lengths[1])
   with pytest.raises(UserError, match=said):
-    placement.check(where(**sizes), HEADS, rows, "defender")
+    placement.check(where(**sizes), HEADS, sampling, "defender")

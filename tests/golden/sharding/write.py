@@ -27,7 +27,7 @@ from advgame_jax.update import Recipe
 
 HERE = pathlib.Path(__file__).parent
 DEVICES, PAGES, PAGE, ROWS = 8, 64, 32, 4  # pages and rows: of each part of the rows
-ROW = 2048  # tokens of a training row
+SAMPLING = config_lib.Sampling(prompt_buckets=(1024,), max_new_tokens=1024)
 # Each file of configs/sharding, and over how many hosts.
 PRESETS = {"single": 1, "ddp": 1, "fsdp": 1, "fsdp_tensor": 1, "hybrid": 2, "sequence": 1, "apart": 2}
 
@@ -92,7 +92,7 @@ def _preset(model: ModelConfig, player: config_lib.Player, preset: str, hosts: i
 def _learns(model: ModelConfig, player: config_lib.Player, place: Place) -> dict[str, str]:
   """Of a player's state and gradients, and of the base under adapters; owners are named where theirs differ."""
   recipe = _recipe(model, player, place)
-  placement.check(place, model, [ROW], "player")
+  placement.check(place, model, SAMPLING, "player")
   state = session.abstract_state(Players(recipe, recipe)).players.attacker
   blank = lambda spec: jax.ShapeDtypeStruct(
     spec.shape, jnp.float32, sharding=jax.NamedSharding(place.mesh, place.train.spec(spec.axes))

@@ -1,0 +1,62 @@
+"""Layers one by one: the numbers are those of the stack, where they live follows them."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from advgame_jax import architecture, layers, model, sharding
+from advgame_jax.architecture import ModelConfig
+from advgame_jax.config import MATRICES
+from advgame_jax.matrices import Int8, Transposed, project, quantise
+
+EXPERTS = ModelConfig(**{**vars(tiny.CONFIG), "experts": 4, "experts_per_token": 2, "family": "mixtral"})
+SPECS = architecture.param_specs(tiny.CONFIG)["layers"]
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_transposed_matrix_gives_the_same_product(name):
+  spec, stack = SPECS[name], tiny.params()["layers"][name]
+  x = np.random.default_rng(0).normal(size=(2, 3, *spec.shape[1 : 1 + spec.inputs])).astype(np.float32)
+  for matrix, layer in zip(layers.unstack_one(name, spec, stack), stack, strict=True):
+    assert isinstance(matrix, Transposed)
+    assert matrix.weight.shape == (*layer.shape[spec.inputs :], *layer.shape[: spec.inputs])
+    np.testing.assert_allclose(project(x, matrix, spec.inputs), project(x, layer, spec.inputs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [tiny.CONFIG, EXPERTS], ids=["dense", "experts"])
+def test_a_forward_pass_is_that_of_the_stack(config):
+  params, tokens_RT = tiny.params(config), np.random.default_rng(1).integers(0, config.vocab, (3, 9))
+  forward = jax.jit(lambda params: model.forward(config, params, tokens_RT)[0])
+  np.testing.assert_allclose(forward(layers.unstack(config, params)), forward(params), atol=2e-5)
+
+
+def test_only_plain_matrices_of_layers_are_transposed():
+  transposed = lambda config, params: {
+    name for name, x in layers.unstack(config, params)["layers"][0].items() if isinstance(x, Transposed)
+  }
+  assert transposed(tiny.CONFIG, tiny.params()) == set(MATRICES)
+  assert transposed(EXPERTS, tiny.params(EXPERTS)) == {"query", "key", "value", "output"}
+  stacks = tiny.params()["layers"]
+  params = {**tiny.params(), "layers": {**stacks, "up": quantise(stacks["up"], stacked=1, inputs=1)}}
+  assert transposed(tiny.CONFIG, params) == set(MATRICES) - {"up"}
+  assert isinstance(layers.unstack(tiny.CONFIG, params)["layers"][1]["up"], Int8)
+
+
+def test_a_mesh_keeps_each_part_where_it_was():
+  """Each device has the transpose of its part of the stack, and gives nothing away."""
+  mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
+  where = architecture.shardings(architecture.param_specs(tiny.CONFIG), mesh, sharding.TRAIN)
+  params = jax.device_put(tiny.params(), where)
+  shardings = layers.unstack_shardings(tiny.CONFIG, where)
+  unstack = jax.jit(functools.partial(layers.unstack, tiny.CONFIG), out_shardings=shardings)
+  assert "all-" not in unstack.lower(params).compile().as_text()
+  apart = unstack(params)["layers"]
+  for name, spec in SPECS.items():
+    axes = layers._outputs_first(spec) if name in MATRICES else range(len(spec.shape) - 1)
+    for place in range(tiny.CONFIG.layers):
+      (matrix,) = jax.tree.leaves(apart[place][name])
+      for mine, stack in zip(matrix.addressable_shards, params["layers"][name].addressable_shards):
+        np.testing.assert_array_equal(mine.data, np.asarray(stack.data)[place].transpose(axes), err_msg=name)
