@@ -244,27 +244,19 @@ def drawing_to_reading(config: ModelConfig) -> float:
   return drawn / (drawn - 2 * config.vocab * config.width)
 
 
-def backward_flops(config: ModelConfig, tokens: float, context: float, *, frozen: bool) -> float:
-  """FLOPs of the way back: twice the way there, but a frozen matrix passes gradients on and has none of its own."""
-  return _backward_flops(*_forward_flops(config, tokens, context), frozen)
-
-
 def learning_flops(
-  config: ModelConfig, prompt: float, completions: int, tokens: float, *, forwards: int, frozen: bool
+  config: ModelConfig, prompt: float, completions: float, tokens: float, *, forwards: int, frozen: bool
 ) -> float:
   """FLOPs of a prompt and its completions of `tokens` tokens each, so many times there and once back.
 
-  The prompt goes through the matrices once, and through no head; attention is that of whole rows.
+  The prompt goes through the matrices once, and through no head; attention is that of whole rows. The way back is twice
+  the way there, but a frozen matrix passes gradients on and has none of its own.
   """
   row, head = prompt + tokens, 2 * config.vocab * config.width
   matrices, _ = _forward_flops(config, prompt + completions * tokens, 0)
   _, attention = _forward_flops(config, completions * row, row / 2)
   matrices -= prompt * head
-  return forwards * (matrices + attention) + _backward_flops(matrices, attention, frozen)
-
-
-def _backward_flops(matrices: float, attention: float, frozen: bool) -> float:
-  return matrices * (1 if frozen else 2) + 2 * attention
+  return (forwards + (1 if frozen else 2)) * matrices + (forwards + 2) * attention
 
 
 def _forward_flops(config: ModelConfig, tokens: float, context: float) -> tuple[float, float]:

@@ -33,18 +33,18 @@ def load(folder: str, mesh: Mesh, layout: Layout, dtype: Any, int8: bool) -> Par
   return {**params, "layers": narrowed}
 
 
-def one_by_one(config: ModelConfig, params: Params) -> Params:
+def unstack(config: ModelConfig, params: Params) -> Params:
   """`layers.unstack` of weights that only generate, a matrix at a time: at most one is there twice.
 
   The layers of `params` are taken out of it on the way.
   """
-  stacks, specs, apart = params["layers"], architecture.param_specs(config)["layers"], {}
+  stacks, specs, columns = params["layers"], architecture.param_specs(config)["layers"], {}
   for name in list(stacks):
     stack, spec = stacks.pop(name), specs[name]
-    where = layers.unstacked_sharding(name, spec, jax.tree.map(lambda x: x.sharding, stack))
-    one = functools.partial(layers.unstack_one, name, spec)
-    apart[name] = jax.jit(one, out_shardings=(where,) * config.layers)(stack)
-  return {**params, "layers": tuple(dict(zip(apart, layer)) for layer in zip(*apart.values()))}
+    where = layers.param_sharding(name, spec, jax.tree.map(lambda x: x.sharding, stack))
+    one = functools.partial(layers.unstack_param, name, spec)
+    columns[name] = jax.jit(one, out_shardings=(where,) * config.layers)(stack)
+  return {**params, "layers": layers.by_layer(columns)}
 
 
 def shardings(config: ModelConfig, mesh: Mesh, layout: Layout, int8: bool) -> Any:

@@ -3,14 +3,14 @@
 One by one spares each token the copy of every layer out of the stack, and keeps matrices transposed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.config import MATRICES
-from advgame_jax.matrices import Transposed
+from advgame_jax.matrices import Adapted, Int8, Transposed
 from advgame_jax.types import Params
 
 Layers = Any
@@ -35,13 +35,13 @@ def apart(stacked: Any) -> tuple[Any, ...]:
 
 def unstack(config: ModelConfig, params: Params) -> Params:
   """The parameters with their layers one by one."""
-  specs, stacks = param_specs(config)["layers"], params["layers"]
-  columns = (unstack_one(name, specs[name], stack) for name, stack in stacks.items())
-  return {**params, "layers": tuple(dict(zip(stacks, layer)) for layer in zip(*columns))}
+  specs = param_specs(config)["layers"]
+  columns = {name: unstack_param(name, specs[name], stack) for name, stack in params["layers"].items()}
+  return {**params, "layers": by_layer(columns)}
 
 
-def unstack_one(name: str, spec: ParamSpec, stack: Any) -> tuple[Any, ...]:
-  """One of the parameters of each layer."""
+def unstack_param(name: str, spec: ParamSpec, stack: Any) -> tuple[Any, ...]:
+  """One of the parameters, of each layer."""
   layers = apart(stack)
   if not _is_transposed(name, spec, stack):
     return layers
@@ -49,20 +49,21 @@ def unstack_one(name: str, spec: ParamSpec, stack: Any) -> tuple[Any, ...]:
   return tuple(Transposed(layer.transpose(axes)) for layer in layers)
 
 
+def by_layer(columns: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], ...]:
+  """What there is of each layer by name → by layer."""
+  return tuple(dict(zip(columns, layer)) for layer in zip(*columns.values()))
+
+
 def unstack_shardings(config: ModelConfig, where: Any) -> Any:
   """Where the parameters live after `unstack`, that live here before."""
-  specs, stacks = param_specs(config)["layers"], where["layers"]
-  layer = {name: unstacked_sharding(name, specs[name], stack) for name, stack in stacks.items()}
+  specs = param_specs(config)["layers"]
+  layer = {name: param_sharding(name, specs[name], stack) for name, stack in where["layers"].items()}
   return {**where, "layers": (layer,) * config.layers}
 
 
-def unstacked_sharding(name: str, spec: ParamSpec, where: Any) -> Any:
+def param_sharding(name: str, spec: ParamSpec, where: Any) -> Any:
   """Likewise of one of them, in each layer."""
-
-  def drop(where: jax.NamedSharding) -> jax.NamedSharding:
-    return jax.NamedSharding(where.mesh, jax.P(*where.spec[1:]))
-
-  layer = jax.tree.map(drop, where)
+  layer = jax.tree.map(lambda where: jax.NamedSharding(where.mesh, jax.P(*where.spec[1:])), where)
   if not _is_transposed(name, spec, where):
     return layer
   axes = [*layer.spec, *(None,) * (len(spec.shape) - 1 - len(layer.spec))]
@@ -70,8 +71,8 @@ def unstacked_sharding(name: str, spec: ParamSpec, where: Any) -> Any:
 
 
 def _is_transposed(name: str, spec: ParamSpec, stack: Any) -> bool:
-  """Neither experts' matrices nor what is in eight bits."""
-  return name in MATRICES and spec.stacked == 1 and not isinstance(stack, tuple)
+  """Neither experts' matrices nor what is in eight bits or adapted."""
+  return name in MATRICES and spec.stacked == 1 and not isinstance(stack, Int8 | Adapted)
 
 
 def _outputs_first(spec: ParamSpec) -> tuple[int, ...]:

@@ -47,11 +47,10 @@ def project(x: jax.Array, matrix: Matrix, inputs: int = 1) -> jax.Array:
     return (product * matrix.scale.reshape(matrix.values.shape[inputs:])).astype(x.dtype)
   before, size = x.shape[: x.ndim - inputs], math.prod(x.shape[x.ndim - inputs :])
   if isinstance(matrix, Transposed):
-    outputs = matrix.weight.shape[: matrix.weight.ndim - inputs]
-    product = jnp.einsum("xi,oi->xo", x.reshape(-1, size), matrix.weight.reshape(-1, size))
+    outputs, flat, contracted = matrix.weight.shape[:-inputs], matrix.weight.reshape(-1, size), 1
   else:
-    outputs = matrix.shape[inputs:]
-    product = x.reshape(-1, size) @ matrix.reshape(size, -1)
+    outputs, flat, contracted = matrix.shape[inputs:], matrix.reshape(size, -1), 0
+  product = jax.lax.dot_general(x.reshape(-1, size), flat, (((1,), (contracted,)), ((), ())))
   return product.reshape(*before, *outputs)
 
 

@@ -1,7 +1,7 @@
 """One decoder-only transformer for every family, functional: a forward pass over nested dicts.
 
-An architecture's difference is a field of `ModelConfig`, or which parameters its table has. How layers are
-kept says `layers`.
+An architecture's difference is a field of `ModelConfig`, or which parameters its table has. `layers` says
+how layers are kept.
 """
 
 import functools
@@ -151,7 +151,7 @@ def forward(
   segment_RT: jax.Array | None = None,
   fork: Fork | None = None,
 ) -> tuple[jax.Array, Layers]:
-  """Whole rows, padded on the right → normalised hidden states [R, T, M] and the cache of all T tokens.
+  """Rows, padded on the right → normalised hidden states [R, T, M] and the cache of all T tokens.
 
   A caller that drops the cache does not pay for it.
 
@@ -162,12 +162,12 @@ def forward(
     kernel: an implementation of `attention.causal`.
     place_RT: int32, of each token in its text behind the prefix; None is 0, 1, 2, …
     segment_RT: int32; a token sees only its own segment of a packed row.
-    fork: what the rows are made up of, where they are a prompt and several completions.
+    fork: how the rows are made up, where each is a prompt and several completions; it wants `fork.place_PX`, and no
+      prefix.
   """
   axes = _axes_of_layer(config, params["layers"])
   params = {**cast({**params, "layers": ()}, dtype), "layers": _cast_split(axes, params["layers"], dtype)}
   x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", "tokens", None)
-  place_RT = fork.place_PX if fork else place_RT
   by_row = "rows" if place_RT is not None or prefix else None  # else all rows turn alike
   place_RT = jnp.arange(tokens_RT.shape[1])[None] if place_RT is None else place_RT
   if prefix:

@@ -142,7 +142,7 @@ def load_weights(config: Config, folder: str, place: Place, int8: bool) -> Param
   """Of a local judge, a copy of its own in its decode layout."""
   dtype = policies.compute_dtype(config.precision)
   weights = frozen.load(folder, place.mesh, place.generate, dtype, int8)
-  return frozen.one_by_one(hf_config.load_config(folder), weights)
+  return frozen.unstack(hf_config.load_config(folder), weights)
 
 
 def _with_refusal(judge: Judge, roles: frozenset[Role]) -> tuple[Judge, frozenset[Role]]:

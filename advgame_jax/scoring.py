@@ -166,7 +166,7 @@ def score_completions(
   config: ModelConfig,
   params: Params,
   prompt_PS: Array,
-  length_P: Array,
+  prompt_length_P: Array,
   tokens_PCT: Array,
   mask_PCT: jax.Array,
   measure: Measure = plain_logprob,
@@ -181,15 +181,14 @@ def score_completions(
 
   Args:
     prompt_PS: padded on the left.
-    length_P: int32, tokens of the prompts.
+    prompt_length_P: int32, tokens.
     tokens_PCT: padded on the right.
     mask_PCT: bool, the tokens to measure.
   """
-  fork, tokens_PX = forks.join(prompt_PS, length_P, tokens_PCT)
+  fork, tokens_PX = forks.join(prompt_PS, prompt_length_P, tokens_PCT)
   tokens_PX = layout.constrain(tokens_PX, "rows", "tokens")
-  hidden_PXM, _ = model.forward(
-    config, params, tokens_PX, dtype=dtype, layout=layout, remat=remat, kernel=kernel, fork=fork
-  )
+  how: dict[str, Any] = {"dtype": dtype, "layout": layout, "remat": remat, "kernel": kernel}
+  hidden_PXM, _ = model.forward(config, params, tokens_PX, place_RT=fork.place_PX, fork=fork, **how)
   hidden_RTM = layout.constrain(fork.in_front(hidden_PXM), "rows", "tokens", None)
   rows = lambda x_PCT: x_PCT.reshape(-1, x_PCT.shape[-1])
   measured = _measure(

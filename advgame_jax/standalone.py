@@ -124,7 +124,7 @@ def _to_play(model: LanguageModel, settings: config_lib.Player, learnt: Params |
   """A folder's weights, or what a run's player has learnt, as they generate."""
   base = lambda: frozen.load(settings.model, model.mesh, model.layout, model.dtype, int8=False)
   if learnt is None:
-    return frozen.one_by_one(model.model, base())
+    return frozen.unstack(model.model, base())
   everywhere: Any = jax.device_put(learnt, sharding.replicated(model.mesh))
   if not settings.lora.rank:
     return model.decode_weights(everywhere)

@@ -42,6 +42,11 @@ class Recipe:
     return self.player.lora.rank > 0
 
   @property
+  def forwards(self) -> int:
+    """Passes through the model on the way there: the player's, what is computed again, the reference's."""
+    return 1 + (self.precision.remat == "layer") + (not self.player.reference_is_generator)
+
+  @property
   def specs(self) -> Params:
     """The table of what is learnt: all parameters, or the adapters."""
     if self.adapted:
@@ -66,9 +71,10 @@ def joint_update(
 ) -> tuple[TrainState, Metrics]:
   """One step of both players from the same tree; `step` advances by one.
 
-  A player that is None, with its batch, is updated elsewhere.
+  A player that is None, with its batch, is updated elsewhere. One that is frozen, or whose batch has no tokens, stays
+  as it is and has no metrics.
   A player whose batch has no comparison with a weight, or whose gradients are not finite, stays as it is: weights,
-  moments, schedule and moving average. So does a frozen one. Pure: programs apply `jit`, donation and shardings.
+  moments, schedule and moving average. Pure: programs apply `jit`, donation and shardings.
 
   Returns:
     The new state, and scalars by '{player}/{name}'.
@@ -184,7 +190,5 @@ def update_flops(recipe: Recipe, batch: PreferenceBatch) -> float:
 
 def comparison_flops(recipe: Recipe, prompt: float, completions: int, tokens: float) -> float:
   """Of one comparison: forward, backward, what is computed again, and the reference."""
-  forwards = 1 + (recipe.precision.remat == "layer") + (not recipe.player.reference_is_generator)
-  return architecture.learning_flops(
-    recipe.model, prompt, completions, tokens, forwards=forwards, frozen=recipe.adapted
-  )
+  shape, frozen = (prompt, completions, tokens), recipe.adapted
+  return architecture.learning_flops(recipe.model, *shape, forwards=recipe.forwards, frozen=frozen)

@@ -148,7 +148,7 @@ def updating(recipe: Recipe, shape: tuple[int, int, int, int], where: Wires) -> 
   micro = min(P, accumulate)  # those that have a comparison; the rest cost nothing
   comparisons = math.ceil(P / (parts * accumulate)) / sharding.shards(mesh, layout.tokens)
   tokens, whole_rows = comparisons * (S + C * T), comparisons * C * (S + T)
-  forwards = 1 + (precision.remat == "layer") + (not recipe.player.reference_is_generator)
+  forwards = recipe.forwards
   flops = comparisons * comparison_flops(recipe, S, C, T)
   count, L, M = architecture.count_params(model) / tensor, model.layers, model.width
   F, V = model.feed_forward / tensor, model.vocab / tensor

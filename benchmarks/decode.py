@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from advgame_jax import architecture, chips, hf_config, published, sharding
+from advgame_jax import architecture, chips, hf_config, layers, published, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.config import Sampling
 from advgame_jax.engine import Engine, Load
@@ -58,12 +58,13 @@ def machine() -> tuple[float, float]:
 
 
 def weights(config: ModelConfig) -> Any:
-  """Of every layer its own, in bfloat16."""
+  """Of every layer its own, in bfloat16, as they generate."""
   keys = (jax.random.fold_in(jax.random.key(0), number) for number in itertools.count())
   normal = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
   draw = lambda shape, spec: jnp.full(shape, 1, jnp.bfloat16) if spec.constant == 1 else normal(next(keys), shape)
   specs = architecture.param_specs(config)
-  layer = lambda: {name: draw(spec.shape[1:], spec) for name, spec in specs["layers"].items()}
+  one = lambda name, spec: layers.unstack_param(name, spec, draw((1, *spec.shape[1:]), spec))[0]
+  layer = lambda: {name: one(name, spec) for name, spec in specs["layers"].items()}
   whole = {name: draw(spec.shape, spec) for name, spec in specs.items() if name != "layers"}
   return {**whole, "layers": tuple(layer() for _ in range(config.layers))}
 

@@ -81,9 +81,7 @@ def step(config: ModelConfig, case: Case, learnt: Params, base: Params, tokens_R
 
 def flops(config: ModelConfig, case: Case, rows: int) -> float:
   """Of forward and backward."""
-  shape = (config, rows * case.length, case.length / 2)
-  backward = architecture.backward_flops(*shape, frozen=case.learns == "lora")
-  return architecture.forward_flops(*shape) + backward
+  return architecture.learning_flops(config, 0, rows, case.length, forwards=1, frozen=case.learns == "lora")
 
 
 def measure(config: ModelConfig, case: Case, rows: int, learnt: Params, base: Params) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _MODEL = flags.DEFINE_enum("model", "qwen2_5_7b", sorted(published.PUBLISHED), "
 _TENSOR = flags.DEFINE_integer("tensor", 1, "parts of the heads")
 
 GIB = 2**30
-ROW = 512  # tokens; of what is sent, only what is looked up depends on them
+ROW = 512  # tokens of a prompt and a completion; of what is sent, only what is looked up depends on them
 
 
 class Sent(NamedTuple):

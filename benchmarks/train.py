@@ -2,7 +2,8 @@
 
 DPO steps of a language model in float32: AdamW, reference the initial weights, its forward pass in every step, no
 matrix product recomputed but the head's, rows of one length, half of it prompt, logits of `beside.CHUNK` tokens at
-a time. Also what the backward pass costs: the gradient of the scores beside the scores alone.
+a time. Ours computes a pair's prompt once; tokens are those of whole rows, for all. Also what the backward pass costs:
+the gradient of the scores beside the scores alone.
 `benchmarks/peers/install.sh FOLDER trl tunix` makes the peers' environments.
 """
 
@@ -100,7 +101,9 @@ def main(_: list[str]) -> None:
   print(f"{MODEL.value}, {PAIRS.value} pairs × 2 × {TOKENS.value} tokens, {device}, {os.cpu_count()} cores")
   seconds, losses = ours(job)
   flops, _ = beside.machine()
-  needed = 4 * architecture.forward_flops(model, tokens, TOKENS.value / 2)  # forward, back, and the reference's forward
+  half = TOKENS.value // 2
+  # Of forward, backward, and the reference's forward; each prompt once.
+  needed = PAIRS.value * architecture.learning_flops(model, half, 2, TOKENS.value - half, forwards=2, frozen=False)
   share = needed / min(seconds) / flops
   print(f"loss {losses}; ours reaches {share:.0%} of a large product's {flops / 1e9:.0f} GFLOP/s")
   print("| | seconds, least (all) | tokens/s | ours against it |\n|---|---|---|---|")

@@ -122,9 +122,9 @@ def test_flops_count_the_experts_that_a_token_goes_through():
 def test_a_frozen_matrix_has_half_the_way_back_and_attention_has_all_of_it():
   config, _, _ = loaded("mistral")
   forward = functools.partial(architecture.forward_flops, config, 10)
-  backward = functools.partial(architecture.backward_flops, config, 10)
-  assert backward(4.0, frozen=False) == 2 * forward(4.0)
-  assert backward(4.0, frozen=True) == 2 * forward(4.0) - forward(0.0)
+  backward = functools.partial(architecture.learning_flops, config, 0, 10 / 8, 8, forwards=0)
+  assert backward(frozen=False) == 2 * forward(4.0)
+  assert backward(frozen=True) == 2 * forward(4.0) - forward(0.0)
   assert forward(100.0) == forward(8.0) > forward(4.0)  # no token sees more than its window
 
 

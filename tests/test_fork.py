@@ -1,5 +1,6 @@
 """Rows of a prompt and its completions against whole rows: the same scores and gradients, on any mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,15 +9,15 @@ import numpy as np
 import pytest
 import tiny
 
+from advgame_jax import architecture, lora, losses, scoring, sharding
+from advgame_jax import config as config_lib
 from advgame_jax import fork as forks
-from advgame_jax import losses, scoring, sharding
 from advgame_jax.architecture import LayerKind, Rope
+from advgame_jax.matrices import quantise
 
 P, C, T = 8, 3, 24  # tokens of whole rows; a third of them are slots of the prompt
 S = T // 3
-WINDOWED = tiny.CONFIG.__class__(
-  **{**vars(tiny.CONFIG), "kinds": (LayerKind(Rope(100.0), window=5), LayerKind(Rope(100.0)))}
-)
+WINDOWED = dataclasses.replace(tiny.CONFIG, kinds=(LayerKind(Rope(100.0), window=5), LayerKind(Rope(100.0))))
 MESHES = {
   "rows": {"data": 2, "fsdp": 4},
   "heads": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -106,13 +107,17 @@ def test_scores_and_gradients_are_those_of_whole_rows(batch, config, remat):
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_a_mesh_scores_the_same(batch, sizes):
+def test_a_mesh_scores_and_learns_the_same(batch, sizes):
   mesh, params = tiny.mesh(**sizes), tiny.params()
   rows = sharding.rows_sharding(mesh, sharding.TRAIN)
   sharded = sharding.to_global(batch, rows)
+  total = lambda params, batch, **how: (lambda x: (jnp.sum(x), x))(fork_scores(tiny.CONFIG, params, batch, **how))
+  both = jax.value_and_grad(total, has_aux=True)
   with jax.set_mesh(mesh):
-    got = jax.jit(functools.partial(fork_scores, tiny.CONFIG, layout=sharding.TRAIN))(params, sharded)
-  np.testing.assert_allclose(got, fork_scores(tiny.CONFIG, params, batch), atol=1e-5)
+    (_, got_PCT), got = jax.jit(functools.partial(both, layout=sharding.TRAIN))(params, sharded)
+  (_, expected_PCT), expected = both(params, batch)
+  np.testing.assert_allclose(got_PCT, expected_PCT, atol=1e-5)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-5, rtol=1e-4), got, expected)
 
 
 def test_what_pads_a_comparison_reaches_nothing(batch):
@@ -125,3 +130,32 @@ def test_what_pads_a_comparison_reaches_nothing(batch):
   total = lambda batch: jax.value_and_grad(lambda params: jnp.sum(fork_scores(tiny.CONFIG, params, batch)))
   one, other = total(batch)(tiny.params()), total(spoilt)(tiny.params())
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), one, other)
+
+
+def test_more_slots_change_nothing(batch):
+  """Wider prompts and completions, padded: the same scores, gradients too."""
+  wider = batch.replace(
+    prompt_PS=np.pad(batch.prompt_PS, ((0, 0), (5, 0))), tokens_PCT=np.pad(batch.tokens_PCT, ((0, 0), (0, 0), (0, 3)))
+  )
+  total = lambda params, batch: jnp.sum(fork_scores(tiny.CONFIG, params, batch))
+  both = lambda batch: jax.value_and_grad(total)(tiny.params(), batch)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), both(wider), both(batch))
+
+
+def test_a_measure_may_give_several_numbers(batch):
+  rows, params = tiny.whole_rows(batch), tiny.params()
+  _, expected_RT = scoring.score(tiny.CONFIG, params, rows.tokens_RT, rows.mask_RT, scoring.logprob_and_entropy)
+  _, got_PCT = fork_scores(tiny.CONFIG, params, batch, measure=scoring.logprob_and_entropy)
+  assert got_PCT.shape == batch.tokens_PCT.shape
+  np.testing.assert_allclose(jnp.sum(got_PCT, -1).reshape(-1), jnp.sum(expected_RT, -1), rtol=1e-5)
+
+
+def test_adapters_and_eight_bits_score_as_in_whole_rows(batch):
+  adapters = config_lib.Lora(rank=4)
+  drawn = lora.init(lora.adapter_specs(tiny.CONFIG, adapters), jax.random.key(0))
+  learnt = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(0).normal(size=x.shape).astype(np.float32), drawn)
+  stacks, specs = tiny.params()["layers"], architecture.param_specs(tiny.CONFIG)["layers"]
+  narrow = {name: quantise(stacks[name], specs[name].stacked, specs[name].inputs) for name in config_lib.MATRICES}
+  params = lora.attach({**tiny.params(), "layers": stacks | narrow}, lora.scale(learnt, adapters))
+  expected_PCT = whole_scores(tiny.CONFIG, params, batch)
+  np.testing.assert_allclose(fork_scores(tiny.CONFIG, params, batch), expected_PCT, atol=2e-5)

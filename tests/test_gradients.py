@@ -45,6 +45,7 @@ def batch_of(tensors):
   """Of whole rows, each a prompt and a completion."""
   rows_PCT, start_P, stop_PC = tensors["tokens"], tensors["prompt"], tensors["length"]
   (P, C, _), S, T = rows_PCT.shape, max(start_P), max((stop_PC - start_P[:, None]).flat)
+  assert all((rows_PCT[p, 0, : start_P[p]] == rows_PCT[p, 1, : start_P[p]]).all() for p in range(P))
   prompt_PS, tokens_PCT = np.zeros((P, S), np.int32), np.zeros((P, C, T), np.int32)
   reference_PCT = np.zeros((P, C, T), np.float32)
   for p, c in np.ndindex(P, C):

@@ -1,18 +1,19 @@
 """Layers one by one: the numbers are those of the stack, where they live follows them."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import architecture, layers, model, sharding
-from advgame_jax.architecture import ModelConfig
+from advgame_jax import architecture, frozen, layers, model, sharding
 from advgame_jax.config import MATRICES
 from advgame_jax.matrices import Int8, Transposed, project, quantise
 
-EXPERTS = ModelConfig(**{**vars(tiny.CONFIG), "experts": 4, "experts_per_token": 2, "family": "mixtral"})
+EXPERTS = dataclasses.replace(tiny.CONFIG, experts=4, experts_per_token=2, family="mixtral")
 SPECS = architecture.param_specs(tiny.CONFIG)["layers"]
 
 
@@ -20,7 +21,7 @@ SPECS = architecture.param_specs(tiny.CONFIG)["layers"]
 def test_a_transposed_matrix_gives_the_same_product(name):
   spec, stack = SPECS[name], tiny.params()["layers"][name]
   x = np.random.default_rng(0).normal(size=(2, 3, *spec.shape[1 : 1 + spec.inputs])).astype(np.float32)
-  for matrix, layer in zip(layers.unstack_one(name, spec, stack), stack, strict=True):
+  for matrix, layer in zip(layers.unstack_param(name, spec, stack), stack, strict=True):
     assert isinstance(matrix, Transposed)
     assert matrix.weight.shape == (*layer.shape[spec.inputs :], *layer.shape[: spec.inputs])
     np.testing.assert_allclose(project(x, matrix, spec.inputs), project(x, layer, spec.inputs), rtol=1e-5, atol=1e-6)
@@ -52,11 +53,26 @@ def test_a_mesh_keeps_each_part_where_it_was():
   params = jax.device_put(tiny.params(), where)
   shardings = layers.unstack_shardings(tiny.CONFIG, where)
   unstack = jax.jit(functools.partial(layers.unstack, tiny.CONFIG), out_shardings=shardings)
-  assert "all-" not in unstack.lower(params).compile().as_text()
+  program = unstack.lower(params).compile().as_text()
+  assert not {"all-gather", "all-reduce", "all-to-all", "collective-permute"} & set(re.findall(r"[a-z-]+", program))
   apart = unstack(params)["layers"]
   for name, spec in SPECS.items():
-    axes = layers._outputs_first(spec) if name in MATRICES else range(len(spec.shape) - 1)
+    axes = np.arange(len(spec.shape) - 1)
+    axes = np.concatenate([axes[spec.inputs :], axes[: spec.inputs]]) if name in MATRICES else axes
     for place in range(tiny.CONFIG.layers):
       (matrix,) = jax.tree.leaves(apart[place][name])
       for mine, stack in zip(matrix.addressable_shards, params["layers"][name].addressable_shards):
         np.testing.assert_array_equal(mine.data, np.asarray(stack.data)[place].transpose(axes), err_msg=name)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_matrix_at_a_time_is_the_same(int8):
+  mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
+  where = frozen.shardings(tiny.CONFIG, mesh, sharding.GENERATE_TENSOR, int8)
+  narrow = lambda name, x: quantise(x, SPECS[name].stacked, SPECS[name].inputs) if int8 and name in MATRICES else x
+  stacks = {name: narrow(name, x) for name, x in tiny.params()["layers"].items()}
+  params = jax.device_put({**tiny.params(), "layers": stacks}, where)
+  expected = layers.unstack(tiny.CONFIG, params)
+  got = frozen.unstack(tiny.CONFIG, {**params, "layers": dict(params["layers"])})
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+  assert jax.tree.map(lambda x: x.sharding, got["layers"]) == layers.unstack_shardings(tiny.CONFIG, where)["layers"]

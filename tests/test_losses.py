@@ -35,7 +35,7 @@ def draw(settings, P=P, seed=5):
   return batch, near(0.5), near(0.5), rng.gamma(2.0, 1.0, near(0).shape).astype(np.float32)
 
 
-def mask_PCT(batch):
+def mask_of(batch):
   return np.arange(T) < batch.length_PC[..., None]
 
 
@@ -54,7 +54,7 @@ def value_and_gradient(settings, *arguments):
 def expected_loss(settings, batch, logprob_PCT, reference_PCT, entropy_PCT, detached_PCT):
   """By its definition, comparison by comparison in float64; `detached` stands where no gradient flows."""
   rows = np.flatnonzero(batch.weight_P)
-  samples = [(p, c, mask_PCT(batch)[p, c]) for p in rows for c in range(batch.length_PC.shape[1])]
+  samples = [(p, c, mask_of(batch)[p, c]) for p in rows for c in range(batch.length_PC.shape[1])]
   tokens = sum(mask.sum() for _, _, mask in samples)
   total = -settings.entropy_bonus * sum(entropy_PCT[p, c][mask].sum() for p, c, mask in samples) / tokens
   if settings.kind == "grpo":
@@ -67,7 +67,7 @@ def expected_loss(settings, batch, logprob_PCT, reference_PCT, entropy_PCT, deta
       total -= gain.sum() / divisor[settings.normalisation]
     return total
   for p in rows:
-    mask_w, mask_l = mask_PCT(batch)[p]
+    mask_w, mask_l = mask_of(batch)[p]
     reduce = np.mean if settings.mean_logprob else np.sum
     delta_w = reduce((logprob_PCT - reference_PCT)[p, 0][mask_w])
     delta_l = reduce((logprob_PCT - reference_PCT)[p, 1][mask_l])
@@ -122,7 +122,7 @@ def test_masked_equals_filtered(settings):
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 def test_garbage_behind_masks_changes_nothing(settings, garbage):
   batch, *scores = draw(settings)
-  live_PCT = mask_PCT(batch) & (batch.weight_P > 0)[:, None, None]
+  live_PCT = mask_of(batch) & (batch.weight_P > 0)[:, None, None]
   spoil = lambda x: np.where(live_PCT, x, np.float32(garbage))
   spoilt = batch.replace(
     tokens_PCT=np.where(live_PCT, batch.tokens_PCT, -1),
@@ -156,7 +156,7 @@ def test_micro_batches_sum_to_the_whole(settings):
 def test_metrics_of_pairs_mean_what_they_say():
   batch, logprob, reference, entropy = draw(SETTINGS[0])
   _, metrics = loss(SETTINGS[0], batch, logprob, reference, entropy)
-  delta_PC = np.where(mask_PCT(batch), logprob.astype(np.float64) - reference, 0).sum(-1)[batch.weight_P > 0]
+  delta_PC = np.where(mask_of(batch), logprob.astype(np.float64) - reference, 0).sum(-1)[batch.weight_P > 0]
   margin_P = delta_PC[:, 0] - delta_PC[:, 1]
   np.testing.assert_allclose(metrics["kl"], delta_PC.mean(), rtol=1e-5)
   np.testing.assert_allclose(metrics["margin"], margin_P.mean(), rtol=1e-5)

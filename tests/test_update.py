@@ -273,6 +273,14 @@ def test_frozen_players_stay_as_they_are():
   assert after.players.attacker is before.players.attacker and after.players.defender is before.players.defender
 
 
+def test_a_batch_without_tokens_leaves_a_player_as_it_is():
+  before, (attacker, defender) = start(), batches()
+  nothing = attacker.replace(prompt_PS=attacker.prompt_PS[:, :0], tokens_PCT=attacker.tokens_PCT[..., :0])
+  after, metrics = step(before, Players(nothing, defender))
+  same(after.players.attacker, before.players.attacker)
+  assert {name.split("/")[0] for name in metrics} == {"defender"}
+
+
 # What the players are held near to.
 
 

@@ -152,6 +152,7 @@ class WholeRows(NamedTuple):
 
 
 def whole_rows(batch: PreferenceBatch) -> WholeRows:
+  """A loop over the comparisons."""
   (P, S), (_, C, T) = batch.prompt_PS.shape, batch.tokens_PCT.shape
   rows = WholeRows(*(np.zeros((P * C, S + T), dtype) for dtype in (np.int32, bool, np.float32)))
   for r, (p, c) in enumerate(np.ndindex(P, C)):
