@@ -113,7 +113,7 @@ def test_the_mesh_changes_nobody(mesh, decode):
 
 
 def test_instructions_read_once_or_with_every_case_are_the_same():
-  for temperature in (0.0, 1.0):
+  for temperature in (0.5, 1.0):  # at 0, what a random model likes best and second best may be a rounding apart
     sampling = dataclasses.replace(SETTINGS.sampling, temperature=temperature)
     once, always = (judge(reuse=reuse, sampling=sampling) for reuse in (True, False))
     assert scores(once(QUESTIONS)) == scores(always(QUESTIONS))
