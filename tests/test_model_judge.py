@@ -113,8 +113,9 @@ def test_the_mesh_changes_nobody(mesh, decode):
 
 
 def test_instructions_read_once_or_with_every_case_are_the_same():
-  for temperature in (0.5, 1.0):  # at 0, what a random model likes best and second best may be a rounding apart
-    sampling = dataclasses.replace(SETTINGS.sampling, temperature=temperature)
+  for temperature in (0.3, 1.0):
+    # Of few tokens: of a random model's whole vocabulary some draw or tie is decided by the last bit of a sum.
+    sampling = dataclasses.replace(SETTINGS.sampling, temperature=temperature, top_k=4)
     once, always = (judge(reuse=reuse, sampling=sampling) for reuse in (True, False))
     assert scores(once(QUESTIONS)) == scores(always(QUESTIONS))
     weighing = {"put": raw_weights, "readout": "probability", "sampling": sampling}
