@@ -170,12 +170,9 @@ def score_completions(
   tokens_PCT: Array,
   mask_PCT: jax.Array,
   measure: Measure = plain_logprob,
-  *,
   chunk: int = 1024,
-  dtype: Any = jnp.float32,
   layout: Layout = LOCAL,
-  remat: str = "none",
-  kernel: str = "auto",
+  **how: Any,
 ) -> Any:
   """`score` of the completions of each prompt, whose own tokens are computed once → pytree of [P, C, T].
 
@@ -184,11 +181,11 @@ def score_completions(
     prompt_length_P: int32, tokens.
     tokens_PCT: padded on the right.
     mask_PCT: bool, the tokens to measure.
+    how: of `model.forward`, as `score_generator` gives it.
   """
   fork, tokens_PX = forks.join(prompt_PS, prompt_length_P, tokens_PCT)
   tokens_PX = layout.constrain(tokens_PX, "rows", "tokens")
-  how: dict[str, Any] = {"dtype": dtype, "layout": layout, "remat": remat, "kernel": kernel}
-  hidden_PXM, _ = model.forward(config, params, tokens_PX, place_RT=fork.place_PX, fork=fork, **how)
+  hidden_PXM, _ = model.forward(config, params, tokens_PX, layout=layout, place_RT=fork.place_PX, fork=fork, **how)
   hidden_RTM = layout.constrain(fork.in_front(hidden_PXM), "rows", "tokens", None)
   rows = lambda x_PCT: x_PCT.reshape(-1, x_PCT.shape[-1])
   measured = _measure(
