@@ -1,7 +1,7 @@
 """One decoder-only transformer for every family, functional: a forward pass over nested dicts.
 
-An architecture's difference is a field of `ModelConfig`, or which parameters its table has. `layers` says
-how layers are kept.
+An architecture's difference is a field of `ModelConfig`, or which parameters its table has. `layers` says how
+layers are kept.
 """
 
 import functools
