@@ -162,9 +162,13 @@ def forward(
     kernel: an implementation of `attention.causal`.
     place_RT: int32, of each token in its text behind the prefix; None is 0, 1, 2, …
     segment_RT: int32; a token sees only its own segment of a packed row.
-    fork: how the rows are made up, where each is a prompt and several completions; it wants `fork.place_PX`, and no
-      prefix.
+    fork: how the rows are made up, where each is a prompt and several completions; `place_RT` is then its `place_PX`.
+
+  Raises:
+    ValueError: a fork of rows that have a prefix or are packed.
   """
+  if fork and (prefix or segment_RT is not None):
+    raise ValueError("rows that fork have no prefix and are not packed")
   axes = _axes_of_layer(config, params["layers"])
   params = {**cast({**params, "layers": ()}, dtype), "layers": _cast_split(axes, params["layers"], dtype)}
   x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", "tokens", None)

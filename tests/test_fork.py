@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import architecture, lora, losses, scoring, sharding
+from advgame_jax import architecture, lora, losses, model, scoring, sharding
 from advgame_jax import config as config_lib
 from advgame_jax import fork as forks
 from advgame_jax.architecture import LayerKind, Rope
@@ -159,3 +159,10 @@ def test_adapters_and_eight_bits_score_as_in_whole_rows(batch):
   params = lora.attach({**tiny.params(), "layers": stacks | narrow}, lora.scale(learnt, adapters))
   expected_PCT = whole_scores(tiny.CONFIG, params, batch)
   np.testing.assert_allclose(fork_scores(tiny.CONFIG, params, batch), expected_PCT, atol=2e-5)
+
+
+def test_rows_that_fork_have_no_prefix_and_are_not_packed(batch):
+  fork, tokens_PX = joined(batch)
+  segments_PX = jnp.zeros(tokens_PX.shape, jnp.int32)
+  with pytest.raises(ValueError, match="no prefix and are not packed"):
+    model.forward(tiny.CONFIG, tiny.params(), tokens_PX, place_RT=fork.place_PX, fork=fork, segment_RT=segments_PX)
