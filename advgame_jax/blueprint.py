@@ -374,18 +374,8 @@ class _Drafter:
     """What a player learns from in a step, padded as `Session.update` does it; every prompt in the largest bucket."""
     P, S, C, T = self.comparisons(recipe)
     unit = sharding.shards(recipe.mesh, recipe.layout.rows) * recipe.player.accumulate
-    P, rows = math.ceil(P / unit) * unit, sharding.rows_sharding(recipe.mesh, recipe.layout)
-    array: Any = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-    return PreferenceBatch(
-      prompt_PS=array(jnp.int32, P, S),
-      prompt_length_P=array(jnp.int32, P),
-      tokens_PCT=array(jnp.int32, P, C, T),
-      length_PC=array(jnp.int32, P, C),
-      behaviour_logprob_PCT=array(jnp.float32, P, C, T),
-      plain_logprob_PCT=array(jnp.float32, P, C, T),
-      advantage_PC=array(jnp.float32, P, C),
-      weight_P=array(jnp.float32, P),
-    )
+    rows = sharding.rows_sharding(recipe.mesh, recipe.layout)
+    return PreferenceBatch.abstract(math.ceil(P / unit) * unit, S, C, T, rows)
 
   def comparisons(self, recipe: Recipe) -> tuple[int, int, int, int]:
     """P, S, C, T before padding."""

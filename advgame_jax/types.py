@@ -173,6 +173,21 @@ class PreferenceBatch:
   advantage_PC: Array  # float32: reward − baseline
   weight_P: Array  # float32: 1 or 0
 
+  @classmethod
+  def abstract(cls, P: int, S: int, C: int, T: int, where: jax.sharding.Sharding) -> "PreferenceBatch":
+    """Shapes and dtypes, without any array; P lies as `where` says."""
+    array: Any = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    return cls(
+      prompt_PS=array(np.int32, P, S),
+      prompt_length_P=array(np.int32, P),
+      tokens_PCT=array(np.int32, P, C, T),
+      length_PC=array(np.int32, P, C),
+      behaviour_logprob_PCT=array(np.float32, P, C, T),
+      plain_logprob_PCT=array(np.float32, P, C, T),
+      advantage_PC=array(np.float32, P, C),
+      weight_P=array(np.float32, P),
+    )
+
 
 class Question(NamedTuple):
   """One call of a judge: `texts` (one, or two to compare) as answers to `query` under a role's rubric."""

@@ -123,17 +123,7 @@ def update_bytes(on: list[Any]) -> Sent:
 def _batch(recipe: Recipe) -> PreferenceBatch:
   """One comparison for each part of the rows."""
   rows, P = sharding.rows_sharding(recipe.mesh, recipe.layout), sharding.shards(recipe.mesh, recipe.layout.rows)
-  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-  return PreferenceBatch(
-    prompt_PS=array(jnp.int32, P, ROW // 2),
-    prompt_length_P=array(jnp.int32, P),
-    tokens_PCT=array(jnp.int32, P, 2, ROW // 2),
-    length_PC=array(jnp.int32, P, 2),
-    behaviour_logprob_PCT=array(jnp.float32, P, 2, ROW // 2),
-    plain_logprob_PCT=array(jnp.float32, P, 2, ROW // 2),
-    advantage_PC=array(jnp.float32, P, 2),
-    weight_P=array(jnp.float32, P),
-  )
+  return PreferenceBatch.abstract(P, ROW // 2, 2, ROW // 2, rows)
 
 
 if __name__ == "__main__":

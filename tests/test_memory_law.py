@@ -32,21 +32,6 @@ P, S, C, T, CHUNK = 2, 1024, 2, 1024, 256
 ARRAY = re.compile(r"\b(?:f64|f32|bf16|f16|s32|u32|s8|pred)\[([\d,]+)\]")
 
 
-def abstract_batch(where):
-  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-  rows = [array(dtype, P, C, T) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
-  return PreferenceBatch(
-    prompt_PS=array(jnp.int32, P, S),
-    prompt_length_P=array(jnp.int32, P),
-    tokens_PCT=rows[0],
-    length_PC=array(jnp.int32, P, C),
-    behaviour_logprob_PCT=rows[1],
-    plain_logprob_PCT=rows[2],
-    advantage_PC=array(jnp.float32, P, C),
-    weight_P=array(jnp.float32, P),
-  )
-
-
 def size(tree):
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -63,7 +48,7 @@ def step():
   specs = recipe.__class__(QWEN_7B, Player(), config_lib.Loss(), precision, 10).specs
   base = jax.tree.map(lambda spec, at: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=at), specs, where)
   state = session.abstract_state(recipes)
-  batch = abstract_batch(sharding.rows_sharding(mesh, sharding.TRAIN))
+  batch = PreferenceBatch.abstract(P, S, C, T, sharding.rows_sharding(mesh, sharding.TRAIN))
   update = jax.jit(functools.partial(joint_update, recipes), donate_argnums=0)
   quick = {"xla_backend_optimization_level": 0}  # of the machine code; the buffers are those of a run
   with jax.set_mesh(mesh):
