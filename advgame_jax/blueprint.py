@@ -25,6 +25,7 @@ from advgame_jax import (
   panel,
   placement,
   policies,
+  preferences,
   published,
   session,
   sharding,
@@ -373,16 +374,16 @@ class _Drafter:
   def batch(self, recipe: Recipe) -> PreferenceBatch:
     """What a player learns from in a step, padded as `Session.update` does it; every prompt in the largest bucket."""
     P, S, C, T = self.comparisons(recipe)
-    unit = sharding.shards(recipe.mesh, recipe.layout.rows) * recipe.player.accumulate
     rows = sharding.rows_sharding(recipe.mesh, recipe.layout)
-    return PreferenceBatch.abstract(math.ceil(P / unit) * unit, S, C, T, rows)
+    return PreferenceBatch.abstract(math.ceil(P / recipe.unit) * recipe.unit, S, C, T, rows)
 
   def comparisons(self, recipe: Recipe) -> tuple[int, int, int, int]:
     """P, S, C, T before padding."""
     game, B = self.config.game, self.config.data.batch
     nodes, group = (B, game.attacks) if recipe is self.recipes.attacker else (B * game.attacks_per_seed, game.responses)
     S, T = recipe.player.sampling.prompt_buckets[-1], recipe.player.sampling.max_new_tokens
-    return (nodes * group, S, 1, T) if self.config.loss.kind == "grpo" else (nodes, S, 2, T)
+    P, C = preferences.shape(self.config.loss, nodes, group, recipe.unit)
+    return P, S, C, T
 
   def _evaluation_pools(self) -> Players[float]:
     count, no_stops = 2 * self.config.evaluation.seeds * self.config.evaluation.samples, np.zeros((1, 1), np.int16)

@@ -1,8 +1,8 @@
 """The objectives: pure arithmetic on log-probabilities.
 
-Everything is a sum over comparisons divided by a total of the whole batch (`totals`), so that a batch may be summed in
-micro-batches. What a mask or a weight 0 hides is replaced before it enters any formula: it reaches no value and no
-gradient, whatever it holds.
+Everything is a sum over completions divided by a total of the whole batch (`totals`), so that a batch may be summed in
+micro-batches; what holds of a pair holds of both its completions. What a mask or a weight 0 hides is replaced before it
+enters any formula: it reaches no value and no gradient, whatever it holds.
 """
 
 from typing import NamedTuple
@@ -17,12 +17,12 @@ from advgame_jax.types import Array, PreferenceBatch
 class Totals(NamedTuple):
   """What the sums of a batch are divided by."""
 
-  comparisons: jax.Array  # weight of all comparisons
-  tokens: jax.Array  # completion tokens of all comparisons with a weight
+  weight: jax.Array  # of all completions
+  tokens: jax.Array  # of all completions with a weight
 
 
 def dpo(delta_PC: jax.Array, beta: float) -> jax.Array:
-  """−log σ(β(Δw − Δl)) per pair, Δ = log π − log π_ref of a sample. Rafailov et al. 2305.18290, eq. 7.
+  """−log σ(β(Δw − Δl)) per pair [P], Δ = log π − log π_ref of a sample. Rafailov et al. 2305.18290, eq. 7.
 
   Args:
     delta_PC: nats, (chosen, rejected).
@@ -61,15 +61,15 @@ def importance(logprob_PCT: jax.Array, behaviour_PCT: jax.Array, cap: float) -> 
 
 
 def live_tokens(batch: PreferenceBatch) -> jax.Array:
-  """[P, C, T] bool: completion tokens of comparisons that have a weight."""
+  """[P, C, T] bool: tokens of completions that have a weight."""
   there_PCT = jnp.arange(batch.tokens_PCT.shape[-1]) < jnp.asarray(batch.length_PC)[..., None]
-  return there_PCT & (batch.weight_P > 0)[:, None, None]
+  return there_PCT & (batch.weight_PC > 0)[..., None]
 
 
 def totals(batch: PreferenceBatch) -> Totals:
   """Of a whole batch, before it is cut into micro-batches; at least 1, so that an empty batch divides by nothing."""
   tokens = jnp.sum(live_tokens(batch), dtype=jnp.float32)
-  return Totals(jnp.maximum(jnp.sum(batch.weight_P), 1), jnp.maximum(tokens, 1))
+  return Totals(jnp.maximum(jnp.sum(batch.weight_PC), 1), jnp.maximum(tokens, 1))
 
 
 @jax.named_scope("loss")
@@ -89,9 +89,10 @@ def preference_loss(
     total: of the batch that this one is part of.
 
   Returns:
-    A scalar, and scalars by name: 'loss'; 'kl', nats per completion, the mean of log π − log π_ref; for pairs 'margin',
-    nats, the mean of Δw − Δl, and 'accuracy', the fraction of pairs in which it is positive; for GRPO 'importance', the
-    mean weight; with a bonus 'entropy', nats per token.
+    A scalar, and scalars by name: 'loss'; 'comparisons', the number of pairs, or of GRPO's samples; 'kl', nats per
+    completion, the mean of log π − log π_ref; for pairs 'margin', nats, the mean of Δw − Δl, and 'accuracy', the
+    fraction of pairs in which it is positive; for GRPO 'importance', the mean weight; with a bonus 'entropy', nats per
+    token.
   """
   live_PCT = live_tokens(batch)
   logprob_PCT, reference_PCT, behaviour_PCT = (
@@ -100,12 +101,13 @@ def preference_loss(
   delta_PCT = logprob_PCT - reference_PCT
   tokens_PC = jnp.maximum(jnp.sum(live_PCT, -1), 1)
 
-  def mean(x_P: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(batch.weight_P > 0, batch.weight_P * x_P, 0)) / total.comparisons
+  def mean(x_PC: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(batch.weight_PC > 0, batch.weight_PC * x_PC, 0)) / total.weight
 
-  metrics = {"kl": mean(jnp.mean(jnp.sum(delta_PCT, -1), -1))}
+  weight = jnp.sum(batch.weight_PC)
+  metrics = {"kl": mean(jnp.sum(delta_PCT, -1)), "comparisons": weight if settings.kind == "grpo" else weight / 2}
   if settings.kind == "grpo":
-    advantage_PC = jnp.where(batch.weight_P[:, None] > 0, batch.advantage_PC, 0)
+    advantage_PC = jnp.where(batch.weight_PC > 0, batch.advantage_PC, 0)
     token_PCT = grpo(logprob_PCT, reference_PCT, behaviour_PCT, advantage_PC, settings.beta, settings.importance_cap)
     token_PCT = jnp.where(live_PCT, token_PCT, 0)
     weight_PCT = jnp.where(live_PCT, importance(logprob_PCT, behaviour_PCT, settings.importance_cap), 0)
@@ -114,13 +116,14 @@ def preference_loss(
       loss = jnp.sum(token_PCT) / total.tokens
     else:
       sample_PC = jnp.sum(token_PCT, -1) / (tokens_PC if settings.normalisation == "sample_mean" else 1)
-      loss = mean(jnp.mean(sample_PC, -1))
+      loss = mean(sample_PC)
   else:
     delta_PC = jnp.sum(delta_PCT, -1) / (tokens_PC if settings.mean_logprob else 1)
-    loss = mean({"dpo": dpo, "ipo": ipo}[settings.kind](delta_PC, settings.beta))
-    loss += settings.nll * mean(-jnp.sum(logprob_PCT[:, 0], -1) / tokens_PC[:, 0])
+    of_pairs = lambda x_P: mean(x_P[:, None])
+    loss = of_pairs({"dpo": dpo, "ipo": ipo}[settings.kind](delta_PC, settings.beta))
+    loss += settings.nll * of_pairs(-jnp.sum(logprob_PCT[:, 0], -1) / tokens_PC[:, 0])
     margin_P = delta_PC[:, 0] - delta_PC[:, 1]
-    metrics |= {"margin": mean(margin_P), "accuracy": mean((margin_P > 0).astype(jnp.float32))}
+    metrics |= {"margin": of_pairs(margin_P), "accuracy": of_pairs((margin_P > 0).astype(jnp.float32))}
   if settings.entropy_bonus:
     entropy = jnp.sum(jnp.where(live_PCT, entropy_PCT, 0)) / total.tokens
     loss -= settings.entropy_bonus * entropy

@@ -90,8 +90,8 @@ def generated(player: LanguageModel, samples: Samples) -> tuple[int, float]:
 
 def trained(run: Session, batch: Players[PreferenceBatch]) -> tuple[int, float]:
   """Tokens of prompts and completions with a weight, and the FLOPs of the update."""
-  tokens = sum(float(((b.prompt_length_P + b.length_PC.sum(1)) * b.weight_P).sum()) for b in batch)
-  return int(tokens), sum(map(update.update_flops, run.recipes, batch))
+  tokens = sum(int(b.prompt_length_P.sum() + b.length_PC.sum()) for b in batch)  # 0 of what has no weight
+  return tokens, sum(map(update.update_flops, run.recipes, batch))
 
 
 def of_play(tree: RolloutTree, judgments: Judgments, reward: Rewards) -> dict[str, float]:

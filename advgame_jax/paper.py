@@ -57,11 +57,10 @@ def config(argument: str, attacker: str, defender: str, judge: str, seeds: tuple
     )
   samples = 4 if loss == "grpo" else 2
   shards = 1 if lora else 2  # of the rows, on the 8 cards of a run of all weights
-  each = samples if loss == "grpo" else 1  # comparisons of a node: every sample, or the best against the worst
   made = Config(
     game=Game(attacks=samples, responses=samples),
-    attacker=_player(attacker, 1024, SEEDS * each // shards, think=True, lora=lora),
-    defender=_player(defender, 512, SEEDS * samples * each // shards, think=False, lora=lora),
+    attacker=_player(attacker, 1024, SEEDS // shards, think=True, lora=lora),
+    defender=_player(defender, 512, SEEDS * samples // shards, think=False, lora=lora),
     loss=Loss(kind=loss),  # type: ignore[arg-type]
     data=Data(train=seeds[:1], validation=seeds[1:], batch=SEEDS),
     judges=Judges(training=Judge(kind="model", model=defender if lora else judge)),
@@ -70,11 +69,11 @@ def config(argument: str, attacker: str, defender: str, judge: str, seeds: tuple
   return ABLATIONS[ablations[0] if ablations else "md"](made)
 
 
-def _player(model: str, prompt_tokens: int, comparisons: int, *, think: bool, lora: bool) -> Player:
+def _player(model: str, prompt_tokens: int, nodes: int, *, think: bool, lora: bool) -> Player:
   plain = Player(
     model=model,
     think=think,
-    accumulate=comparisons,  # one at a time, and those without a weight cost nothing
+    accumulate=nodes,  # one at a time, and those without a weight cost nothing
     sampling=Sampling(prompt_buckets=(prompt_tokens,), max_new_tokens=2048),
   )
   if not lora:

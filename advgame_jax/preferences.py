@@ -15,40 +15,59 @@ from advgame_jax.types import Players, PreferenceBatch, Rewards, RolloutTree, Sa
 class _Choice(NamedTuple):
   """Which samples are compared, before their tokens are laid out."""
 
-  row_P: np.ndarray  # int: the node
-  sample_PC: np.ndarray  # int: the sample of that node
+  node_P: np.ndarray  # int
+  sample_PC: np.ndarray  # int: of that node
   length_PC: np.ndarray  # int: tokens of its completion that are kept
   advantage_PC: np.ndarray  # float64: reward − baseline
-  weight_P: np.ndarray  # bool
+  weight_PC: np.ndarray  # bool
 
 
-def select_comparisons(loss: config_lib.Loss, tree: RolloutTree, rewards: Rewards) -> Players[PreferenceBatch]:
-  """What each player learns from one tree; the shapes depend on those of the tree and on `loss.kind` alone.
+def select_comparisons(
+  loss: config_lib.Loss, tree: RolloutTree, rewards: Rewards, least: Players[int]
+) -> Players[PreferenceBatch]:
+  """What each player learns from one tree; the shapes depend on those of the tree, `loss.kind` and `least` alone.
 
   Args:
-    loss: its kind chooses pairs (P = nodes, C = 2) or all samples (P = nodes × samples, C = 1), its baseline which
-      rewards the latter are measured against.
+    loss: its kind chooses pairs or all samples (see `shape`), its baseline which rewards the latter are measured
+      against.
     tree: B × A attacks (nodes: B) and B·A × D responses (nodes: B·A).
     rewards: of the same tree; masked ones are read nowhere.
+    least: of `shape`.
   """
   shape_RG = tree.responses.text_RG.shape
   return Players(
-    attacker=_select(loss, tree.attacks, rewards.attack_BA, rewards.attack_mask_BA),
+    attacker=_select(loss, tree.attacks, rewards.attack_BA, rewards.attack_mask_BA, least.attacker),
     defender=_select(
       loss,
       tree.responses,
       rewards.response_BAD.reshape(shape_RG),
       rewards.response_mask_BAD.reshape(shape_RG),
+      least.defender,
     ),
   )
 
 
-def _select(loss: config_lib.Loss, samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray) -> PreferenceBatch:
+def shape(loss: config_lib.Loss, nodes: int, group: int, least: int) -> tuple[int, int]:
+  """(P, C): how many comparisons a tree gives a player, and of how many completions each.
+
+  Of pairs one a node. Samples of GRPO share their prompt's computation, as many of a node as leave `least` comparisons,
+  where there can be so many: one for each micro-batch of each part of the rows (`Recipe.unit`).
+  """
+  if loss.kind != "grpo":
+    return nodes, 2
+  rows = next(rows for rows in range(1, group + 1) if group % rows == 0 and (nodes * rows >= least or rows == group))
+  return nodes * rows, group // rows
+
+
+def _select(
+  loss: config_lib.Loss, samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray, least: int
+) -> PreferenceBatch:
   # A sample without tokens is no model's: seeds played as they are, a script, a server.
   mask_RG = mask_RG & (samples.length_RG > 0)
   reward_RG = np.where(mask_RG, reward_RG, 0.0).astype(np.float64)
   if loss.kind == "grpo":
-    choice = _every_sample(samples, reward_RG, mask_RG, None if loss.baseline == "batch" else 1)
+    advantage_RG = reward_RG - _baseline(reward_RG, mask_RG, None if loss.baseline == "batch" else 1)
+    choice = _every_sample(samples, advantage_RG, mask_RG, shape(loss, len(mask_RG), mask_RG.shape[1], least))
   else:
     choice = _best_against_worst(samples, reward_RG, mask_RG)
   return _lay_out(samples, choice)
@@ -65,47 +84,55 @@ def _best_against_worst(samples: Samples, reward_RG: np.ndarray, mask_RG: np.nda
   # Otherwise the pair would mostly teach that the tokens after the limit are bad.
   shortest_P = np.where(status_PC[:, 1] == Status.MAX_LENGTH, length_PC.min(axis=1), length_PC[:, 1])
   return _Choice(
-    row_P=np.arange(len(reward_RG)),
+    node_P=np.arange(len(reward_RG)),
     sample_PC=sample_PC,
     length_PC=np.stack([length_PC[:, 0], shortest_P], axis=1),
     advantage_PC=reward_PC - reward_PC.mean(axis=1, keepdims=True),
-    weight_P=reward_PC[:, 0] > reward_PC[:, 1],  # fewer than two unmasked tie with themselves
+    # Fewer than two unmasked tie with themselves.
+    weight_PC=np.repeat(reward_PC[:, :1] > reward_PC[:, 1:], 2, axis=1),
   )
 
 
-def _every_sample(samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray, axis: int | None) -> _Choice:
-  """Each sample by itself, against the mean reward of the unmasked along `axis` (None: of all)."""
+def _baseline(reward_RG: np.ndarray, mask_RG: np.ndarray, axis: int | None) -> np.ndarray:
+  """The mean reward of the unmasked along `axis` (None: of all), to be broadcast."""
   count = mask_RG.sum(axis=axis, keepdims=True)
-  baseline = (reward_RG * mask_RG).sum(axis=axis, keepdims=True) / np.maximum(count, 1)
-  nodes, group = reward_RG.shape
+  return (reward_RG * mask_RG).sum(axis=axis, keepdims=True) / np.maximum(count, 1)
+
+
+def _every_sample(
+  samples: Samples, advantage_RG: np.ndarray, mask_RG: np.ndarray, shape_PC: tuple[int, int]
+) -> _Choice:
+  """The samples of each node in order, in one row or several of it."""
+  nodes, group = mask_RG.shape
   return _Choice(
-    row_P=np.repeat(np.arange(nodes), group),
-    sample_PC=np.tile(np.arange(group), nodes)[:, None],
-    length_PC=samples.length_RG.reshape(-1, 1),
-    advantage_PC=(reward_RG - baseline).reshape(-1, 1),
-    weight_P=mask_RG.reshape(-1),
+    node_P=np.repeat(np.arange(nodes), shape_PC[0] // nodes),
+    sample_PC=np.tile(np.arange(group), nodes).reshape(shape_PC),
+    length_PC=samples.length_RG.reshape(shape_PC),
+    advantage_PC=advantage_RG.reshape(shape_PC),
+    weight_PC=mask_RG.reshape(shape_PC),
   )
 
 
 def _lay_out(samples: Samples, choice: _Choice) -> PreferenceBatch:
-  """Each prompt and the chosen samples of it; comparisons of weight 0 stay empty."""
+  """Each prompt and the chosen samples of it; those of weight 0 stay empty."""
   shape_PCT = (*choice.sample_PC.shape, samples.tokens_RGT.shape[2])
-  live_P = choice.weight_P
+  live_PC = choice.weight_PC
+  live_P = live_PC.any(axis=1)
   batch = PreferenceBatch(
-    prompt_PS=np.zeros((len(live_P), samples.prompt_tokens_RT.shape[1]), np.int32),
-    prompt_length_P=np.where(live_P, samples.prompt_length_R[choice.row_P], 0).astype(np.int32),
+    prompt_PS=np.zeros((len(live_PC), samples.prompt_tokens_RT.shape[1]), np.int32),
+    prompt_length_P=np.where(live_P, samples.prompt_length_R[choice.node_P], 0).astype(np.int32),
     tokens_PCT=np.zeros(shape_PCT, np.int32),
-    length_PC=np.where(live_P[:, None], choice.length_PC, 0).astype(np.int32),
+    length_PC=np.where(live_PC, choice.length_PC, 0).astype(np.int32),
     behaviour_logprob_PCT=np.zeros(shape_PCT, np.float32),
     plain_logprob_PCT=np.zeros(shape_PCT, np.float32),
-    advantage_PC=np.where(live_P[:, None], choice.advantage_PC, 0.0).astype(np.float32),
-    weight_P=live_P.astype(np.float32),
+    advantage_PC=np.where(live_PC, choice.advantage_PC, 0.0).astype(np.float32),
+    weight_PC=live_PC.astype(np.float32),
   )
   for p in np.flatnonzero(live_P):
-    r, length = choice.row_P[p], batch.prompt_length_P[p]
+    r, length = choice.node_P[p], batch.prompt_length_P[p]
     batch.prompt_PS[p, batch.prompt_PS.shape[1] - length :] = samples.prompt_tokens_RT[r, :length]
     for c, g in enumerate(choice.sample_PC[p]):
-      kept = slice(batch.length_PC[p, c])
+      kept = slice(batch.length_PC[p, c])  # none of weight 0
       batch.tokens_PCT[p, c, kept] = samples.tokens_RGT[r, g, kept]
       batch.behaviour_logprob_PCT[p, c, kept] = samples.behaviour_logprob_RGT[r, g, kept]
       batch.plain_logprob_PCT[p, c, kept] = samples.plain_logprob_RGT[r, g, kept]

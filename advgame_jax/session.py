@@ -156,6 +156,11 @@ class Session:
     """A `TrainState` of shardings."""
     return state_shardings(self.recipes)
 
+  @property
+  def units(self) -> Players[int]:
+    """`Recipe.unit` of each player."""
+    return Players(*(recipe.unit for recipe in self.recipes))
+
   @functools.cached_property
   def _jitted_updates(self) -> dict[Mesh, Any]:
     """`joint_update` of the players on each mesh: of both where they share it."""
@@ -167,7 +172,7 @@ class Session:
     Players on meshes of their own are updated at the same time.
     """
     place = lambda batch, recipe: sharding.to_global(
-      sharding.pad_leading(batch, sharding.shards(recipe.mesh, recipe.layout.rows) * recipe.player.accumulate),
+      sharding.pad_leading(batch, recipe.unit),
       sharding.rows_sharding(recipe.mesh, recipe.layout),
     )
     batch, step = Players(*map(place, batch, self.recipes)), np.int32(state.step)

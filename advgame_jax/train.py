@@ -178,7 +178,7 @@ def learn(
     panel, asked = metrics.metered_judges(run, ledger)
     judgments = judges.judge(config.judges, tree, panel.players, fold_key(config.seed, step))
     reward = rewards.assign_rewards(judgments)
-    batch = preferences.select_comparisons(config.loss, tree, reward)
+    batch = preferences.select_comparisons(config.loss, tree, reward, run.units)
     with ledger.timed("update"):
       state, learnt = run.update(state, batch)
       with ledger.timed("other"):  # while the device works
@@ -241,7 +241,7 @@ def warm_up(run: Session, state: TrainState) -> TrainState:
   nothing = Rewards(np.zeros((B, A)), np.zeros((B, A), bool), np.zeros((B, A, D)), np.zeros((B, A, D), bool))
   for attack, response in itertools.product(attacks, responses):
     tree = _unplayed(attack, response)
-    batch = preferences.select_comparisons(config.loss, tree, nothing)
+    batch = preferences.select_comparisons(config.loss, tree, nothing, run.units)
     state, _ = run.update(dataclasses.replace(state, step=state.step - 1), batch)
   return state
 

@@ -158,10 +158,10 @@ class Rewards:
 
 @struct.dataclass
 class PreferenceBatch:
-  """P comparisons of C completions of a prompt for one player: C = 2 (chosen, rejected) for pairs, C = 1 for GRPO.
+  """P comparisons of C completions of a prompt for one player: (chosen, rejected) of a pair, or GRPO's samples.
 
   Prompts are padded on the left to S, completions on the right to T. Weight 0 is padding: nothing else of that
-  comparison is read.
+  completion is read. Both of a pair weigh the same.
   """
 
   prompt_PS: Array  # int32
@@ -171,7 +171,7 @@ class PreferenceBatch:
   behaviour_logprob_PCT: Array  # float32, nats, 0 behind the completion
   plain_logprob_PCT: Array  # float32, nats: the generator's; the reference's too, `Player.reference_is_generator`
   advantage_PC: Array  # float32: reward − baseline
-  weight_P: Array  # float32: 1 or 0
+  weight_PC: Array  # float32: 1 or 0
 
   @classmethod
   def abstract(cls, P: int, S: int, C: int, T: int, where: jax.sharding.Sharding) -> "PreferenceBatch":
@@ -185,7 +185,7 @@ class PreferenceBatch:
       behaviour_logprob_PCT=array(np.float32, P, C, T),
       plain_logprob_PCT=array(np.float32, P, C, T),
       advantage_PC=array(np.float32, P, C),
-      weight_P=array(np.float32, P),
+      weight_PC=array(np.float32, P, C),
     )
 
 

@@ -13,7 +13,7 @@ from advgame_jax import architecture, lora, losses, optimizers, rounding, scorin
 from advgame_jax import config as config_lib
 from advgame_jax import state as state_lib
 from advgame_jax.architecture import ModelConfig
-from advgame_jax.sharding import LOCAL, Layout, pad_leading
+from advgame_jax.sharding import LOCAL, Layout, pad_leading, shards
 from advgame_jax.state import PlayerState, TrainState
 from advgame_jax.types import Params, Players, PreferenceBatch
 
@@ -45,6 +45,11 @@ class Recipe:
   def forwards(self) -> int:
     """Passes through the model on the way there: the player's, what is computed again, the reference's."""
     return 1 + (self.precision.remat == "layer") + (not self.player.reference_is_generator)
+
+  @property
+  def unit(self) -> int:
+    """What the comparisons of a batch are a multiple of: one for each micro-batch of each part of the rows."""
+    return (shards(self.mesh, self.layout.rows) if self.mesh else 1) * self.player.accumulate
 
   @property
   def specs(self) -> Params:
@@ -101,8 +106,8 @@ def _update_player(
   gradient, metrics = _gradient(recipe, state, batch, bases)
   norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(norm)
-  comparisons = jnp.sum(batch.weight_P)
-  moves = finite & (comparisons > 0)
+  compares = metrics["comparisons"] > 0
+  moves = finite & compares
   steps, optimizer = recipe.steps, recipe.player.optimizer
   rate = state_lib.learning_rate(optimizer, steps, state)
 
@@ -117,10 +122,10 @@ def _update_player(
   # A branch, not a choice of each number: the old state need not outlive the new one, which is written in its place.
   new = jax.lax.cond(moves, move, lambda state, _: state, state, gradient)
   bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
-  new = dataclasses.replace(new, bad_steps=jnp.where(comparisons > 0, bad_steps, state.bad_steps))
+  new = dataclasses.replace(new, bad_steps=jnp.where(compares, bad_steps, state.bad_steps))
   if recipe.precision.offload:
     new = state_lib.move(new, jax.memory.Space.Host)
-  extra = {"comparisons": comparisons, "grad_norm": norm, "learning_rate": rate, "bad_steps": new.bad_steps}
+  extra = {"grad_norm": norm, "learning_rate": rate, "bad_steps": new.bad_steps}
   return new, metrics | extra | {"skipped": 1.0 - moves.astype(jnp.float32)}
 
 
@@ -143,7 +148,7 @@ def _gradient(recipe: Recipe, state: PlayerState, batch: PreferenceBatch, bases:
   def add(total: Any, part: PreferenceBatch) -> tuple[Any, None]:
     # A micro-batch without a comparison adds nothing, and costs nothing.
     plus = lambda total: jax.tree.map(jnp.add, total, differentiate(part))
-    return jax.lax.cond(jnp.any(part.weight_P > 0), plus, lambda total: total, total), None
+    return jax.lax.cond(jnp.any(part.weight_PC > 0), plus, lambda total: total, total), None
 
   parts = micro_batches(batch, recipe.player.accumulate)
   first = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], parts))
@@ -183,7 +188,7 @@ def update_flops(recipe: Recipe, batch: PreferenceBatch) -> float:
   if recipe.player.frozen:
     return 0.0
   parts = micro_batches(pad_leading(batch, recipe.player.accumulate), recipe.player.accumulate)
-  comparisons = np.any(np.asarray(parts.weight_P) > 0, axis=1).sum() * parts.weight_P.shape[1]
+  comparisons = np.any(np.asarray(parts.weight_PC) > 0, axis=(1, 2)).sum() * parts.weight_PC.shape[1]
   S, (C, T) = batch.prompt_PS.shape[1], batch.tokens_PCT.shape[1:]
   return comparisons * comparison_flops(recipe, S, C, T)
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from advgame_jax import command, metrics, session
+from advgame_jax import command, metrics, preferences, session
 from advgame_jax.config import Config, Lora
 from advgame_jax.session import Session
 from advgame_jax.types import Players, PreferenceBatch
@@ -48,11 +48,10 @@ def both(config: Config, lora: Lora) -> Config:
 def make_batch(run: Session) -> Players[PreferenceBatch]:
   """As `preferences.select_comparisons` lays out a tree of which every sample has all its tokens."""
   game, B, random = run.config.game, run.config.data.batch, np.random.default_rng(0)
-  pairs = run.config.loss.kind != "grpo"
 
-  def fill(player: Any, nodes: int, group: int) -> PreferenceBatch:
+  def fill(player: Any, least: int, nodes: int, group: int) -> PreferenceBatch:
     S, T = player.longest_prompt, player.sampling.max_new_tokens
-    shape_PCT = (nodes, 2, T) if pairs else (nodes * group, 1, T)
+    shape_PCT = (*preferences.shape(run.config.loss, nodes, group, least), T)
     logprob_PCT = -random.exponential(1.0, shape_PCT).astype(np.float32)
     tokens = lambda shape: random.integers(player.tokenizer.vocab_size, size=shape, dtype=np.int32)
     return PreferenceBatch(
@@ -62,14 +61,13 @@ def make_batch(run: Session) -> Players[PreferenceBatch]:
       length_PC=np.full(shape_PCT[:2], T, np.int32),
       behaviour_logprob_PCT=logprob_PCT,
       plain_logprob_PCT=logprob_PCT,
-      advantage_PC=np.tile(np.array([0.5, -0.5], np.float32), (nodes, 1))
-      if pairs
-      else np.ones(shape_PCT[:2], np.float32),
-      weight_P=np.ones(shape_PCT[0], np.float32),
+      advantage_PC=random.normal(size=shape_PCT[:2]).astype(np.float32),
+      weight_PC=np.ones(shape_PCT[:2], np.float32),
     )
 
   attacks = game.attacks_per_seed
-  return Players(fill(run.players.attacker, B, attacks), fill(run.players.defender, B * attacks, game.responses))
+  nodes, groups = (B, B * attacks), (attacks, game.responses)
+  return Players(*map(fill, run.players, run.units, nodes, groups))
 
 
 def measure(config: Config) -> Measured:

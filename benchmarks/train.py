@@ -55,7 +55,7 @@ def batch_of(job: dict[str, Any]) -> PreferenceBatch:
     behaviour_logprob_PCT=zeros,
     plain_logprob_PCT=zeros,
     advantage_PC=zeros[..., 0],
-    weight_P=np.ones(P, np.float32),
+    weight_PC=np.ones((P, C), np.float32),
   )
 
 

@@ -31,7 +31,7 @@ def batch():
   rng = np.random.default_rng(3)
   batch = tiny.preference_batch(rng, P, C, T)
   batch.prompt_length_P[:2], batch.length_PC[0] = (S, 1), T - S
-  for x in (batch.prompt_PS, batch.prompt_length_P, batch.tokens_PCT, batch.length_PC, batch.weight_P):
+  for x in (batch.prompt_PS, batch.prompt_length_P, batch.tokens_PCT, batch.length_PC, batch.weight_PC):
     x[-1] = 0
   batch.prompt_PS[0] = rng.integers(1, tiny.CONFIG.vocab, S)
   batch.tokens_PCT[0] = rng.integers(1, tiny.CONFIG.vocab, (C, T - S))

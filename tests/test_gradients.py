@@ -61,7 +61,7 @@ def batch_of(tensors):
     behaviour_logprob_PCT=np.zeros((P, C, T), np.float32),
     plain_logprob_PCT=reference_PCT,
     advantage_PC=np.zeros((P, C), np.float32),
-    weight_P=np.ones(P, np.float32),
+    weight_PC=np.ones((P, C), np.float32),
   )
 
 

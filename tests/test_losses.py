@@ -27,10 +27,13 @@ each = functools.partial(pytest.mark.parametrize, "settings", ids=lambda s: "-".
 
 
 def draw(settings, P=P, seed=5):
-  """A batch with two rows of weight 0, and the policy's and reference's log-probabilities and entropies."""
-  rng = np.random.default_rng(seed)
-  batch = tiny.preference_batch(rng, P, 1 if settings.kind == "grpo" else 2, T + 2)
-  batch = batch.replace(weight_P=np.where(np.arange(P) % 3 == 1, 0, 1).astype(np.float32))
+  """A batch with two rows of weight 0, of GRPO's samples some more, and scores of the policy and the reference."""
+  rng, C = np.random.default_rng(seed), 3 if settings.kind == "grpo" else 2
+  batch = tiny.preference_batch(rng, P, C, T + 2)
+  out_PC = np.tile(np.arange(P)[:, None] % 3 == 1, C)
+  if settings.kind == "grpo":
+    out_PC[0, 1] = out_PC[3, :2] = True
+  batch = batch.replace(weight_PC=np.where(out_PC, 0, 1).astype(np.float32))
   near = lambda scale: (batch.behaviour_logprob_PCT + scale * rng.normal(size=(*batch.length_PC.shape, T))).astype("f4")
   return batch, near(0.5), near(0.5), rng.gamma(2.0, 1.0, near(0).shape).astype(np.float32)
 
@@ -53,8 +56,8 @@ def value_and_gradient(settings, *arguments):
 
 def expected_loss(settings, batch, logprob_PCT, reference_PCT, entropy_PCT, detached_PCT):
   """By its definition, comparison by comparison in float64; `detached` stands where no gradient flows."""
-  rows = np.flatnonzero(batch.weight_P)
-  samples = [(p, c, mask_of(batch)[p, c]) for p in rows for c in range(batch.length_PC.shape[1])]
+  rows = np.flatnonzero(batch.weight_PC[:, 0])  # of pairs
+  samples = [(p, c, mask_of(batch)[p, c]) for p, c in np.argwhere(batch.weight_PC)]
   tokens = sum(mask.sum() for _, _, mask in samples)
   total = -settings.entropy_bonus * sum(entropy_PCT[p, c][mask].sum() for p, c, mask in samples) / tokens
   if settings.kind == "grpo":
@@ -63,7 +66,7 @@ def expected_loss(settings, batch, logprob_PCT, reference_PCT, entropy_PCT, deta
       weight = np.minimum(np.exp(fixed - batch.behaviour_logprob_PCT[p, c][mask]), settings.importance_cap)
       ratio = reference_PCT[p, c][mask] - l
       gain = np.exp(l - fixed) * batch.advantage_PC[p, c] * weight - settings.beta * (np.exp(ratio) - ratio - 1)
-      divisor = {"token_sum": len(rows), "token_mean": tokens, "sample_mean": len(rows) * mask.sum()}
+      divisor = {"token_sum": len(samples), "token_mean": tokens, "sample_mean": len(samples) * mask.sum()}
       total -= gain.sum() / divisor[settings.normalisation]
     return total
   for p in rows:
@@ -108,7 +111,7 @@ def test_the_importance_weight_is_detached_and_capped():
 @each(argvalues=FEW)
 def test_masked_equals_filtered(settings):
   arguments = draw(settings)
-  keep = arguments[0].weight_P > 0
+  keep = np.any(arguments[0].weight_PC > 0, axis=1)
   (value, metrics), gradients = value_and_gradient(settings, *arguments)
   (value_, metrics_), gradients_ = value_and_gradient(settings, *jax.tree.map(lambda x: x[keep], arguments))
   np.testing.assert_allclose(value, value_, rtol=1e-6)
@@ -122,13 +125,13 @@ def test_masked_equals_filtered(settings):
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 def test_garbage_behind_masks_changes_nothing(settings, garbage):
   batch, *scores = draw(settings)
-  live_PCT = mask_of(batch) & (batch.weight_P > 0)[:, None, None]
+  live_PCT = mask_of(batch) & (batch.weight_PC > 0)[..., None]
   spoil = lambda x: np.where(live_PCT, x, np.float32(garbage))
   spoilt = batch.replace(
     tokens_PCT=np.where(live_PCT, batch.tokens_PCT, -1),
     behaviour_logprob_PCT=spoil(batch.behaviour_logprob_PCT),
     plain_logprob_PCT=spoil(batch.plain_logprob_PCT),
-    advantage_PC=np.where(batch.weight_P[:, None] > 0, batch.advantage_PC, garbage).astype(np.float32),
+    advantage_PC=np.where(batch.weight_PC > 0, batch.advantage_PC, garbage).astype(np.float32),
   )
   clean = value_and_gradient(settings, batch, *scores)
   dirty = value_and_gradient(settings, spoilt, *map(spoil, scores))
@@ -138,7 +141,7 @@ def test_garbage_behind_masks_changes_nothing(settings, garbage):
 @each(argvalues=FEW)
 def test_an_empty_batch_has_no_loss_and_no_gradient(settings):
   batch, *scores = draw(settings)
-  empty = batch.replace(weight_P=np.zeros(P, np.float32))
+  empty = batch.replace(weight_PC=batch.weight_PC * 0)
   for x in jax.tree.leaves(value_and_gradient(settings, empty, *scores)):
     np.testing.assert_array_equal(x, 0)
 
@@ -156,7 +159,7 @@ def test_micro_batches_sum_to_the_whole(settings):
 def test_metrics_of_pairs_mean_what_they_say():
   batch, logprob, reference, entropy = draw(SETTINGS[0])
   _, metrics = loss(SETTINGS[0], batch, logprob, reference, entropy)
-  delta_PC = np.where(mask_of(batch), logprob.astype(np.float64) - reference, 0).sum(-1)[batch.weight_P > 0]
+  delta_PC = np.where(mask_of(batch), logprob.astype(np.float64) - reference, 0).sum(-1)[batch.weight_PC[:, 0] > 0]
   margin_P = delta_PC[:, 0] - delta_PC[:, 1]
   np.testing.assert_allclose(metrics["kl"], delta_PC.mean(), rtol=1e-5)
   np.testing.assert_allclose(metrics["margin"], margin_P.mean(), rtol=1e-5)

@@ -55,7 +55,7 @@ def test_a_twin_by_lora_changes_only_what_learns_and_where(loss):
 
 def test_samples_and_micro_batches_of_a_loss():
   assert (run("dpo").game.attacks, run("dpo").attacker.accumulate, run("dpo").defender.accumulate) == (2, 16, 32)
-  assert (run("grpo").game.attacks, run("grpo").attacker.accumulate, run("grpo").defender.accumulate) == (4, 64, 256)
+  assert (run("grpo").game.attacks, run("grpo").attacker.accumulate, run("grpo").defender.accumulate) == (4, 16, 64)
 
 
 @pytest.mark.parametrize("argument", ["ppo", "dpo,unheard", "dpo,md,no_think", "", "lora"])

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advgame_jax import config as config_lib
+from advgame_jax import preferences
 from advgame_jax.preferences import select_comparisons
-from advgame_jax.types import PreferenceBatch, Rewards, RolloutTree, Samples, SeedBatch, Status
+from advgame_jax.types import Players, PreferenceBatch, Rewards, RolloutTree, Samples, SeedBatch, Status
 
 LOSSES = [
   config_lib.Loss(kind="dpo"),
@@ -49,7 +50,7 @@ def make_tree(attacks, responses):
   )
 
 
-def select(loss, samples, reward_RG, mask_RG=None) -> PreferenceBatch:
+def select(loss, samples, reward_RG, mask_RG=None, least=1) -> PreferenceBatch:
   """The same nodes as responses of B = R seeds with one played attack each."""
   rows, group = samples.text_RG.shape
   reward_RG = np.asarray(reward_RG, np.float32)
@@ -57,7 +58,7 @@ def select(loss, samples, reward_RG, mask_RG=None) -> PreferenceBatch:
   tree = make_tree(make_samples(np.random.default_rng(0), rows, 1), samples)
   one = np.ones((rows, 1))
   rewards = Rewards(one, one > 0, reward_RG.reshape(rows, 1, group), mask_RG.reshape(rows, 1, group))
-  return select_comparisons(loss, tree, rewards).defender
+  return select_comparisons(loss, tree, rewards, Players(1, least)).defender
 
 
 def keep(samples, *index):
@@ -75,7 +76,7 @@ def assert_same(one, other, rows=slice(None), atol=0.0):
 
 def chosen_and_rejected(batch, samples):
   """Per pair, the columns whose tokens the two rows begin their completions with; for unique tokens only."""
-  first = [[batch.tokens_PCT[p, c, 0] for c in range(2)] for p in range(len(batch.weight_P))]
+  first = [[batch.tokens_PCT[p, c, 0] for c in range(2)] for p in range(len(batch.tokens_PCT))]
   return [
     [int(np.flatnonzero(samples.tokens_RGT[p, :, 0] == token)[0]) for token in row] for p, row in enumerate(first)
   ]
@@ -98,7 +99,7 @@ def test_best_against_worst_and_the_first_among_equals(samples):
   batch = select(PAIRS, samples, [[3, 9, -1, 9], [-1, 5, 2, -1]])
   assert chosen_and_rejected(batch, samples) == [[1, 2], [1, 0]]
   np.testing.assert_allclose(batch.advantage_PC, [[5, -5], [3, -3]])
-  assert batch.weight_P.tolist() == [1, 1]
+  assert batch.weight_PC.tolist() == [[1, 1], [1, 1]]
 
 
 def test_masked_samples_are_neither_best_nor_worst(samples):
@@ -112,7 +113,7 @@ def test_masked_samples_are_neither_best_nor_worst(samples):
 )
 def test_ties_and_lonely_samples_weigh_nothing(samples, reward_G, mask_G):
   batch = select(PAIRS, samples, [reward_G, [1, 2, 3, 4]], [np.array(mask_G, bool), np.ones(4, bool)])
-  assert batch.weight_P.tolist() == [0, 1]
+  assert batch.weight_PC.tolist() == [[0, 0], [1, 1]]
   assert_same(batch, dataclasses.replace(batch, **{k: v * 0 for k, v in vars(batch).items()}), rows=[0])
 
 
@@ -145,31 +146,30 @@ def test_padding_is_in_front_of_the_prompt_and_behind_the_completions(rng, loss)
   samples = make_samples(rng, 3, 2)
   batch = select(loss, samples, [[5, 1]] * 3)
   for p, c in np.ndindex(batch.length_PC.shape):
-    r, g = (p, c) if loss.kind != "grpo" else divmod(p, 2)
-    start, n = samples.prompt_length_R[r], samples.length_RG[r, g]
+    start, n = samples.prompt_length_R[p], samples.length_RG[p, c]
     assert batch.prompt_length_P[p] == start and batch.length_PC[p, c] == n
-    prompt_S = np.pad(samples.prompt_tokens_RT[r, :start], (PROMPT - start, 0))
+    prompt_S = np.pad(samples.prompt_tokens_RT[p, :start], (PROMPT - start, 0))
     np.testing.assert_array_equal(batch.prompt_PS[p], prompt_S)
     for laid, source in [
       (batch.tokens_PCT, samples.tokens_RGT),
       (batch.behaviour_logprob_PCT, samples.behaviour_logprob_RGT),
       (batch.plain_logprob_PCT, samples.plain_logprob_RGT),
     ]:
-      np.testing.assert_array_equal(laid[p, c], np.pad(source[r, g, :n], (0, COMPLETION - n)))
+      np.testing.assert_array_equal(laid[p, c], np.pad(source[p, c, :n], (0, COMPLETION - n)))
 
 
 def test_advantages_are_measured_from_the_mean_of_the_unmasked(samples):
   reward_RG, mask_RG = [[1, 5, 99, 6], [0, 2, 4, 99]], np.array([[1, 1, 0, 1], [1, 1, 1, 0]], bool)
   node = select(NODE, samples, reward_RG, mask_RG)
-  np.testing.assert_allclose(node.advantage_PC[:, 0], [-3, 1, 0, 2, -2, 0, 2, 0], atol=1e-6)
+  np.testing.assert_allclose(node.advantage_PC, [[-3, 1, 0, 2], [-2, 0, 2, 0]], atol=1e-6)
   batch = select(BATCH, samples, reward_RG, mask_RG)
-  np.testing.assert_allclose(batch.advantage_PC[:, 0], [-2, 2, 0, 3, -3, -1, 1, 0], atol=1e-6)
+  np.testing.assert_allclose(batch.advantage_PC, [[-2, 2, 0, 3], [-3, -1, 1, 0]], atol=1e-6)
   for made in (node, batch):
-    np.testing.assert_array_equal(made.weight_P, mask_RG.reshape(-1))
+    np.testing.assert_array_equal(made.weight_PC, mask_RG)
 
 
 def test_penalised_samples_are_pushed_down_in_grpo(samples):
-  advantage = select(NODE, samples, [[-1, 8, 8, 8], [0, 0, 0, 0]]).advantage_PC[:4, 0]
+  advantage = select(NODE, samples, [[-1, 8, 8, 8], [0, 0, 0, 0]]).advantage_PC[0]
   np.testing.assert_allclose(advantage, [-6.75, 2.25, 2.25, 2.25])
 
 
@@ -216,16 +216,29 @@ def test_masked_is_filtered(loss, drawn, gone):
   mask_RG = np.isin(np.arange(reward_RG.shape[1]), left) & np.ones_like(reward_RG, bool)
   masked = select(loss, samples, reward_RG, mask_RG)
   filtered = select(loss, keep(samples, slice(None), left), reward_RG[:, left])
-  assert_same_weighted(masked, filtered)
-
-
-def assert_same_weighted(one, other):
-  """Row by row, what weighs anything is the same."""
-  rows_of_one, rows_of_other = np.flatnonzero(one.weight_P), np.flatnonzero(other.weight_P)
-  assert len(rows_of_one) == len(rows_of_other)
+  live_PC, live = masked.weight_PC > 0, filtered.weight_PC > 0
   for field in dataclasses.fields(PreferenceBatch):
-    x, y = getattr(one, field.name)[rows_of_one], getattr(other, field.name)[rows_of_other]
+    x, y = getattr(masked, field.name), getattr(filtered, field.name)
+    x, y = (x[live_PC], y[live]) if field.name.endswith(("PC", "PCT")) else (x, y)
     np.testing.assert_allclose(x, y, atol=1e-5, err_msg=field.name)
+
+
+@pytest.mark.parametrize(
+  ("least", "expected"), [(1, (3, 6)), (3, (3, 6)), (4, (6, 3)), (7, (9, 2)), (10, (18, 1)), (99, (18, 1))]
+)
+def test_samples_share_a_prompt_as_far_as_every_part_has_a_comparison(rng, least, expected):
+  """A node's rows, one behind the other, are its samples in their order, whatever their number."""
+  P, C = expected
+  samples, reward_RG, mask_RG = make_samples(rng, 3, 6), rng.random((3, 6)), rng.random((3, 6)) < 0.6
+  assert preferences.shape(NODE, 3, 6, least) == (P, C)
+  assert preferences.shape(PAIRS, 3, 6, least) == (3, 2)
+  batch, alone = select(NODE, samples, reward_RG, mask_RG, least), select(NODE, samples, reward_RG, mask_RG, 99)
+  for field in dataclasses.fields(PreferenceBatch):
+    made, expected = getattr(batch, field.name), getattr(alone, field.name)
+    if field.name.endswith(("PC", "PCT")):
+      np.testing.assert_array_equal(made, expected.reshape(made.shape), err_msg=field.name)
+    else:  # the prompt's: there as soon as one of its samples is
+      np.testing.assert_array_equal(made, expected.reshape(P, C, -1).max(1).reshape(made.shape), err_msg=field.name)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.kind}-{loss.baseline}")
@@ -238,11 +251,11 @@ def test_the_order_of_nodes_and_samples_does_not_matter(rng, loss):
   shuffled = keep(keep(samples, rows), slice(None), columns)
   one = select(loss, samples, reward_RG, mask_RG)
   other = select(loss, shuffled, reward_RG[index], mask_RG[index])
-  position = rows if loss.kind != "grpo" else (rows[:, None] * 4 + columns).reshape(-1)
   for field in dataclasses.fields(PreferenceBatch):
-    np.testing.assert_allclose(
-      getattr(one, field.name)[position], getattr(other, field.name), atol=1e-6, err_msg=field.name
-    )
+    expected = getattr(one, field.name)[rows]
+    if loss.kind == "grpo" and field.name.endswith(("PC", "PCT")):
+      expected = expected[:, columns]
+    np.testing.assert_allclose(expected, getattr(other, field.name), atol=1e-6, err_msg=field.name)
 
 
 @settings(max_examples=40, deadline=None)
@@ -254,7 +267,7 @@ def test_node_advantages_sum_to_zero(drawn):
   )
   samples = make_samples(np.random.default_rng(2), *reward_RG.shape)
   node = select(NODE, samples, reward_RG, mask_RG)
-  np.testing.assert_allclose(node.advantage_PC.reshape(reward_RG.shape).sum(1), 0, atol=1e-5)
+  np.testing.assert_allclose(node.advantage_PC.sum(1), 0, atol=1e-5)
   assert abs(select(BATCH, samples, reward_RG, mask_RG).advantage_PC.sum()) < 1e-4
   for pair in (select(loss, samples, reward_RG, mask_RG) for loss in LOSSES[:2]):
     np.testing.assert_allclose(pair.advantage_PC.sum(1), 0, atol=1e-6)
@@ -266,15 +279,13 @@ def test_both_players_have_their_own_nodes_and_widths(rng, loss):
   rewards = Rewards(
     rng.random((3, 2), np.float32), np.ones((3, 2), bool), rng.random((3, 2, 4), np.float32), np.ones((3, 2, 4), bool)
   )
-  attacker, defender = select_comparisons(loss, tree, rewards)
-  pairs = loss.kind != "grpo"
-  assert attacker.tokens_PCT.shape == ((3, 2, 9) if pairs else (6, 1, 9))
-  assert defender.tokens_PCT.shape == ((6, 2, COMPLETION) if pairs else (24, 1, COMPLETION))
-  assert attacker.weight_P.all() and defender.weight_P.all()
+  attacker, defender = select_comparisons(loss, tree, rewards, Players(1, 1))
+  assert attacker.tokens_PCT.shape == (3, 2, 9)
+  assert defender.tokens_PCT.shape == (6, 4 if loss.kind == "grpo" else 2, COMPLETION)
+  assert attacker.weight_PC.all() and defender.weight_PC.all()
   # A defender's node is one attack: its prompt is that attack's.
-  for p, r in enumerate(range(6) if pairs else np.repeat(np.arange(6), 4)):
-    start = tree.responses.prompt_length_R[r]
-    np.testing.assert_array_equal(defender.prompt_PS[p, PROMPT - start :], tree.responses.prompt_tokens_RT[r, :start])
+  for p, start in enumerate(tree.responses.prompt_length_R):
+    np.testing.assert_array_equal(defender.prompt_PS[p, PROMPT - start :], tree.responses.prompt_tokens_RT[p, :start])
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.kind}-{loss.baseline}")
@@ -283,6 +294,6 @@ def test_a_policy_without_tokens_has_nothing_to_learn(rng, loss):
   rewards = Rewards(
     rng.random((3, 2), np.float32), np.ones((3, 2), bool), rng.random((3, 2, 2), np.float32), np.ones((3, 2, 2), bool)
   )
-  attacker, defender = select_comparisons(loss, tree, rewards)
-  assert not attacker.weight_P.any() and defender.weight_P.all()
+  attacker, defender = select_comparisons(loss, tree, rewards, Players(1, 1))
+  assert not attacker.weight_PC.any() and defender.weight_PC.all()
   assert attacker.tokens_PCT.shape[-1] == 0

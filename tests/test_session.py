@@ -32,7 +32,7 @@ def alone(world_folder):
 
 def batches(run, recorder, step):
   tree = recorder.trees[step]
-  return preferences.select_comparisons(run.config.loss, tree, recorder.rewards[step])
+  return preferences.select_comparisons(run.config.loss, tree, recorder.rewards[step], run.units)
 
 
 def assert_same_play(a, b, step):
@@ -66,7 +66,7 @@ def test_eight_devices_play_and_learn_as_one(alone, world_folder, tmp_path, shar
   for batch, other in zip(batches(run, recorder, 0), batches(mesh_run, mesh_recorder, 0)):
     np.testing.assert_array_equal(batch.prompt_PS, other.prompt_PS)
     np.testing.assert_array_equal(batch.tokens_PCT, other.tokens_PCT)
-    np.testing.assert_array_equal(batch.weight_P, other.weight_P)
+    np.testing.assert_array_equal(batch.weight_PC, other.weight_PC)
   for name in Players._fields:
     for metric, tolerance in (("loss", 1e-5), ("comparisons", 0), ("grad_norm", 1e-4)):
       expected = recorder.scalars[0][f"{name}/{metric}"]

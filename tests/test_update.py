@@ -60,11 +60,12 @@ def start(recipes=RECIPES):
 
 
 def batches(seed=0):
-  """One comparison in four of each player has no weight."""
+  """Of pairs, and of three samples a prompt; one comparison in four has no weight, and one sample of the others."""
   rng = np.random.default_rng(seed)
-  pair = tiny.preference_batch(rng, P, 2, T), tiny.preference_batch(rng, P, 1, T)
-  weight_P = (np.arange(P) % 4 < 3).astype(np.float32)
-  return Players(*(batch.replace(weight_P=weight_P) for batch in pair))
+  pair = tiny.preference_batch(rng, P, 2, T), tiny.preference_batch(rng, P, 3, T)
+  live_P1 = np.arange(P)[:, None] % 4 < 3
+  live_PC = np.tile(live_P1, 2), live_P1 & (np.arange(3) != 1)
+  return Players(*(batch.replace(weight_PC=live.astype(np.float32)) for batch, live in zip(pair, live_PC)))
 
 
 @functools.cache
@@ -111,7 +112,7 @@ def test_the_attacker_s_step_equals_an_independent_adamw():
     logits_RTV = model.logits(tiny.CONFIG, params, model.forward(tiny.CONFIG, params, tokens_RT)[0])
     logprob_RT = jnp.take_along_axis(jax.nn.log_softmax(logits_RTV[:, :-1]), tokens_RT[:, 1:, None], 2)[..., 0]
     delta_PC = jnp.sum((logprob_RT - plain_RT[:, 1:]) * mask_RT[:, 1:], -1).reshape(P, 2)
-    return jnp.mean(-jax.nn.log_sigmoid(0.1 * (delta_PC[:, 0] - delta_PC[:, 1]))[batch.weight_P > 0])
+    return jnp.mean(-jax.nn.log_sigmoid(0.1 * (delta_PC[:, 0] - delta_PC[:, 1]))[batch.weight_PC[:, 0] > 0])
 
   wide = jax.tree.map(lambda x: np.asarray(x, np.float64), gradient(before.params))
   norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(wide)))
@@ -145,7 +146,7 @@ def test_the_attacker_s_gradient_equals_finite_differences_in_float64():
     logprob_RTV = tiny.log_softmax(tiny.llama_logits(tiny.CONFIG, params, tokens_RT)[:, :-1])
     logprob_RT = np.take_along_axis(logprob_RTV, tokens_RT[:, 1:, None], 2)[..., 0]
     delta_PC = np.sum((logprob_RT - plain_RT[:, 1:]) * mask_RT[:, 1:], -1).reshape(P, 2)
-    return np.mean(np.log1p(np.exp(-0.1 * (delta_PC[:, 0] - delta_PC[:, 1])))[batch.weight_P > 0])
+    return np.mean(np.log1p(np.exp(-0.1 * (delta_PC[:, 0] - delta_PC[:, 1])))[batch.weight_PC[:, 0] > 0])
 
   state, metrics = one_step()
   first_moment = optax.tree.get(state.players.attacker.optimizer, "mu")
@@ -165,7 +166,8 @@ def test_one_step_is_counted_and_both_players_move():
   assert after.step == before.step + 1
   for name in Players._fields:
     old, new = getattr(before.players, name), getattr(after.players, name)
-    assert metrics[f"{name}/comparisons"] == 6 and metrics[f"{name}/skipped"] == 0
+    assert metrics[f"{name}/comparisons"] == {"attacker": 6, "defender": 12}[name]
+    assert metrics[f"{name}/skipped"] == 0
     assert all((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves(old.params), jax.tree.leaves(new.params)))
     assert optax.tree.get(new.optimizer, "ScaleByScheduleState").count == 1
     same(new.initial, old.initial)
@@ -213,7 +215,7 @@ def test_a_micro_batch_without_a_comparison_runs_no_model(monkeypatch):
 
 def test_micro_batches_take_turns():
   parts = update.micro_batches(batches().attacker, 4)
-  np.testing.assert_array_equal(parts.weight_P, batches().attacker.weight_P.reshape(2, 4).T)
+  np.testing.assert_array_equal(parts.weight_PC[..., 0], batches().attacker.weight_PC[:, 0].reshape(2, 4).T)
   np.testing.assert_array_equal(parts.tokens_PCT[1, 1], batches().attacker.tokens_PCT[5])
 
 
@@ -224,7 +226,8 @@ def test_micro_batches_take_turns():
 def test_a_step_without_a_comparison_changes_nothing(name):
   """Not even the count of bad steps."""
   batch = batches()
-  empty = getattr(batch, name).replace(weight_P=np.zeros(P, np.float32))
+  empty = getattr(batch, name)
+  empty = empty.replace(weight_PC=empty.weight_PC * 0)
   before = replace(one_step()[0], name, bad_steps=np.int32(2))
   after, metrics = step(before, batch._replace(**{name: empty}))
   same(getattr(after.players, name), getattr(before.players, name))
@@ -244,8 +247,9 @@ def test_gradients_that_are_not_finite_are_counted_and_change_nothing(name, sour
     spoilt["layers"]["up"][1, 2, 3] = np.nan
     before = replace(before, name, params=spoilt)
   else:
-    weight_P = np.where(np.arange(P) == 1, np.inf, 1).astype(np.float32)
-    batch = batch._replace(**{name: getattr(batch, name).replace(weight_P=weight_P)})
+    spoilt = getattr(batch, name)
+    weight_PC = np.where(np.arange(P)[:, None] == 1, np.inf, spoilt.weight_PC)
+    batch = batch._replace(**{name: spoilt.replace(weight_PC=weight_PC.astype(np.float32))})
   for bad_steps in (1, 2):
     after, metrics = step(before, batch)
     assert metrics[f"{name}/bad_steps"] == bad_steps and metrics[f"{name}/skipped"] == 1
@@ -384,7 +388,7 @@ def test_update_flops_count_forward_backward_remat_and_reference():
 
 def test_update_flops_leave_out_the_parts_that_do_not_run():
   batch = tiny.preference_batch(np.random.default_rng(0), P, 2, T)
-  idle = batch.replace(weight_P=(np.arange(P) % 4 == 1).astype(np.float32))
+  idle = batch.replace(weight_PC=np.tile(np.arange(P)[:, None] % 4 == 1, 2).astype(np.float32))
   recipe = lambda accumulate: recipes({"accumulate": accumulate}).attacker
   assert update.update_flops(recipe(4), idle) == update.update_flops(recipe(4), batch) / 4
   assert update.update_flops(recipe(1), idle) == update.update_flops(recipe(1), batch)

@@ -139,7 +139,7 @@ def preference_batch(rng: np.random.Generator, P: int, C: int, T: int, vocab: in
     behaviour_logprob_PCT=logprob(),
     plain_logprob_PCT=logprob(),
     advantage_PC=rng.normal(size=(P, C)).astype(np.float32),
-    weight_P=np.ones(P, np.float32),
+    weight_PC=np.ones((P, C), np.float32),
   )
 
 
