@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = _FLAGS + _EIGHT
 # Fake devices wait for each other in threads of one pool, as many as there are cores: too few, and all of them wait.
 os.environ["PJRT_NPROC"] = "64"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "advgame_jax_test_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402  (reads the environment)
@@ -38,11 +38,19 @@ def programs_are_freed():
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def compile_quickly():
+  """For modules in which compiling takes longer than what it is for: programs without most optimisations."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def one_device() -> dict[str, str]:
   """The environment of a program that sees one CPU device."""
   ours = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "HF_"))}
-  quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   return _ONE_DEVICE | ours | quick  # compiling takes longer than running, and the next process compiles the same
 
 

@@ -13,6 +13,8 @@ from advgame_jax.data import Seed
 from advgame_jax.microworld import FRAMINGS, TOPICS, Answer, Query
 from advgame_jax.types import Category, Players, Role, RolloutTree, Samples, SeedBatch, Status, Verdict
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 QUERIES = microworld.queries()
 
 

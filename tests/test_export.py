@@ -12,6 +12,8 @@ from advgame_jax import export, hf, lora, peft, session, tokenizer, train
 from advgame_jax.checkpoint import Checkpoints
 from advgame_jax.types import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ONE = slice(0, 1)
 
 

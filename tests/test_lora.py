@@ -21,6 +21,8 @@ from advgame_jax.config import Lora
 from advgame_jax.matrices import Int8
 from advgame_jax.types import Players, UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ALL = Lora(rank=4, alpha=12.0)
 TOKENS_RT = np.random.default_rng(0).integers(0, tiny.CONFIG.vocab, (3, 10)).astype(np.int32)

@@ -23,6 +23,8 @@ from advgame_jax.model_judge import ModelJudge
 from advgame_jax.panel import settings_of
 from advgame_jax.types import Category, Question, Role, Status, UserError, Verdict
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

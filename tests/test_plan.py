@@ -48,13 +48,6 @@ def few_ways(monkeypatch):
   monkeypatch.setattr(fit, "TENSORS", (0,))
 
 
-@pytest.fixture
-def compile_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def held(made, *names):
   return {h.what: h.bytes for h in made.blueprint.held if not names or any(name in h.what for name in names)}
 

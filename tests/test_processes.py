@@ -20,6 +20,8 @@ import world
 
 from advgame_jax import checkpoint, train
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ROOT = pathlib.Path(__file__).parents[1]
 KILLS = int(os.environ.get("ADVGAME_KILLS", "1"))
 STEPS, MANY = 3, 2 + KILLS  # many: one for each kill
