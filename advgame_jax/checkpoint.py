@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import pathlib
@@ -16,12 +17,15 @@ from advgame_jax.config import Config
 from advgame_jax.state import TrainState
 from advgame_jax.types import UserError
 
-CONFIG = "config.json"
+CONFIG, CONTENTS = "config.json", "contents.json"
 PLACEHOLDER = ocp.PLACEHOLDER
 
 
-def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
-  """Makes `workdir` this run's, or checks that it is; its `config.json` says whose it is.
+def claim(workdir: pathlib.Path, config: Config, contents: Mapping[str, str], allow_changes: bool) -> None:
+  """Makes `workdir` this run's, or checks that it is; its `config.json` and `contents.json` say whose it is.
+
+  Args:
+    contents: hashes of what the files say that the settings name.
 
   Raises:
     UserError: the folder holds another run, or something that is no run; nothing is written.
@@ -30,6 +34,8 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
   partial = path.with_suffix(".partial")
   if path.is_file():
     changed = config_lib.differences(read_config(path), config)
+    known = _read_contents(workdir / CONTENTS)
+    changed += [f"{name}: their files were edited" for name, now in contents.items() if known.get(name, now) != now]
     if changed and not allow_changes:
       raise UserError(
         f"{workdir} holds a run with other settings ({'; '.join(changed)}); allowed: the same settings, another "
@@ -41,8 +47,14 @@ def claim(workdir: pathlib.Path, config: Config, allow_changes: bool) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError, PermissionError) as error:
     raise UserError(f"{workdir} cannot be made: {error.strerror}; allowed: a folder that can be written to") from None
-  partial.write_text(config_lib.to_json(config))
-  partial.replace(path)
+  for name, text in ((CONFIG, config_lib.to_json(config)), (CONTENTS, json.dumps(dict(contents), indent=2))):
+    partial.write_text(text)
+    partial.replace(workdir / name)
+
+
+def _read_contents(path: pathlib.Path) -> dict[str, str]:
+  """Empty where there is none: a run of before there was one, or killed at its beginning."""
+  return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def read_config(path: pathlib.Path) -> Config:

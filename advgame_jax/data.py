@@ -1,6 +1,7 @@
 """Seeds: JSON-lines files, checked whole before a run, and the batch of any step."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,11 @@ def load(paths: Sequence[str], what: str, duplicates: str = "refuse") -> list[Se
       elif duplicates == "refuse":
         raise UserError(f"{place}: the same seed as {same}; allowed: each seed once, or config.data.duplicates='drop'")
   return seeds
+
+
+def version(seeds: Sequence[Seed]) -> str:
+  """A hash of them and their order."""
+  return hashlib.blake2b(repr(list(seeds)).encode(), digest_size=6).hexdigest()
 
 
 def normalise(text: str) -> str:

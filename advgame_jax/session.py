@@ -100,10 +100,19 @@ class Session:
     return load_weights(self.config, folder, place, int8)
 
   @property
+  def told(self) -> dict[str, str]:
+    """Hashes of what the Attacker and the judges are told."""
+    return {"instructions": self.rules.instructions.version, "rubrics": self.panel.version}
+
+  @property
+  def contents(self) -> dict[str, str]:
+    """Hashes of what the files say that the settings name, models aside."""
+    return {"seeds": data.version([*self.train_seeds, *self.validation_seeds]), **self.told}
+
+  @property
   def versions(self) -> dict[str, str]:
-    """Hashes of what the Attacker and the judges are told, and who judges."""
-    told = {"instructions": self.rules.instructions.version, "rubrics": self.panel.version}
-    return told | {"judge": self.panel.names["defender"], "evaluated by": self.panel.names["evaluation"]}
+    """What was told, and who judges."""
+    return self.told | {"judge": self.panel.names["defender"], "evaluated by": self.panel.names["evaluation"]}
 
   def _to_play(self, name: str, generator: Generator) -> Generator:
     """A player's weights as they are trained → as they generate."""

@@ -80,7 +80,7 @@ def train(
   hosts.agree({name: value for name, value, _ in flatten(config)})
   run = session.open_session(config, devices)
   log.info("%s; what is not compiled yet is compiled first, which takes minutes", placement.describe(run.places))
-  hosts.first_alone(lambda: checkpoint.claim(folder, config, allow_changes))
+  hosts.first_alone(lambda: checkpoint.claim(folder, config, run.contents, allow_changes))
   checkpoints = checkpoint.Checkpoints(folder, config)
   facts = metrics.facts(run)
   ledger = Ledger(len(run.devices))
@@ -99,7 +99,7 @@ def train(
   checkpoints.close()
   if not finished:
     log.info("stopped at step %d, which is saved; the same command goes on from there", int(state.step))
-  elif jax.process_index() == 0:
+  if jax.process_index() == 0:
     page.write_page(folder)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit what the state was, on any mesh, the last good one, and whose a folder is."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import world
 
-from advgame_jax import checkpoint, session
-from advgame_jax.types import UserError
+from advgame_jax import checkpoint, data, session
+from advgame_jax.types import Category, UserError
+
+CONTENTS = {"seeds": "a", "rubrics": "b"}
 
 
 @pytest.fixture(scope="module")
@@ -187,36 +190,56 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(world_folder, open_checkpo
 
 def test_a_folder_is_claimed_once(run, tmp_path):
   folder = tmp_path / "new" / "run"
-  checkpoint.claim(folder, run.config, allow_changes=False)
-  checkpoint.claim(folder, run.config, allow_changes=False)
-  checkpoint.claim(folder, world.changed(run.config, checkpoint__every=7), allow_changes=False)
+  checkpoint.claim(folder, run.config, CONTENTS, allow_changes=False)
+  checkpoint.claim(folder, run.config, CONTENTS, allow_changes=False)
+  checkpoint.claim(folder, world.changed(run.config, checkpoint__every=7), CONTENTS, allow_changes=False)
   other = world.changed(run.config, loss__beta=0.2, checkpoint__every=9)
   before = (folder / "config.json").read_bytes()
   with pytest.raises(UserError, match=r"other settings \(loss.beta: 0.1 → 0.2\); allowed: .*--allow_changes"):
-    checkpoint.claim(folder, other, allow_changes=False)
+    checkpoint.claim(folder, other, CONTENTS, allow_changes=False)
   assert (folder / "config.json").read_bytes() == before
-  checkpoint.claim(folder, other, allow_changes=True)
-  checkpoint.claim(folder, other, allow_changes=False)
+  checkpoint.claim(folder, other, CONTENTS, allow_changes=True)
+  checkpoint.claim(folder, other, CONTENTS, allow_changes=False)
+
+
+def test_files_that_were_edited_make_another_run(run, tmp_path):
+  checkpoint.claim(tmp_path, run.config, CONTENTS, allow_changes=False)
+  edited = CONTENTS | {"rubrics": "c"}
+  with pytest.raises(UserError, match=r"other settings \(rubrics: their files were edited\); allowed"):
+    checkpoint.claim(tmp_path, run.config, edited, allow_changes=False)
+  checkpoint.claim(tmp_path, run.config, CONTENTS, allow_changes=False)
+  checkpoint.claim(tmp_path, run.config, edited, allow_changes=True)
+  checkpoint.claim(tmp_path, run.config, edited, allow_changes=False)
+  (tmp_path / "contents.json").unlink()  # a run of before there was one
+  checkpoint.claim(tmp_path, run.config, CONTENTS, allow_changes=False)
+
+
+def test_what_files_say_is_known_by_its_hash(run):
+  assert run.contents.keys() == {"seeds", "instructions", "rubrics"}
+  first, second = run.train_seeds[:2]
+  other = next(category for category in Category if category != first.category)
+  orders = [first, second], [second, first], [first], [dataclasses.replace(first, category=other)]
+  assert len(set(map(data.version, orders))) == 4
 
 
 def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
   (tmp_path / "thesis.tex").touch()
   with pytest.raises(UserError, match=r"holds files but no config\.json of a run"):
-    checkpoint.claim(tmp_path, run.config, allow_changes=True)
+    checkpoint.claim(tmp_path, run.config, CONTENTS, allow_changes=True)
   assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_claim_that_was_killed_is_made_again(run, tmp_path):
   (tmp_path / "config.partial").write_text("{")
-  checkpoint.claim(tmp_path, run.config, allow_changes=False)
-  assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+  checkpoint.claim(tmp_path, run.config, CONTENTS, allow_changes=False)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "contents.json"]
 
 
 @pytest.mark.parametrize("text", ['{"architectures": ["LlamaForCausalLM"]}', "[]", "{"])
 def test_the_config_of_something_else_is_left_alone(run, tmp_path, text):
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(UserError, match=r"config\.json is not of a run \(.*\); allowed: an empty or new folder"):
-    checkpoint.claim(tmp_path, run.config, allow_changes=True)
+    checkpoint.claim(tmp_path, run.config, CONTENTS, allow_changes=True)
   assert (tmp_path / "config.json").read_text() == text
 
 
@@ -224,4 +247,4 @@ def test_the_config_of_something_else_is_left_alone(run, tmp_path, text):
 def test_a_folder_that_cannot_be_made_is_refused(run, tmp_path, name):
   (tmp_path / "file").touch()
   with pytest.raises(UserError, match=r"cannot be made: .*; allowed: a folder that can be written to"):
-    checkpoint.claim(tmp_path / name, run.config, allow_changes=True)
+    checkpoint.claim(tmp_path / name, run.config, CONTENTS, allow_changes=True)

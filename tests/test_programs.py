@@ -95,7 +95,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(config_file, world_folder,
   output = stop_after(process, broken, 1, 0, signal.SIGTERM)
   stopped = int(re.search(r"stopped at step (\d+), which is saved", output)[1])
   assert process.returncode == 0 and stopped < STEPS
-  assert (broken / "checkpoints" / str(stopped)).is_dir()
+  assert (broken / "checkpoints" / str(stopped)).is_dir() and (broken / "report.html").is_file()
 
   output = start(config_file, broken, one_device).communicate(timeout=120)[0]
   assert f"resuming at step {stopped} of {STEPS}" in output

@@ -12,15 +12,9 @@ import world
 from advgame_jax import checkpoint, preferences, train
 from advgame_jax.types import Players, UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-  """What is compiled here runs for milliseconds."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +169,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(world_folder):
 
 
 def test_a_folder_of_another_run_is_left_alone(world_folder, tmp_path):
-  checkpoint.claim(tmp_path, world.config(world_folder), allow_changes=False)
+  checkpoint.claim(tmp_path, world.config(world_folder), {}, allow_changes=False)
   before = sorted((path, path.read_bytes()) for path in tmp_path.iterdir())
   with pytest.raises(UserError, match=r"other settings \(steps: 4 → 5\); allowed"):
     train.train(world.config(world_folder, steps=5), str(tmp_path), devices=jax.devices()[:1])
