@@ -33,9 +33,7 @@ def claim(workdir: pathlib.Path, config: Config, contents: Mapping[str, str], al
   path = workdir / CONFIG
   partial = path.with_suffix(".partial")
   if path.is_file():
-    changed = config_lib.differences(read_config(path), config)
-    known = _read_contents(workdir / CONTENTS)
-    changed += [f"{name}: their files were edited" for name, now in contents.items() if known.get(name, now) != now]
+    changed = config_lib.differences(read_config(path), config) or _edited(workdir / CONTENTS, contents)
     if changed and not allow_changes:
       raise UserError(
         f"{workdir} holds a run with other settings ({'; '.join(changed)}); allowed: the same settings, another "
@@ -52,9 +50,15 @@ def claim(workdir: pathlib.Path, config: Config, contents: Mapping[str, str], al
     partial.replace(workdir / name)
 
 
-def _read_contents(path: pathlib.Path) -> dict[str, str]:
-  """Empty where there is none: a run of before there was one, or killed at its beginning."""
-  return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _edited(path: pathlib.Path, contents: Mapping[str, str]) -> list[str]:
+  """What says something else than then. Of a run that was killed at its beginning it is not known."""
+  if not path.is_file():
+    return []
+  try:
+    then = dict(json.loads(path.read_text(encoding="utf-8")))
+  except (ValueError, TypeError) as error:
+    raise UserError(f"{path} cannot be read ({error}); allowed: the file as a run wrote it, or none") from None
+  return [f"{name} say something else than before" for name, now in contents.items() if then.get(name) != now]
 
 
 def read_config(path: pathlib.Path) -> Config:

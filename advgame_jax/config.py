@@ -89,7 +89,9 @@ class Player(Settings):
   ema_decay: float = setting(0.95, "of the moving average, per optimiser step", at_least=0, at_most=1)
   frozen: bool = setting(False, "plays but does not learn")
   lora: Lora = part(Lora)
-  accumulate: int = setting(1, "micro-batches of a step's comparisons, on each part of the rows", at_least=1)
+  accumulate: int = setting(
+    1, "micro-batches of a step's nodes on each part of the rows; more, of GRPO's samples", at_least=1
+  )
   sampling: Sampling = part(Sampling)
   optimizer: Optimizer = part(Optimizer)
 

@@ -51,7 +51,8 @@ def load(paths: Sequence[str], what: str, duplicates: str = "refuse") -> list[Se
 
 def version(seeds: Sequence[Seed]) -> str:
   """A hash of them and their order."""
-  return hashlib.blake2b(repr(list(seeds)).encode(), digest_size=6).hexdigest()
+  lines = json.dumps([(seed.text, int(seed.category), seed.index) for seed in seeds])
+  return hashlib.blake2b(lines.encode(), digest_size=6).hexdigest()
 
 
 def normalise(text: str) -> str:

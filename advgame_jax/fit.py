@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 SHARDINGS = ("ddp", "fsdp", "fsdp_tensor", "hybrid")
 TENSORS = (0, 2, 8)  # of a sharding that has the axis; 0 is its own
 REMATS = ("layer", "products", "none")
-COMPARISONS = (1, 2, 4)  # of a micro-batch, on each part of the rows
+NODES = (1, 2, 4)  # of a micro-batch, on each part of the rows: a pair each, or GRPO's samples of a prompt
 JUDGE_BATCHES = (1, 4)  # times the config's
 COMPILED, SHOWN = 4, 12  # at most
 
@@ -37,7 +37,7 @@ class Change(NamedTuple):
   sharding: str
   tensor: int
   remat: Any  # as `config.Precision` has it
-  comparisons: int
+  nodes: int  # of a micro-batch
   judge_batches: int  # the judges' batch, times this
 
 
@@ -87,7 +87,7 @@ def candidates(config: Config, target: Target, completion_tokens: float, chip: C
   for name in dict.fromkeys((config.sharding, *SHARDINGS)):
     tensors = TENSORS if "tensor" in name else (0,)
     judges = JUDGE_BATCHES if any(judge.kind == "model" for judge in _judges(config).values()) else (1,)
-    for change in itertools.starmap(Change, itertools.product((name,), tensors, REMATS, COMPARISONS, judges)):
+    for change in itertools.starmap(Change, itertools.product((name,), tensors, REMATS, NODES, judges)):
       try:
         places, flags, changed = _changed(config, target, change)
         laid = tuple(place if place.mesh.size > 1 else place.mesh for place in places)  # one device has but one layout
@@ -113,13 +113,11 @@ def _changed(config: Config, target: Target, change: Change) -> tuple[Roles[Plac
   mesh = dataclasses.replace(config.mesh, tensor=change.tensor) if change.tensor else config.mesh
   places = placement.place(change.sharding, mesh, target.stand_ins())
   counts = Players(config.data.batch, config.data.batch * config.game.attacks_per_seed)
-  groups = Players(config.game.attacks, config.game.responses)
   flags: dict[str, Any] = {"sharding": change.sharding, "precision.remat": change.remat}
   flags |= {"mesh.tensor": change.tensor} if change.tensor else {}
-  for role, place, nodes, group in zip(Players._fields, places, counts, groups):
-    rows = nodes * group if config.loss.kind == "grpo" else nodes
+  for role, place, nodes in zip(Players._fields, places, counts):
     parts = sharding.shards(place.mesh, place.train.rows)
-    flags[f"{role}.accumulate"] = math.ceil(rows / parts / change.comparisons)
+    flags[f"{role}.accumulate"] = math.ceil(nodes / parts / change.nodes)
   for role, judge in _judges(config).items():
     if judge.kind == "model" and change.judge_batches > 1:
       flags[f"judges.{role}.batch"] = judge.batch * change.judge_batches

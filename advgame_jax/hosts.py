@@ -73,10 +73,10 @@ def first_alone(work: Callable[[], None]) -> None:
 
 
 def agree(settings: Mapping[str, Any]) -> None:
-  """Refuses processes that were given other settings than process 0: alike decisions need alike settings.
+  """Refuses processes that were given other settings or files than process 0: alike decisions need alike reasons.
 
   Args:
-    settings: plain JSON by name.
+    settings: plain JSON by name; of files what stands for their contents.
 
   Raises:
     UserError: which process, and what is other there.
@@ -87,8 +87,8 @@ def agree(settings: Mapping[str, Any]) -> None:
     changed = [f"{name} {first.get(name)!r} → {other.get(name)!r}" for name in first if other.get(name) != first[name]]
     if changed:
       raise UserError(
-        f"process {process} has other settings than process 0 ({'; '.join(changed[:5])}); allowed: the same config and "
-        "flags on every host"
+        f"process {process} has other settings than process 0 ({'; '.join(changed[:5])}); allowed: the same config, "
+        "flags and files on every host"
       )
 
 

@@ -1,7 +1,7 @@
 """The objectives: pure arithmetic on log-probabilities.
 
 Everything is a sum over completions divided by a total of the whole batch (`totals`), so that a batch may be summed in
-micro-batches; what holds of a pair holds of both its completions. What a mask or a weight 0 hides is replaced before it
+micro-batches; a pair's value counts for each of its completions. What a mask or a weight 0 hides is replaced before it
 enters any formula: it reaches no value and no gradient, whatever it holds.
 """
 
@@ -17,8 +17,8 @@ from advgame_jax.types import Array, PreferenceBatch
 class Totals(NamedTuple):
   """What the sums of a batch are divided by."""
 
-  weight: jax.Array  # of all completions
-  tokens: jax.Array  # of all completions with a weight
+  weight: jax.Array  # of all completions: how many there are
+  tokens: jax.Array  # of completions with a weight
 
 
 def dpo(delta_PC: jax.Array, beta: float) -> jax.Array:
@@ -31,7 +31,7 @@ def dpo(delta_PC: jax.Array, beta: float) -> jax.Array:
 
 
 def ipo(delta_PC: jax.Array, beta: float) -> jax.Array:
-  """(Δw − Δl − 1/(2β))² per pair. Azar et al. 2310.12036, eq. 17."""
+  """(Δw − Δl − 1/(2β))² per pair [P]. Azar et al. 2310.12036, eq. 17."""
   return jnp.square(delta_PC[:, 0] - delta_PC[:, 1] - 1 / (2 * beta))
 
 

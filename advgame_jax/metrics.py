@@ -89,9 +89,9 @@ def generated(player: LanguageModel, samples: Samples) -> tuple[int, float]:
 
 
 def trained(run: Session, batch: Players[PreferenceBatch]) -> tuple[int, float]:
-  """Tokens of prompts and completions with a weight, and the FLOPs of the update."""
-  tokens = sum(int(b.prompt_length_P.sum() + b.length_PC.sum()) for b in batch)  # 0 of what has no weight
-  return tokens, sum(map(update.update_flops, run.recipes, batch))
+  """Tokens of prompts and completions with a weight, as often as they are computed, and the FLOPs of the update."""
+  live = lambda b: b.prompt_length_P @ b.weight_PC.max(1) + np.sum(b.length_PC * b.weight_PC)
+  return int(sum(map(live, batch))), sum(map(update.update_flops, run.recipes, batch))
 
 
 def of_play(tree: RolloutTree, judgments: Judgments, reward: Rewards) -> dict[str, float]:

@@ -73,7 +73,7 @@ def _player(model: str, prompt_tokens: int, nodes: int, *, think: bool, lora: bo
   plain = Player(
     model=model,
     think=think,
-    accumulate=nodes,  # one at a time, and those without a weight cost nothing
+    accumulate=nodes,  # a node at a time, and those without a weight cost nothing
     sampling=Sampling(prompt_buckets=(prompt_tokens,), max_new_tokens=2048),
   )
   if not lora:

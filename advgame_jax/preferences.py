@@ -4,6 +4,7 @@ A node is what has several samples: a seed with its attacks, or an attack with i
 arithmetic over (samples, reward_RG, mask_RG), with a node in each row R and its samples along G.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -23,51 +24,52 @@ class _Choice(NamedTuple):
 
 
 def select_comparisons(
-  loss: config_lib.Loss, tree: RolloutTree, rewards: Rewards, least: Players[int]
+  loss: config_lib.Loss, tree: RolloutTree, rewards: Rewards, unit: Players[int]
 ) -> Players[PreferenceBatch]:
-  """What each player learns from one tree; the shapes depend on those of the tree, `loss.kind` and `least` alone.
+  """What each player learns from one tree; the shapes depend on those of the tree, `loss.kind` and `unit` alone.
 
   Args:
     loss: its kind chooses pairs or all samples (see `shape`), its baseline which rewards the latter are measured
       against.
     tree: B × A attacks (nodes: B) and B·A × D responses (nodes: B·A).
     rewards: of the same tree; masked ones are read nowhere.
-    least: of `shape`.
+    unit: `Recipe.unit` of each.
   """
   shape_RG = tree.responses.text_RG.shape
   return Players(
-    attacker=_select(loss, tree.attacks, rewards.attack_BA, rewards.attack_mask_BA, least.attacker),
+    attacker=_select(loss, tree.attacks, rewards.attack_BA, rewards.attack_mask_BA, unit.attacker),
     defender=_select(
       loss,
       tree.responses,
       rewards.response_BAD.reshape(shape_RG),
       rewards.response_mask_BAD.reshape(shape_RG),
-      least.defender,
+      unit.defender,
     ),
   )
 
 
-def shape(loss: config_lib.Loss, nodes: int, group: int, least: int) -> tuple[int, int]:
+def shape(loss: config_lib.Loss, nodes: int, group: int, unit: int) -> tuple[int, int]:
   """(P, C): how many comparisons a tree gives a player, and of how many completions each.
 
-  Of pairs one a node. Samples of GRPO share their prompt's computation, as many of a node as leave `least` comparisons,
-  where there can be so many: one for each micro-batch of each part of the rows (`Recipe.unit`).
+  Of pairs one a node. Of GRPO's samples as many of a node share the computation of their prompt as cost no part of the
+  rows another completion, where a batch is padded to a multiple of `unit` comparisons (`Recipe.unit`).
   """
   if loss.kind != "grpo":
     return nodes, 2
-  rows = next(rows for rows in range(1, group + 1) if group % rows == 0 and (nodes * rows >= least or rows == group))
+  divisors = [rows for rows in range(1, group + 1) if group % rows == 0]
+  rows = min(divisors, key=lambda rows: (math.ceil(nodes * rows / unit) * (group // rows), rows))
   return nodes * rows, group // rows
 
 
 def _select(
-  loss: config_lib.Loss, samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray, least: int
+  loss: config_lib.Loss, samples: Samples, reward_RG: np.ndarray, mask_RG: np.ndarray, unit: int
 ) -> PreferenceBatch:
   # A sample without tokens is no model's: seeds played as they are, a script, a server.
   mask_RG = mask_RG & (samples.length_RG > 0)
   reward_RG = np.where(mask_RG, reward_RG, 0.0).astype(np.float64)
   if loss.kind == "grpo":
     advantage_RG = reward_RG - _baseline(reward_RG, mask_RG, None if loss.baseline == "batch" else 1)
-    choice = _every_sample(samples, advantage_RG, mask_RG, shape(loss, len(mask_RG), mask_RG.shape[1], least))
+    choice = _every_sample(samples, advantage_RG, mask_RG, shape(loss, len(mask_RG), mask_RG.shape[1], unit))
   else:
     choice = _best_against_worst(samples, reward_RG, mask_RG)
   return _lay_out(samples, choice)
@@ -102,7 +104,7 @@ def _baseline(reward_RG: np.ndarray, mask_RG: np.ndarray, axis: int | None) -> n
 def _every_sample(
   samples: Samples, advantage_RG: np.ndarray, mask_RG: np.ndarray, shape_PC: tuple[int, int]
 ) -> _Choice:
-  """The samples of each node in order, in one row or several of it."""
+  """The samples of each node in order, in one comparison or several."""
   nodes, group = mask_RG.shape
   return _Choice(
     node_P=np.repeat(np.arange(nodes), shape_PC[0] // nodes),

@@ -66,10 +66,10 @@ def train(
   """Plays and learns until `config.steps`, from the last checkpoint in `workdir` if there is one.
 
   The same call again continues a run that was stopped or killed, and ends in the same state (on CPU, bit for bit).
-  SIGTERM saves and returns.
+  SIGTERM saves, writes the report of what there is, and returns.
 
   Args:
-    allow_changes: continue a run of other settings.
+    allow_changes: continue a run of other settings, or whose seeds, instructions or rubrics were edited.
     devices: what the run is laid out over; None is all there are.
     profiled: the steps to profile, see `profile`.
 
@@ -79,6 +79,7 @@ def train(
   folder = pathlib.Path(workdir)
   hosts.agree({name: value for name, value, _ in flatten(config)})
   run = session.open_session(config, devices)
+  hosts.agree({f"what {name} say": version for name, version in run.contents.items()})
   log.info("%s; what is not compiled yet is compiled first, which takes minutes", placement.describe(run.places))
   hosts.first_alone(lambda: checkpoint.claim(folder, config, run.contents, allow_changes))
   checkpoints = checkpoint.Checkpoints(folder, config)

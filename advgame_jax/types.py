@@ -160,8 +160,9 @@ class Rewards:
 class PreferenceBatch:
   """P comparisons of C completions of a prompt for one player: (chosen, rejected) of a pair, or GRPO's samples.
 
-  Prompts are padded on the left to S, completions on the right to T. Weight 0 is padding: nothing else of that
-  completion is read. Both of a pair weigh the same.
+  A node of the tree is one pair, or one or several comparisons of GRPO. Prompts are padded on the left to S,
+  completions on the right to T. Weight 0 is padding: nothing else of that completion is read. Both of a pair weigh the
+  same.
   """
 
   prompt_PS: Array  # int32

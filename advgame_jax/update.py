@@ -49,7 +49,7 @@ class Recipe:
   @property
   def unit(self) -> int:
     """What the comparisons of a batch are a multiple of: one for each micro-batch of each part of the rows."""
-    return (shards(self.mesh, self.layout.rows) if self.mesh else 1) * self.player.accumulate
+    return shards(self.mesh, self.layout.rows) * self.player.accumulate
 
   @property
   def specs(self) -> Params:
@@ -106,7 +106,7 @@ def _update_player(
   gradient, metrics = _gradient(recipe, state, batch, bases)
   norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(norm)
-  compares = metrics["comparisons"] > 0
+  compares = jnp.any(batch.weight_PC > 0)
   moves = finite & compares
   steps, optimizer = recipe.steps, recipe.player.optimizer
   rate = state_lib.learning_rate(optimizer, steps, state)
@@ -187,7 +187,7 @@ def update_flops(recipe: Recipe, batch: PreferenceBatch) -> float:
   """FLOPs of an update with this batch (numpy): forward, backward, reference; padding included, idle parts not."""
   if recipe.player.frozen:
     return 0.0
-  parts = micro_batches(pad_leading(batch, recipe.player.accumulate), recipe.player.accumulate)
+  parts = micro_batches(pad_leading(batch, recipe.unit), recipe.player.accumulate)
   comparisons = np.any(np.asarray(parts.weight_PC) > 0, axis=(1, 2)).sum() * parts.weight_PC.shape[1]
   S, (C, T) = batch.prompt_PS.shape[1], batch.tokens_PCT.shape[1:]
   return comparisons * comparison_flops(recipe, S, C, T)

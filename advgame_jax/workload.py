@@ -144,9 +144,9 @@ def updating(recipe: Recipe, shape: tuple[int, int, int, int], where: Wires) -> 
   """One player's update, of comparisons that all have a weight; `shape`: P, S, C, T before padding."""
   model, mesh, layout, precision = recipe.model, recipe.mesh, recipe.layout, recipe.precision
   (P, S, C, T), accumulate, Z = shape, recipe.player.accumulate, np.dtype(recipe.dtype).itemsize
-  parts, tensor = sharding.shards(mesh, layout.rows), sharding.shards(mesh, layout.heads)
+  tensor = sharding.shards(mesh, layout.heads)
   micro = min(P, accumulate)  # those that have a comparison; the rest cost nothing
-  comparisons = math.ceil(P / (parts * accumulate)) / sharding.shards(mesh, layout.tokens)
+  comparisons = math.ceil(P / recipe.unit) / sharding.shards(mesh, layout.tokens)
   tokens, whole_rows = comparisons * (S + C * T), comparisons * C * (S + T)
   forwards = recipe.forwards
   flops = comparisons * comparison_flops(recipe, S, C, T)

@@ -19,7 +19,7 @@ from advgame_jax import cluster, command, profile, train
 
 CONFIG = command.define_config("configs/microworld.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; of several hosts, a shared one.", required=True)
-ALLOW_CHANGES = flags.DEFINE_bool("allow_changes", False, "Continue the run in --workdir with other settings.")
+ALLOW_CHANGES = flags.DEFINE_bool("allow_changes", False, "Continue the run in --workdir with other settings or seeds.")
 PROFILE = flags.DEFINE_string("profile", None, "START:STOP, steps to profile into the run's folder (docs/profile.md).")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0; the port below must be free as well.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many there are; 1 looks for no cluster.", lower_bound=1)

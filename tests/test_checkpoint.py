@@ -205,12 +205,15 @@ def test_a_folder_is_claimed_once(run, tmp_path):
 def test_files_that_were_edited_make_another_run(run, tmp_path):
   checkpoint.claim(tmp_path, run.config, CONTENTS, allow_changes=False)
   edited = CONTENTS | {"rubrics": "c"}
-  with pytest.raises(UserError, match=r"other settings \(rubrics: their files were edited\); allowed"):
+  with pytest.raises(UserError, match=r"other settings \(rubrics say something else than before\); allowed"):
     checkpoint.claim(tmp_path, run.config, edited, allow_changes=False)
   checkpoint.claim(tmp_path, run.config, CONTENTS, allow_changes=False)
   checkpoint.claim(tmp_path, run.config, edited, allow_changes=True)
   checkpoint.claim(tmp_path, run.config, edited, allow_changes=False)
-  (tmp_path / "contents.json").unlink()  # a run of before there was one
+  (tmp_path / "contents.json").write_text("[")
+  with pytest.raises(UserError, match=r"contents\.json cannot be read"):
+    checkpoint.claim(tmp_path, run.config, edited, allow_changes=False)
+  (tmp_path / "contents.json").unlink()  # a run that was killed at its beginning
   checkpoint.claim(tmp_path, run.config, CONTENTS, allow_changes=False)
 
 

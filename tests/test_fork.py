@@ -27,12 +27,16 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def batch():
-  """The first prompt fills its slots, the second is one token, the last comparison is padding: no tokens at all."""
+  """The first prompt fills its slots, the second is one token, the last comparison is padding: no tokens at all.
+
+  Of the others one completion has no weight, and another no tokens either.
+  """
   rng = np.random.default_rng(3)
   batch = tiny.preference_batch(rng, P, C, T)
   batch.prompt_length_P[:2], batch.length_PC[0] = (S, 1), T - S
   for x in (batch.prompt_PS, batch.prompt_length_P, batch.tokens_PCT, batch.length_PC, batch.weight_PC):
     x[-1] = 0
+  batch.weight_PC[1, :2] = batch.length_PC[1, 1] = batch.tokens_PCT[1, 1] = 0
   batch.prompt_PS[0] = rng.integers(1, tiny.CONFIG.vocab, S)
   batch.tokens_PCT[0] = rng.integers(1, tiny.CONFIG.vocab, (C, T - S))
   return batch
@@ -147,7 +151,8 @@ def test_a_measure_may_give_several_numbers(batch):
   _, expected_RT = scoring.score(tiny.CONFIG, params, rows.tokens_RT, rows.mask_RT, scoring.logprob_and_entropy)
   _, got_PCT = fork_scores(tiny.CONFIG, params, batch, measure=scoring.logprob_and_entropy)
   assert got_PCT.shape == batch.tokens_PCT.shape
-  np.testing.assert_allclose(jnp.sum(got_PCT, -1).reshape(-1), jnp.sum(expected_RT, -1), rtol=1e-5)
+  expected_R = jnp.sum(expected_RT, -1) * batch.weight_PC.reshape(-1)
+  np.testing.assert_allclose(jnp.sum(got_PCT, -1).reshape(-1), expected_R, rtol=1e-5)
 
 
 def test_adapters_and_eight_bits_score_as_in_whole_rows(batch):

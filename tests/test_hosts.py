@@ -97,7 +97,7 @@ def test_other_settings_than_the_first_s_are_refused_everywhere(everywhere):
   assert everywhere(lambda i: hosts.agree({"seed": 1, "layers": (1, 2)})) == [None] * COUNT
   refused = everywhere(lambda i: hosts.agree({"seed": 5 if i == 1 else 1}))
   assert [str(error) for error in refused] == [
-    "process 1 has other settings than process 0 (seed 1 → 5); allowed: the same config and flags on every host"
+    "process 1 has other settings than process 0 (seed 1 → 5); allowed: the same config, flags and files on every host"
   ] * COUNT
 
 

@@ -121,6 +121,25 @@ def test_masked_equals_filtered(settings):
     np.testing.assert_array_equal(a[~keep], 0)
 
 
+@each(argvalues=[settings for settings in SETTINGS if settings.kind == "grpo"])
+def test_nothing_depends_on_which_samples_share_a_row(settings):
+  """Not the loss, no metric and no gradient; and samples without a weight may as well not be there."""
+  arguments = draw(settings)
+  live = np.flatnonzero(arguments[0].weight_PC)
+  of_a_prompt = {"prompt_PS", "prompt_length_P"}
+
+  def alone(name, x):
+    return np.repeat(x, 3, 0)[live] if name in of_a_prompt else x.reshape(-1, 1, *x.shape[2:])[live]
+
+  batch = arguments[0].replace(**{name: alone(name, x) for name, x in vars(arguments[0]).items()})
+  (_, metrics), gradients = value_and_gradient(settings, *arguments)
+  (_, metrics_), gradients_ = value_and_gradient(settings, batch, *(alone("", x) for x in arguments[1:]))
+  assert metrics["comparisons"] == len(live)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, metrics_)
+  for a, b in zip(gradients, gradients_):
+    np.testing.assert_allclose(a.reshape(-1, 1, T)[live], b, atol=1e-6)
+
+
 @each(argvalues=FEW)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 def test_garbage_behind_masks_changes_nothing(settings, garbage):

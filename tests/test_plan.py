@@ -42,7 +42,7 @@ def no_compiler(monkeypatch):
 @pytest.fixture
 def few_ways(monkeypatch):
   monkeypatch.setattr(fit, "REMATS", ("layer", "products"))
-  monkeypatch.setattr(fit, "COMPARISONS", (1,))
+  monkeypatch.setattr(fit, "NODES", (1,))
   monkeypatch.setattr(fit, "JUDGE_BATCHES", (1, 4))
   monkeypatch.setattr(fit, "SHARDINGS", ("ddp", "fsdp_tensor"))
   monkeypatch.setattr(fit, "TENSORS", (0,))

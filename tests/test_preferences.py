@@ -50,7 +50,7 @@ def make_tree(attacks, responses):
   )
 
 
-def select(loss, samples, reward_RG, mask_RG=None, least=1) -> PreferenceBatch:
+def select(loss, samples, reward_RG, mask_RG=None, unit=1) -> PreferenceBatch:
   """The same nodes as responses of B = R seeds with one played attack each."""
   rows, group = samples.text_RG.shape
   reward_RG = np.asarray(reward_RG, np.float32)
@@ -58,7 +58,7 @@ def select(loss, samples, reward_RG, mask_RG=None, least=1) -> PreferenceBatch:
   tree = make_tree(make_samples(np.random.default_rng(0), rows, 1), samples)
   one = np.ones((rows, 1))
   rewards = Rewards(one, one > 0, reward_RG.reshape(rows, 1, group), mask_RG.reshape(rows, 1, group))
-  return select_comparisons(loss, tree, rewards, Players(1, least)).defender
+  return select_comparisons(loss, tree, rewards, Players(1, unit)).defender
 
 
 def keep(samples, *index):
@@ -223,22 +223,31 @@ def test_masked_is_filtered(loss, drawn, gone):
     np.testing.assert_allclose(x, y, atol=1e-5, err_msg=field.name)
 
 
-@pytest.mark.parametrize(
-  ("least", "expected"), [(1, (3, 6)), (3, (3, 6)), (4, (6, 3)), (7, (9, 2)), (10, (18, 1)), (99, (18, 1))]
-)
-def test_samples_share_a_prompt_as_far_as_every_part_has_a_comparison(rng, least, expected):
-  """A node's rows, one behind the other, are its samples in their order, whatever their number."""
-  P, C = expected
+UNITS = [(1, (3, 6)), (3, (3, 6)), (4, (18, 1)), (6, (6, 3)), (7, (6, 3)), (9, (9, 2)), (10, (9, 2)), (99, (18, 1))]
+
+
+@pytest.mark.parametrize(("unit", "shape_PC"), UNITS)
+def test_samples_share_a_prompt_as_far_as_it_costs_no_part_a_completion(rng, unit, shape_PC):
+  """A node's comparisons, one behind the other, are its samples in their order, whatever their number."""
+  P, C = shape_PC
   samples, reward_RG, mask_RG = make_samples(rng, 3, 6), rng.random((3, 6)), rng.random((3, 6)) < 0.6
-  assert preferences.shape(NODE, 3, 6, least) == (P, C)
-  assert preferences.shape(PAIRS, 3, 6, least) == (3, 2)
-  batch, alone = select(NODE, samples, reward_RG, mask_RG, least), select(NODE, samples, reward_RG, mask_RG, 99)
+  assert preferences.shape(NODE, 3, 6, unit) == shape_PC
+  assert preferences.shape(PAIRS, 3, 6, unit) == (3, 2)
+  batch, alone = select(NODE, samples, reward_RG, mask_RG, unit), select(NODE, samples, reward_RG, mask_RG, 99)
   for field in dataclasses.fields(PreferenceBatch):
     made, expected = getattr(batch, field.name), getattr(alone, field.name)
     if field.name.endswith(("PC", "PCT")):
       np.testing.assert_array_equal(made, expected.reshape(made.shape), err_msg=field.name)
     else:  # the prompt's: there as soon as one of its samples is
       np.testing.assert_array_equal(made, expected.reshape(P, C, -1).max(1).reshape(made.shape), err_msg=field.name)
+
+
+@given(nodes=st.integers(1, 12), group=st.integers(1, 8), unit=st.integers(1, 40))
+def test_sharing_a_prompt_costs_no_part_of_the_rows_more(nodes, group, unit):
+  of_a_part = lambda rows: -(-rows // unit)
+  P, C = preferences.shape(NODE, nodes, group, unit)
+  assert nodes * group == P * C
+  assert of_a_part(P) * C <= of_a_part(nodes * group) and of_a_part(P) <= of_a_part(nodes * group)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.kind}-{loss.baseline}")

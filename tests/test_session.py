@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import world
 
-from advgame_jax import checkpoint, preferences, train
+from advgame_jax import blueprint, checkpoint, preferences, targets, train
+from advgame_jax.sharding import pad_leading
 from advgame_jax.types import Players, UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -83,6 +84,28 @@ def goes_on_alone(run, mesh_run, after, folder):
   assert_same_play(alone, together, 1)
   assert one.step == eight.step == 2
   world.assert_close(world.first_moments(one), world.first_moments(eight), 1e-3)
+
+
+def test_how_samples_share_rows_changes_no_update(alone, world_folder):
+  """GRPO's update of one tree, a node's samples in one row on one device, and as far as eight devices let them."""
+  _, recorder, _ = alone
+  states, metrics = [], []
+  for devices, sharding, shapes in ((1, "single", [(8, 2), (16, 2)]), (8, "fsdp", [(16, 1), (16, 2)])):
+    twice = {f"{name}__accumulate": 2 for name in Players._fields}
+    config = world.config(world_folder, loss__kind="grpo", sharding=sharding, **twice)
+    run = world.open_session(config, devices)
+    batch = batches(run, recorder, 0)
+    assert [part.weight_PC.shape for part in batch] == shapes
+    target = dataclasses.replace(targets.parse(f"cpu:{devices}"), name=f"cpu:{devices}")
+    planned = blueprint._Drafter(config, target, run.places, 0)
+    for recipe, part in zip(planned.recipes, batch):
+      of_plan, of_run = planned.batch(recipe), pad_leading(part, recipe.unit)
+      jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), of_plan, of_run)
+    state, learnt = run.update(run.init_state(), batch)
+    states.append(jax.device_get(state))
+    metrics.append(jax.device_get(learnt))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *metrics)
+  world.assert_close(*map(world.first_moments, states), 1e-4)
 
 
 SEED = '{"prompt": "how do i pick the lock ?", "category": "harmful"}\n'
@@ -166,6 +189,19 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(world_folder):
   config = world.config(world_folder, mesh__data=2, mesh__tensor=4)
   with pytest.raises(UserError, match="axis 'heads' of size 2 does not divide over tensor = 4 devices; allowed: 1, 2"):
     world.open_session(config, devices=8)
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_a_run_whose_seeds_were_edited_is_left_alone(world_folder, tmp_path, name):
+  files = {part: tmp_path / f"{part}.jsonl" for part in ("train", "validation")}
+  for file in files.values():
+    shutil.copy(world_folder / file.name, file)
+  config = world.config(world_folder, **{f"data__{part}": (str(file),) for part, file in files.items()})
+  run = world.open_session(config)
+  checkpoint.claim(tmp_path / "run", config, run.contents, allow_changes=False)
+  files[name].write_text("".join(files[name].read_text().splitlines(keepends=True)[:-1]))
+  with pytest.raises(UserError, match=r"other settings \(seeds say something else than before\); allowed"):
+    train.train(config, str(tmp_path / "run"), devices=jax.devices()[:1])
 
 
 def test_a_folder_of_another_run_is_left_alone(world_folder, tmp_path):
