@@ -4,12 +4,11 @@ For each loss and seed makes a world, its base players and a run, as `make quick
 rates, means over the seeds with the least and the greatest, against the bars. A run that is there is not run again.
 """
 
-import json
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
+import runs
 from absl import app, flags
 
 LOSSES = flags.DEFINE_list("losses", ["dpo", "ipo", "grpo"], "Cards of configs/microworld.py.")
@@ -40,23 +39,23 @@ ROWS = {
 def run(loss: str, seed: str) -> list[dict[str, float]]:
   """The evaluations of one run, made if they are not there."""
   world, workdir = f"{FOLDER.value}/world_{seed}", f"{FOLDER.value}/{loss}_{seed}"
-  if not pathlib.Path(workdir, "report.html").exists():
+  if not runs.finished(workdir):
     make = ["make", "--silent", "quickstart", f"SEED={seed}", f"WORLD={world}", f"RUN={workdir}", f"LOSS={loss}"]
     print(" ".join(make), flush=True)
     subprocess.run(make, check=True)
-  return [json.loads(line) for line in pathlib.Path(workdir, "evaluations.jsonl").read_text().splitlines()]
+  return runs.evaluations(workdir)
 
 
 def table(loss: str, seeds: list[str]) -> list[str]:
   """Lines of one loss's Markdown table."""
-  runs = [run(loss, seed) for seed in seeds]
+  made = [run(loss, seed) for seed in seeds]
   lines = [
     f"\n{loss.upper()}, seeds {', '.join(seeds)}\n",
     "| | base | trained (least–greatest) | bar | |",
     "|---|---|---|---|---|",
   ]
   for name, (what, bar, holds) in ROWS.items():
-    base, last = ([evaluations[i][name] for evaluations in runs] for i in (0, -1))
+    base, last = ([each[i][name] for each in made] for i in (0, -1))
     verdict = ("✓" if holds(np.mean(base), np.mean(last)) else "✗") if holds else ""
     spread = f"{100 * np.mean(last):.1f} % ({100 * min(last):.1f}–{100 * max(last):.1f})"
     lines.append(f"| {what} | {100 * np.mean(base):.1f} % | {spread} | {bar} | {verdict} |")

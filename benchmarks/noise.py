@@ -6,12 +6,11 @@ least and the greatest, and the mean paired difference with its 95 % interval by
 run again. Pairwise judging asks more: both orders of every two texts, where pointwise asks once of each.
 """
 
-import json
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
+import runs
 from absl import app, flags
 
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Of world, base players and run.")
@@ -34,7 +33,7 @@ def last_evaluation(protocol: str, seed: str) -> dict[str, float]:
   """Of one run, made if it is not there."""
   world = f"{FOLDER.value}/world_{seed}"
   workdir = f"{FOLDER.value}/noise_{LOSS.value}_{SHARED.value:g}_{OWN.value:g}_{protocol}_{seed}"
-  if not pathlib.Path(workdir, "report.html").exists():
+  if not runs.finished(workdir):
     subprocess.run(["make", "--silent", "world", f"SEED={seed}", f"WORLD={world}"], check=True)
     command = [sys.executable, "launch/run.py", f"--config=configs/microworld.py:{LOSS.value},{world}"]
     command += [f"--workdir={workdir}", f"--config.seed={seed}", f"--config.judges.protocol={protocol}"]
@@ -44,7 +43,7 @@ def last_evaluation(protocol: str, seed: str) -> dict[str, float]:
     ]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True)
-  return json.loads(pathlib.Path(workdir, "evaluations.jsonl").read_text().splitlines()[-1])
+  return runs.evaluations(workdir)[-1]
 
 
 def main(_: list[str]) -> None:
