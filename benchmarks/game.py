@@ -91,7 +91,7 @@ class Game:
     )
     reward_RG = np.array([[len(set(row_T)) for row_T in rows_GT] for rows_GT in tokens_RGT.tolist()], float)
     reward_RG[:, 0] += 0.5  # no ties: every prompt gives a pair
-    return preferences._select(self.loss, samples, reward_RG, np.ones(reward_RG.shape, bool))
+    return preferences._select(self.loss, samples, reward_RG, np.ones(reward_RG.shape, bool), unit=1)
 
 
 def ours(prompts: Players[list[list[int]]]) -> list[float]:

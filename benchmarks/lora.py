@@ -49,9 +49,9 @@ def make_batch(run: Session) -> Players[PreferenceBatch]:
   """As `preferences.select_comparisons` lays out a tree of which every sample has all its tokens."""
   game, B, random = run.config.game, run.config.data.batch, np.random.default_rng(0)
 
-  def fill(player: Any, least: int, nodes: int, group: int) -> PreferenceBatch:
+  def fill(player: Any, unit: int, nodes: int, group: int) -> PreferenceBatch:
     S, T = player.longest_prompt, player.sampling.max_new_tokens
-    shape_PCT = (*preferences.shape(run.config.loss, nodes, group, least), T)
+    shape_PCT = (*preferences.shape(run.config.loss, nodes, group, unit), T)
     logprob_PCT = -random.exponential(1.0, shape_PCT).astype(np.float32)
     tokens = lambda shape: random.integers(player.tokenizer.vocab_size, size=shape, dtype=np.int32)
     return PreferenceBatch(
