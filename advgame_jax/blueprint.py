@@ -128,6 +128,7 @@ class _Drafter:
     self.int8, self.wires = config.precision.frozen == "int8", Wires(target)
     limits = Players(*(recipe.player.sampling.max_new_tokens for recipe in self.recipes))
     self.completion = Players(*(min(completion_tokens or limit / 2, limit) for limit in limits))
+    self.cut = [name for name, limit in zip(Players._fields, limits) if completion_tokens > limit]
     self.bases: dict[Mesh, dict[str, Any]] = {}
     for recipe in self.recipes:
       there = self.bases.setdefault(recipe.mesh, {})
@@ -150,7 +151,7 @@ class _Drafter:
       (sum(count for role, (count, _) in self.questions.items() if role in self.judges), self._asked_in_evaluation()),
       self.config.steps // self.config.evaluation.every + 1,
       self._evaluation_pools(),
-      notes,
+      [*notes, *(f"the {name} draws its limit of {getattr(self.completion, name)} tokens" for name in self.cut)],
     )
 
   # What stays.

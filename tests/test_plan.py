@@ -317,6 +317,14 @@ def test_on_one_device_all_shardings_come_to_the_same(paper, no_compiler, few_wa
   assert len(tried) == len(changes) == 4
 
 
+def test_more_tokens_than_a_player_may_draw_are_its_limit_and_said_so(world_folder):
+  config = world.config(world_folder, defender__sampling__max_new_tokens=40)
+  said = lambda tokens: plan.estimate(config, here(), tokens).blueprint.notes
+  assert said(0) == said(24) == []
+  assert said(30) == ["the attacker draws its limit of 24 tokens"]
+  assert said(99) == [*said(30), "the defender draws its limit of 40 tokens"]
+
+
 def test_a_search_in_vain_gives_the_smallest(paper, no_compiler, few_ways):
   made = fit.search(paper, targets.parse("l40s:2"))
   assert not made.fits and "too much" in made.why_not()
