@@ -99,6 +99,7 @@ def parse(text: str) -> Target:
 _TPUS = {"v4": "TPU v4", "v5e": "TPU v5e", "v5litepod": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e"}
 _LARGEST = {"TPU v4": 4096, "TPU v5e": 256, "TPU v5p": 8960, "TPU v6e": 256}  # chips of a slice
 _PLANE = ("TPU v5e", "TPU v6e")  # two dimensions, the others have three and two TensorCores a chip
+_PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # the slices that can be had of them
 _GPUS = {
   "h100": "H100 SXM",
   "h100-pcie": "H100 PCIe",
@@ -118,13 +119,14 @@ def _slice(text: str, generation: str, sizes: str) -> Target:
   """`v5p:2x2x4`."""
   name = _TPUS[generation]
   shape = tuple(map(int, sizes.split("x")))
-  dimensions = 2 if name in _PLANE else 3
-  whole = math.prod(shape) == 1 or (min(shape) > 0 and shape[0] % 2 == shape[1] % 2 == 0)  # hosts have 2 × 2 chips
-  if len(shape) != dimensions or not whole or math.prod(shape) > _LARGEST[name]:
-    raise UserError(
-      f"target {text!r}: no slice of {name} has this topology; allowed: {dimensions} sizes, the first two even or "
-      f"all of them 1, with {_LARGEST[name]} chips at most"
-    )
+  if name in _PLANE:
+    there, allowed = sizes in _PLANES, ", ".join(_PLANES)
+  else:  # hosts have 2 × 2 chips
+    whole = math.prod(shape) == 1 or (min(shape) > 0 and shape[0] % 2 == shape[1] % 2 == 0)
+    there = len(shape) == 3 and whole and math.prod(shape) <= _LARGEST[name]
+    allowed = f"3 sizes, the first two even or all of them 1, with {_LARGEST[name]} chips at most"
+  if not there:
+    raise UserError(f"target {text!r}: no slice of {name} has this topology; allowed: {allowed}")
   per_host = min(4, math.prod(shape))
   chip = chips.named(name)
   called = f"{name.removeprefix('TPU ')}:{'x'.join(map(str, shape))}"
