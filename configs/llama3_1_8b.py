@@ -14,7 +14,7 @@ our own (`advgame_jax/rubrics/`). By LoRA the base of the Defender judges, since
 The paper starts the Llama Attacker from an abliterated checkpoint, since the instruct model refuses; without one,
 warm-start it (launch/warmstart.py --attacker).
 
-Hardware and memory, planned and not yet measured (docs/plan.md): all weights on 8 × 80 GB, adapters on
+Hardware and memory, planned and not yet measured (docs/plan.md): all weights on 8 × 80 GB, adapters of DPO on
 1 × 80 GB. Time and results on such machines: not yet measured. Seeds: the project's own mild ones; bring others by
 --config.data.train="('harmful.jsonl','benign.jsonl')" --config.data.validation="('validation.jsonl',)".
 """

@@ -11,7 +11,7 @@ Reproduces the paper's settings, its judge among them (Qwen2.5-32B-Instruct, pai
 own (`advgame_jax/rubrics/`). By LoRA the base of the Defender judges, since it is there already. Another judge:
 --config.judges.training.model=…, or one on a server: --config.judges.training.kind=server and .server.url=….
 
-Hardware and memory, planned and not yet measured (docs/plan.md): all weights on 8 × 80 GB, adapters on
+Hardware and memory, planned and not yet measured (docs/plan.md): all weights on 8 × 80 GB, adapters of DPO on
 1 × 80 GB. Time and results on such machines: not yet measured. Seeds: the project's own mild ones; bring others by
 --config.data.train="('harmful.jsonl','benign.jsonl')" --config.data.validation="('validation.jsonl',)".
 """
