@@ -1,11 +1,12 @@
 """What was drawn: piece by piece, as chunks come, and in all."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from advgame_jax.sampler import Chunk
-from advgame_jax.slots import Part, Prompt
+from advgame_jax.slots import Part, Prompt, Row
 
 
 class Drawn(NamedTuple):
@@ -38,18 +39,24 @@ class Piece(NamedTuple):
   stopped: bool  # it does not, since it met a stop
 
 
-def collect(part: Part, first: int, chunk: Chunk) -> list[Piece]:
-  """What a part's rows drew, which stands in the chunk from row `first` on; those that have finished leave."""
-  pieces = []
-  for slot, row in list(part.rows.items()):
+def collect(part: Part, rows: Mapping[int, Row], first: int, chunk: Chunk) -> list[Piece]:
+  """What those of a part's rows drew that are still there; those that have finished leave.
+
+  Args:
+    rows: by the slots that they had when the chunk was begun, counted from row `first` of it.
+  """
+  pieces, slots = [], {row: slot for slot, row in part.rows.items()}
+  count_R, live_R, stopped_R = (np.asarray(x_R).tolist() for x_R in (chunk.count_R, chunk.live_R, chunk.stopped_R))
+  for slot, row in rows.items():
+    if row not in slots:
+      continue
     r, before = first + slot, row.count
-    row.count = int(chunk.count_R[r])
+    row.count, live = count_R[r], live_R[r]
     tokens_k, behaviour_k, plain_k = (np.asarray(x_Rk)[r, : row.count - before] for x_Rk in chunk[:3])
-    live = bool(chunk.live_R[r])
-    stopped = not live and bool(chunk.stopped_R[r])
+    stopped = not live and stopped_R[r]
     pieces.append(Piece(row.prompt, row.sample, before, tokens_k, behaviour_k, plain_k, live, stopped))
     if not live:
-      part.leave(slot)
+      part.leave(slots[row])
   return pieces
 
 

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,18 +24,26 @@ from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index
 from advgame_jax.drawn import Drawn, Piece, collect, drawn_by_nobody, put
-from advgame_jax.layers import Layers, one_by_one
+from advgame_jax.layers import one_by_one
 from advgame_jax.model import Prefix
+from advgame_jax.pools import Pools
 from advgame_jax.programs import Programs
 from advgame_jax.sampler import Arrival, Chunk
 from advgame_jax.scoring import Choice, Generator
 from advgame_jax.sharding import Layout
-from advgame_jax.slots import Part, Prompt, Shapes
+from advgame_jax.slots import Part, Prompt, Row, Shapes
 from advgame_jax.types import UserError
 
 _NONE = 2**30  # a slot or a page that there is none of
 _ROWS = (0.25, 0.5, 0.75, 1.0)  # of the longest packed row, or of the most rows of one prompt each
 SMALL = 2**23  # bytes of weights and pages, up to which a smaller shape saves less than it takes to compile
+
+
+class Flight(NamedTuple):
+  """A chunk that the device draws, or has drawn, while the host has not looked at it."""
+
+  chunk: Chunk
+  rows: list[dict[int, Row]]  # of each part by their slots
 
 
 class Load(NamedTuple):
@@ -185,12 +193,10 @@ class Generation:
     self.waiting: collections.deque[Prompt] = collections.deque()
     self.parts = [Part(self.shapes) for _ in range(engine._parts)]
     self.idle = 0  # slots × steps that stood empty since prompts were last read
-    self.share = np.array(generator.share, np.float32)
-    self.stops = programs.whole(engine.stops_ZV)
-    self.prompt_size, self.own_size = self.shapes.prompt_pools[0], self.shapes.own_pools[0]
-    self.prompt_pools, self.own_pools = (
-      self.programs.blank_pools(pages * len(self.parts)) for pages in (self.prompt_size, self.own_size)
-    )
+    self.share, self.stops = programs.whole([np.array(generator.share, np.float32), engine.stops_ZV])
+    self.prompts, self.own = (Pools(programs, len(self.parts)) for _ in range(2))
+    self.readers: Index | None = None  # of the prompts' pages, as long as nobody has come or gone
+    self.ahead: Flight | None = None  # begun before the one before it was looked at
     self.rows = self.programs.blank_rows(self.shapes.slots * len(self.parts))
     self.choose(engine.choice)
 
@@ -206,7 +212,7 @@ class Generation:
 
   def choose(self, choice: Choice) -> None:
     """How tokens are chosen from now on, in all rows."""
-    self.choice = Choice(*map(np.float32, choice))
+    self.choice = self.programs.whole(Choice(*map(np.float32, choice)))
 
   def add(self, prompt: Prompt) -> None:
     """It waits for slots, behind those that were added before.
@@ -236,16 +242,20 @@ class Generation:
         self._gather(self.shapes.slots)  # the device forgets who is not gathered
 
   def advance(self) -> list[Piece]:
-    """Some tokens of every row, after those that find slots have been read; somebody is there."""
+    """Some tokens of every row, after those that find slots have been read; somebody is there.
+
+    Where nobody waits the device draws on while the host looks at what was drawn.
+    """
     with jax.set_mesh(self.engine.mesh):
-      if self.waiting and self.parts[0].slots < self.shapes.slots:
-        self._gather(self.shapes.slots)
-      self._admit()
-      return self._advance()
+      flight = self.ahead or self._settle()
+      self.ahead = self._launch(2 * self._step) if self._flows() else None
+      return self._land(flight)
 
   def try_all(self) -> Any:
     """Calls every program in every shape, with nobody in it; what is kept at most."""
     shapes = self.shapes
+    for pages in {*shapes.prompt_pools, *shapes.own_pools}:
+      Pools(self.programs, len(self.parts)).resize(pages, ())
     for pages in shapes.prompt_pools:
       self._resize_prompts(pages)
       for shape in shapes.rows:
@@ -257,7 +267,7 @@ class Generation:
       self._resize_own(one)
       self._resize_own(other)
     self._resize_own(shapes.own_pools[-1])
-    most = (self.rows, self.prompt_pools, self.own_pools)
+    most = (self.rows, self.prompts.members, self.own.members)
     self._gather(shapes.slots)
     if shapes.few < shapes.slots:
       self._resize_own(shapes.own_pools[0])
@@ -307,9 +317,12 @@ class Generation:
     """Reads the prompts of each part, which have their slots and pages, and starts their rows."""
     arrays = [self._lay_out(*each, shape) for each in zip(self.parts, chosen)]
     tokens, place, segment, last, *arrival = self._to_device(arrays)
+    self.readers = None
     segments = segment if self.shapes.packed else None
     read = self.programs.read(self.generator.members, tokens, place, segments, last, self.prefixes)
-    self.rows, self.prompt_pools = self.programs.start(self.rows, self.prompt_pools, *read, Arrival(*arrival), self.key)
+    self.rows, self.prompts.members = self.programs.start(
+      self.rows, self.prompts.members, *read, Arrival(*arrival), self.key
+    )
 
   def _lay_out(self, part: Part, prompts: list[Prompt], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
     """A part's prompts as `sampler.read` and `Arrival` have them."""
@@ -339,77 +352,87 @@ class Generation:
   def _step(self) -> int:
     return self.engine.sampling.decode_chunk
 
-  def _advance(self) -> list[Piece]:
-    """Some tokens of every row; what is finished leaves."""
-    if self.parts[0].slots > self.shapes.few and self._are_few():
+  def _settle(self) -> Flight:
+    """Reads who waits, moves who is left, and draws."""
+    if self.waiting and self.parts[0].slots < self.shapes.slots:
+      self._gather(self.shapes.slots)
+    self._admit()
+    if self._are_few():
       self._gather(self.shapes.few)
+    self._resize_own(self._own_needed(self._step))
+    return self._launch(self._step)
+
+  def _launch(self, steps: int) -> Flight:
+    """Some tokens of every row, which are then at most so many more than the host knows of."""
     for part in self.parts:
-      part.provide(self._step)
-    needed = _least(self.shapes.own_pools, max(part.own_pages.top for part in self.parts))
-    if not self.waiting:  # the last rows: their pages move together
-      needed = min(needed, _least(self.shapes.own_pools, max(part.own_pages.taken for part in self.parts)))
-    self._resize_own(needed)
+      part.provide(steps)
     self.idle += self._step * sum(len(part.free) for part in self.parts)
-    chunk = jax.device_get(self._run_chunk())
-    return [piece for number, part in enumerate(self.parts) for piece in collect(part, number * part.slots, chunk)]
+    return Flight(self._run_chunk(), [dict(part.rows) for part in self.parts])
+
+  def _flows(self) -> bool:
+    """Whether rows draw on, unless they meet a stop, and nobody is to be read or moved before."""
+    on = any(row.count + self._step < row.prompt.limit for part in self.parts for row in part.rows.values())
+    return on and not self.waiting and not self._are_few() and self._own_needed(2 * self._step) == self.own.pages
+
+  def _own_needed(self, steps: int) -> int:
+    """Pages of the rows' pool in which all can draw so many steps."""
+    taken = [part.own_pages.taken + part.lacking(steps) for part in self.parts]
+    if not self.waiting:  # the last rows: their pages move together
+      return _least(self.shapes.own_pools, max(taken))
+    return _least(self.shapes.own_pools, max(max(part.own_pages.top, n) for part, n in zip(self.parts, taken)))
+
+  def _land(self, flight: Flight) -> list[Piece]:
+    """What was drawn; what is finished leaves."""
+    chunk, pieces = jax.device_get(flight.chunk), list[Piece]()
+    slots = len(chunk.count_R) // len(self.parts)
+    for number, (part, rows) in enumerate(zip(self.parts, flight.rows)):
+      pieces += collect(part, rows, number * slots, chunk)
+    if not all(piece.live for piece in pieces):
+      self.readers = None
+    return pieces
 
   def _run_chunk(self) -> Chunk:
-    before = self.before
-    prompts = Index(*self._to_device([part.prompt_index(self.prompt_size, before) for part in self.parts]))
-    own = Index(*self._to_device([part.own_index(self.own_size, before) for part in self.parts]))
-    weights = (self.generator.members, self.prefixes, self.prompt_pools, self.own_pools)
-    self.rows, self.own_pools, chunk = self.programs.advance(
-      *weights, self.share, self.rows, prompts, own, self.choice, self.stops
+    if self.readers is None:
+      read = [part.prompt_index(self.prompts.pages, self.before) for part in self.parts]
+      self.readers = Index(*self._to_device(read))
+    own = Index(*self._to_device([part.own_index(self.own.pages, self.before) for part in self.parts]))
+    weights = (self.generator.members, self.prefixes, self.prompts.members, self.own.members)
+    self.rows, self.own.members, chunk = self.programs.advance(
+      *weights, self.share, self.rows, self.readers, own, self.choice, self.stops
     )
     return chunk
 
   # Pools grow and shrink, and the last rows move together.
 
   def _are_few(self) -> bool:
-    """Whether no more than a few rows are left, of prompts that fit into the smallest pool."""
+    """Whether no more than a few rows are left in many slots, of prompts that fit into the smallest pool."""
     fits = lambda part: len(part.rows) <= self.shapes.few and part.prompt_pages.taken <= self.shapes.prompt_pools[0]
-    return not self.waiting and all(map(fits, self.parts))
+    return self.parts[0].slots > self.shapes.few and not self.waiting and all(map(fits, self.parts))
 
   def _gather(self, slots: int) -> None:
     """Moves the rows into so many slots, others than theirs are dead; of few, the prompts into the smallest pool."""
+    self.readers = None
     orders = [part.gather(slots) for part in self.parts]
     there = [(_padded(order, slots), np.arange(slots) < len(order)) for order in orders]
     self.rows = self.programs.gather(self.rows, *self._to_device(there))
     pages = self.shapes.prompt_pools[0]
-    if slots < self.shapes.slots and self.prompt_size > pages:
-      orders = [part.prompt_pages.renumber([prompt.pages for prompt in part.prompts]) for part in self.parts]
-      (order,) = self._to_device([(_padded(order, pages),) for order in orders])
-      self.prompt_pools, self.prompt_size = self._moved(self.prompt_pools, order), pages
+    if slots < self.shapes.slots and self.prompts.pages > pages:
+      groups = [[prompt.pages for prompt in part.prompts] for part in self.parts]
+      self.prompts.resize(pages, [part.prompt_pages.renumber(of) for part, of in zip(self.parts, groups)])
 
   def _resize_prompts(self, pages: int) -> None:
     """Prompts stay where they are: while some wait, their pool only grows."""
-    if pages > self.prompt_size:
-      same = np.minimum(np.arange(pages), self.prompt_size - 1).astype(np.int32)
-      (order,) = self._to_device([(same,) for _ in self.parts])
-      self.prompt_pools = self._moved(self.prompt_pools, order)
-      self.prompt_size = pages
+    if pages > self.prompts.pages:
+      self.prompts.resize(pages, [range(self.prompts.pages)] * len(self.parts))
+      self.readers = None
 
   def _resize_own(self, pages: int) -> None:
-    if pages == self.own_size:
-      return
-    orders = [part.own_pages.renumber([row.pages for row in part.rows.values()]) for part in self.parts]
-    (order,) = self._to_device([(_padded(order, pages),) for order in orders])
-    self.own_pools = self._moved(self.own_pools, order)
-    self.own_size = pages
-
-  def _moved(self, pools: tuple[Layers, ...], page_P: jax.Array) -> tuple[Layers, ...]:
-    """Pools of these pages, in this order. Array by array: two whole pools would be the most memory of a step."""
-
-    def move(program: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-      moved = program(x, page_P)
-      self.programs.free(x)
-      return moved
-
-    of = lambda pool: self.programs.resize_layer if one_by_one(pool) else self.programs.resize_stack
-    return tuple(jax.tree.map(functools.partial(move, of(pool)), pool) for pool in pools)
+    if pages != self.own.pages:
+      rows = [part.rows.values() for part in self.parts]
+      self.own.resize(pages, [part.own_pages.renumber([row.pages for row in of]) for part, of in zip(self.parts, rows)])
 
   def _to_device(self, of_parts: Sequence[Any]) -> list[jax.Array]:
-    return [self.programs.by_rows(np.concatenate(arrays)) for arrays in zip(*of_parts)]
+    return self.programs.by_rows([np.concatenate(arrays) for arrays in zip(*of_parts)])
 
 
 def _least(sizes: Sequence[int], needed: int) -> int:

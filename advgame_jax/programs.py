@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from advgame_jax import model, sampler, sharding
@@ -27,8 +26,8 @@ class Programs(NamedTuple):
   resize_stack: Callable[..., jax.Array]  # as `sampler.resize`, of all layers
   resize_layer: Callable[..., jax.Array]  # of one
   gather: Callable[..., Rows]  # as `sampler.gather`
-  by_rows: Callable[[np.ndarray], jax.Array]  # what the host has of the rows
-  whole: Callable[[np.ndarray], jax.Array]  # what every device has
+  by_rows: Callable[[Any], Any]  # what the host has of the rows, a tree of arrays
+  whole: Callable[[Any], Any]  # what every device has, likewise
   free: Callable[[jax.Array], None]  # what nobody needs any more
 
 
@@ -113,8 +112,8 @@ def dry(programs: Programs, where: Any, lowered: dict[str, list[Any]]) -> Progra
     return call
 
   run: dict[str, Any] = {name: run_dry(name) for name in Programs._fields if hasattr(getattr(programs, name), "lower")}
-  put: dict[str, Any] = {name: functools.partial(place, getattr(where, name)) for name in ("by_rows", "whole")}
-  return Programs(**run, **put, free=lambda x: None)
+  put = lambda where: lambda tree: jax.tree.map(functools.partial(place, where), tree)
+  return Programs(**run, by_rows=put(where.by_rows), whole=put(where.whole), free=lambda x: None)
 
 
 def _abstract(x: Any) -> Any:

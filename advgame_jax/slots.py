@@ -86,7 +86,7 @@ class Prompt:
   pages: list[int] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Row:
   """A sample of a prompt that draws."""
 
@@ -164,8 +164,14 @@ class Part:
   def provide(self, steps: int) -> None:
     """Pages for all that the rows may draw in so many steps."""
     for row in self.rows.values():
-      most = min(row.count + steps, row.prompt.limit)
-      row.pages += self.own_pages.take(self.shapes.pages_of(most) - len(row.pages))
+      row.pages += self.own_pages.take(self._lacking(row, steps))
+
+  def lacking(self, steps: int) -> int:
+    """How many pages `provide` would take."""
+    return sum(self._lacking(row, steps) for row in self.rows.values())
+
+  def _lacking(self, row: Row, steps: int) -> int:
+    return max(0, self.shapes.pages_of(min(row.count + steps, row.prompt.limit)) - len(row.pages))
 
   def leave(self, slot: int) -> None:
     """A row is finished; with the last of its group the prompt goes too."""

@@ -403,6 +403,52 @@ def test_who_leaves_frees_slots_and_pages_at_once():
   assert not generation.busy and not any(p.prompt_pages.taken or p.own_pages.taken for p in generation.parts)
 
 
+def test_the_device_draws_on_while_the_host_looks_at_what_was_drawn(monkeypatch):
+  who, ran = engine(stops="never", prefill_tokens=64, page=16), watched(monkeypatch, "advance", "resize_layer")
+  generation = who.open(Generator((weights(who),)), 8, 2, KEY)
+  for q, ids in enumerate(PROMPTS):
+    generation.add(Prompt(q, ids, 11, q))
+  lengths = []
+  for chunk in range(3):
+    lengths.append({len(piece.tokens_k) for piece in generation.advance()})
+    assert ran == ["advance"] * min(chunk + 2, 3)  # the next, unless all are known to have finished; no pool was moved
+    assert (generation.ahead is None) == (chunk == 2)
+  assert lengths == [{4}, {4}, {3}] and not generation.busy
+
+
+def test_who_leaves_while_the_device_draws_is_not_heard_of_again():
+  who = engine(stops="never", prefill_tokens=64, page=16)
+  prompts = [Prompt(q, ids, 11, q) for q, ids in enumerate(PROMPTS)]
+  generation = who.open(Generator((weights(who),)), 8, 2, KEY)
+  for prompt in prompts[:7]:
+    generation.add(prompt)
+  first = generation.advance()
+  assert generation.ahead is not None
+  generation.drop(prompts[1:4])
+  generation.add(prompts[7])
+  drawn = lists(generate(engine(stops="never")))
+  for others, pieces in (({0, 4, 5, 6}, generation.advance()), ({0, 4, 5, 6, 7}, generation.advance())):
+    assert {piece.prompt.number for piece in pieces} == others
+    for piece in (*first, *pieces):
+      tokens = drawn[piece.prompt.number, piece.sample]
+      assert piece.tokens_k.tolist() == tokens[piece.first : piece.first + len(piece.tokens_k)]
+
+
+def watched(monkeypatch, *names):
+  """A list that fills with the names of these programs as they are called."""
+  compiled, ran = programs.compiled, []
+
+  def watch(name, program):
+    return lambda *args: ran.append(name) or program(*args)
+
+  def instead(*args):
+    jitted, where = compiled(*args)
+    return jitted._replace(**{name: watch(name, getattr(jitted, name)) for name in names}), where
+
+  monkeypatch.setattr(programs, "compiled", instead)
+  return ran
+
+
 def test_joining_leaving_and_other_choices_compile_nothing_after_the_warm_up():
   compilations = ledger.process_compilations()
   who = engine(slots=16, page=5)  # of which no other test has programs

@@ -15,7 +15,7 @@ LEVELS = (
   "sharding hosts meeting cluster supervise tokenizer refusals prompts rewards preferences losses rounding optimizers "
   "paper offline diversity tables chips collectives targets roofline",
   "architecture matrices layers lora blockwise kernels attention flash_decoding fork experts rotary model scoring "
-  "sampler slots drawn programs engine hf_rope hf_config hf_shards hf hf_gguf peft frozen placement",
+  "sampler slots drawn programs pools engine hf_rope hf_config hf_shards hf hf_gguf peft frozen placement",
   "policies game judges canary rubrics cases guards phrases drift model_judge endpoint server_judge heuristic "
   "microworld worldfiles state update",
   "data checkpoint ledger report plots charts trace peaks profile page suites attempts handover campaign_page",
@@ -33,7 +33,8 @@ CHAINS = (
   "chips → roofline",
   "collectives → roofline",
   "architecture → rotary → model",
-  "architecture → experts → model → scoring → sampler → programs → engine",
+  "architecture → experts → model → scoring → sampler → programs → pools → engine",
+  "layers → pools",
   "attention → sampler",
   "attention → slots → drawn → engine",
   "sampler → drawn",
