@@ -1,12 +1,13 @@
 """`attention.paged` as kernels for GPUs: what each page gives its readers, and what those make of it.
 
 Flash decoding (2311.01282) in Pallas: a program for each page and key head, then one for each row and query head. What
-XLA does in twenty small kernels a layer, mostly waiting for each other, these do in one a pool and one more.
+XLA does in twenty small kernels a layer, mostly waiting for each other, these do in two.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,10 +50,11 @@ def paged(
   R, N, H = query_RNH.shape
   K = key_RKH.shape[1]
   query_RKnH = query_RNH.reshape(R, K, N // K, H)
-  parts: list[jax.Array] = []
-  for pool in pools:
-    read = functools.partial(_read, interpret=interpret) if suits(pool, query_RKnH) else attention.read_pages
-    parts += read(query_RKnH, place_R, pool, rule, window)
+  pools = sorted(pools, key=lambda pool: not suits(pool, query_RKnH))
+  suited = [pool for pool in pools if suits(pool, query_RKnH)]
+  given = _read(query_RKnH, place_R, suited, rule, window, interpret=interpret) if suited else []
+  given += [attention.read_pages(query_RKnH, place_R, pool, rule, window) for pool in pools[len(suited) :]]
+  parts = list(itertools.chain(*given))
   entries = [pool.readers.entry_RJ for pool in pools]
   join = functools.partial(_join_head, rule=rule, pools=len(pools), group=N // K)
   head = pl.BlockSpec((None, None, H), lambda r, h: (r, h, 0))
@@ -71,34 +73,66 @@ def paged(
 
 
 def _read(
-  query_RKnH: jax.Array, place_R: jax.Array, pool: Pool, rule: Rule, window: jax.Array, *, interpret: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """As `attention.read_pages`."""
-  R, K, n, H = query_RKnH.shape
-  (P, G), S = pool.readers.reader_PG.shape, jax.tree.leaves(pool.value_PKSH)[0].shape[2]
-  page = lambda *sizes: pl.BlockSpec((None, None, *sizes), lambda p, k: (p, k, 0, 0))
-  tiles, specs = [pool.key_PKHS, pool.value_PKSH], [page(H, S), page(S, H)]
-  if isinstance(pool.key_PKHS, Int8):
-    tiles, specs = jax.tree.leaves(tiles), [page(H, S), page(1, S), page(S, H), page(S, 1)]
-  whole = [pl.BlockSpec(memory_space=pl.ANY)] * 6
-  sizes = ((P, K, G * n), (P, K, G * n), (P, K, G * n, H))
-  return pl.pallas_call(
-    functools.partial(_read_page, rule=rule, heads=n),
-    grid=(P, K),
-    in_specs=[*whole, *specs],
-    out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 3,
+  query_RKnH: jax.Array, place_R: jax.Array, pools: Sequence[Pool], rule: Rule, window: jax.Array, *, interpret: bool
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+  """As `attention.read_pages` of each pool, in one launch: small pools are read beside large ones."""
+  (R, K, n, H), anywhere = query_RKnH.shape, pl.BlockSpec(memory_space=pl.ANY)
+  arrays: list[jax.Array] = []
+  specs: list[pl.BlockSpec] = []
+  sizes: list[tuple[int, ...]] = []
+  spans: list[_Span] = []
+  first = 0
+  for pool in pools:
+    (P, G), S = pool.readers.reader_PG.shape, jax.tree.leaves(pool.value_PKSH)[0].shape[2]
+    page = functools.partial(_page, first, P)
+    tiles, of_tiles = jax.tree.leaves([pool.key_PKHS, pool.value_PKSH]), [page(H, S), page(S, H)]
+    if isinstance(pool.key_PKHS, Int8):
+      of_tiles = [page(H, S), page(1, S), page(S, H), page(S, 1)]
+    arrays, specs = [*arrays, *pool.readers[:3], *tiles], [*specs, *[anywhere] * 3, *of_tiles]
+    sizes += [(P, K, G * n), (P, K, G * n), (P, K, G * n, H)]
+    spans.append(_Span(first, P, 3 + len(tiles)))
+    first += P
+  given = pl.pallas_call(
+    functools.partial(_read_pages, rule=rule, heads=n, spans=spans),
+    grid=(first, K),
+    in_specs=[*[anywhere] * 3, *specs],
+    out_specs=[anywhere] * len(sizes),
     out_shape=[jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes],
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,
     name="read_pages",
-  )(query_RKnH.reshape(R * K * n, H), place_R, window[None], *pool.readers[:3], *tiles)
+  )(query_RKnH.reshape(R * K * n, H), place_R, window[None], *arrays)
+  return list(zip(given[::3], given[1::3], given[2::3]))
 
 
-def _read_page(*refs: Any, rule: Rule, heads: int) -> None:
-  """Page p, key head k, for all readers: `attention.read_pages`, a page of it."""
+class _Span(NamedTuple):
+  """A pool among the programs of a launch."""
+
+  first: int
+  pages: int
+  inputs: int  # references
+
+
+def _page(first: int, pages: int, *sizes: int) -> pl.BlockSpec:
+  """Of the pool whose pages programs read from `first` on; of programs of others any."""
+  return pl.BlockSpec((None, None, *sizes), lambda p, k: (jnp.clip(p - first, 0, pages - 1), k, 0, 0))
+
+
+def _read_pages(*refs: Any, rule: Rule, heads: int, spans: Sequence[_Span]) -> None:
+  """A page of one of the pools."""
+  shared, inputs, outputs = refs[:3], refs[3 : -3 * len(spans)], refs[-3 * len(spans) :]
+  for span in spans:
+    p, k = pl.program_id(0) - span.first, pl.program_id(1)
+    of_pool = (*shared, *inputs[: span.inputs], *outputs[:3])
+    inputs, outputs = inputs[span.inputs :], outputs[3:]
+    pl.when((p >= 0) & (p < span.pages))(functools.partial(_read_page, p, k, *of_pool, rule=rule, heads=heads))
+
+
+def _read_page(p: jax.Array, k: jax.Array, *refs: Any, rule: Rule, heads: int) -> None:
+  """Page p of a pool, key head k, for all readers: `attention.read_pages`, a page of it."""
   query_ref, place_ref, window_ref, reader_ref, start_ref, end_ref, *tiles, highest_ref, total_ref, read_ref = refs
-  p, k, K = pl.program_id(0), pl.program_id(1), highest_ref.shape[1]
-  X, (S, H) = highest_ref.shape[2], tiles[-1 if len(tiles) == 2 else -2].shape
+  K, X = highest_ref.shape[1:]
+  S, H = tiles[-1 if len(tiles) == 2 else -2].shape
 
   @pl.when(start_ref[p] < end_ref[p])
   def _() -> None:
