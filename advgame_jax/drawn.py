@@ -46,7 +46,7 @@ def collect(part: Part, rows: Mapping[int, Row], first: int, chunk: Chunk) -> li
     rows: by the slots that they had when the chunk was begun, counted from row `first` of it.
   """
   pieces, slots = [], {row: slot for slot, row in part.rows.items()}
-  count_R, live_R, stopped_R = (np.asarray(x_R).tolist() for x_R in (chunk.count_R, chunk.live_R, chunk.stopped_R))
+  count_R, live_R, stopped_R = (x_R.tolist() for x_R in (chunk.count_R, chunk.live_R, chunk.stopped_R))
   for slot, row in rows.items():
     if row not in slots:
       continue

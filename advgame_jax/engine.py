@@ -26,7 +26,7 @@ from advgame_jax.attention import Index
 from advgame_jax.drawn import Drawn, Piece, collect, drawn_by_nobody, put
 from advgame_jax.layers import one_by_one
 from advgame_jax.model import Prefix
-from advgame_jax.pools import Pools
+from advgame_jax.pools import Pools, padded
 from advgame_jax.programs import Programs
 from advgame_jax.sampler import Arrival, Chunk
 from advgame_jax.scoring import Choice, Generator
@@ -211,11 +211,11 @@ class Generation:
     return bool(self.waiting or self.live)
 
   def choose(self, choice: Choice) -> None:
-    """How tokens are chosen from now on, in all rows."""
+    """How tokens are chosen in all rows, from the next chunk that is begun: one may be under way."""
     self.choice = self.programs.whole(Choice(*map(np.float32, choice)))
 
   def add(self, prompt: Prompt) -> None:
-    """It waits for slots, behind those that were added before.
+    """It waits for slots, behind those that were added before, and for a chunk that is under way.
 
     Its number is that of nobody else who is there, its limit at least 1 and at most `max_new_tokens`.
 
@@ -240,6 +240,7 @@ class Generation:
     if slots:
       with jax.set_mesh(self.engine.mesh):
         self._gather(self.shapes.slots)  # the device forgets who is not gathered
+      self._forget()
 
   def advance(self) -> list[Piece]:
     """Some tokens of every row, after those that find slots have been read; somebody is there.
@@ -249,7 +250,9 @@ class Generation:
     with jax.set_mesh(self.engine.mesh):
       flight = self.ahead or self._settle()
       self.ahead = self._launch(2 * self._step) if self._flows() else None
-      return self._land(flight)
+      pieces = self._land(flight)
+      self._forget()
+      return pieces
 
   def try_all(self) -> Any:
     """Calls every program in every shape, with nobody in it; what is kept at most."""
@@ -391,6 +394,11 @@ class Generation:
       self.readers = None
     return pieces
 
+  def _forget(self) -> None:
+    """What nobody is left to draw in."""
+    if not self.live:
+      self.ahead = None
+
   def _run_chunk(self) -> Chunk:
     if self.readers is None:
       read = [part.prompt_index(self.prompts.pages, self.before) for part in self.parts]
@@ -413,7 +421,7 @@ class Generation:
     """Moves the rows into so many slots, others than theirs are dead; of few, the prompts into the smallest pool."""
     self.readers = None
     orders = [part.gather(slots) for part in self.parts]
-    there = [(_padded(order, slots), np.arange(slots) < len(order)) for order in orders]
+    there = [(padded(order, slots), np.arange(slots) < len(order)) for order in orders]
     self.rows = self.programs.gather(self.rows, *self._to_device(there))
     pages = self.shapes.prompt_pools[0]
     if slots < self.shapes.slots and self.prompts.pages > pages:
@@ -437,8 +445,3 @@ class Generation:
 
 def _least(sizes: Sequence[int], needed: int) -> int:
   return next(size for size in sizes if size >= needed)
-
-
-def _padded(order: Sequence[int], count: int) -> np.ndarray:
-  """With zeros; what is beyond so many is new, and holds nothing yet."""
-  return np.pad(np.array(order[:count], np.int32), (0, max(0, count - len(order))))

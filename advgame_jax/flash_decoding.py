@@ -50,10 +50,12 @@ def paged(
   R, N, H = query_RNH.shape
   K = key_RKH.shape[1]
   query_RKnH = query_RNH.reshape(R, K, N // K, H)
-  pools = sorted(pools, key=lambda pool: not suits(pool, query_RKnH))
-  suited = [pool for pool in pools if suits(pool, query_RKnH)]
-  given = _read(query_RKnH, place_R, suited, rule, window, interpret=interpret) if suited else []
-  given += [attention.read_pages(query_RKnH, place_R, pool, rule, window) for pool in pools[len(suited) :]]
+  by_kernel, plainly = list[Pool](), list[Pool]()
+  for pool in pools:
+    (by_kernel if suits(pool, query_RKnH) else plainly).append(pool)
+  pools = [*by_kernel, *plainly]
+  given = _read(query_RKnH, place_R, by_kernel, rule, window, interpret=interpret) if by_kernel else []
+  given += [attention.read_pages(query_RKnH, place_R, pool, rule, window) for pool in plainly]
   parts = list(itertools.chain(*given))
   entries = [pool.readers.entry_RJ for pool in pools]
   join = functools.partial(_join_head, rule=rule, pools=len(pools), group=N // K)

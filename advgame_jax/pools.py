@@ -11,6 +11,11 @@ from advgame_jax.layers import Layers, one_by_one
 from advgame_jax.programs import Programs
 
 
+def padded(order: Sequence[int], count: int) -> np.ndarray:
+  """The first so many, with zeros for what is new and holds nothing yet."""
+  return np.pad(np.array(order[:count], np.int32), (0, max(0, count - len(order))))
+
+
 @dataclasses.dataclass(eq=False)
 class Pools:
   """Pages of every member's layers, of `parts` parts of a mesh's rows. There are none before the first `resize`."""
@@ -23,8 +28,7 @@ class Pools:
   def resize(self, pages: int, orders: Sequence[Sequence[int]]) -> None:
     """So many pages a part: first of each those of its order, then some that hold nothing."""
     if self.pages:
-      padded = [np.pad(np.array(order[:pages], np.int32), (0, max(0, pages - len(order)))) for order in orders]
-      self._move(self.programs.by_rows(np.concatenate(padded)))
+      self._move(self.programs.by_rows(np.concatenate([padded(order, pages) for order in orders])))
     else:
       self.members = self.programs.blank_pools(pages * self.parts)
     self.pages = pages

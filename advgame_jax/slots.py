@@ -38,17 +38,18 @@ class Shapes:
 
   @property
   def prompt_pools(self) -> list[int]:
-    """Sizes of the prompts' pool, pages, ascending."""
-    return self._sizes(self.lanes, self.prompt_pages, _PROMPT_POOLS)
+    """Sizes of the prompts' pool, pages, ascending; the least has room for the longest prompt."""
+    return self._sizes(self.prompt_pages, self.lanes * self.prompt_pages, _PROMPT_POOLS)
 
   @property
   def own_pools(self) -> list[int]:
-    """Sizes of the rows' pool, pages, ascending."""
-    return self._sizes(self.slots, self.own_pages, _OWN_POOLS)
+    """Sizes of the rows' pool, pages, ascending; the least has room for the last rows, however long they are."""
+    last = self.few if self.few < self.slots else 1
+    return self._sizes(last * self.own_pages, self.slots * self.own_pages, _OWN_POOLS)
 
-  def _sizes(self, texts: int, pages: int, parts: Sequence[float]) -> list[int]:
-    """Of a pool for so many texts; each has room for the longest."""
-    return sorted({max(pages, math.ceil(part * texts * pages)) for part in (parts if self.varied else (1.0,))})
+  def _sizes(self, least: int, most: int, parts: Sequence[float]) -> list[int]:
+    """These parts of the most pages that there can be."""
+    return sorted({max(least, math.ceil(part * most)) for part in (parts if self.varied else (1.0,))})
 
   def pages_of(self, tokens: int) -> int:
     """Pages that so many tokens of one text take."""
@@ -171,7 +172,7 @@ class Part:
     return sum(self._lacking(row, steps) for row in self.rows.values())
 
   def _lacking(self, row: Row, steps: int) -> int:
-    return max(0, self.shapes.pages_of(min(row.count + steps, row.prompt.limit)) - len(row.pages))
+    return self.shapes.pages_of(min(row.count + steps, row.prompt.limit)) - len(row.pages)
 
   def leave(self, slot: int) -> None:
     """A row is finished; with the last of its group the prompt goes too."""

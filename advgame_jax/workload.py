@@ -19,7 +19,7 @@ from advgame_jax.engine import Engine
 from advgame_jax.targets import StandIn, Target
 from advgame_jax.update import Recipe, comparison_flops
 
-_KERNELS_A_LAYER, _KERNELS_A_DRAW = 16, 25  # of a step on GPUs, pages read by `flash_decoding`
+_KERNELS_A_LAYER, _KERNELS_A_DRAW = 15, 25  # of a step on GPUs, pages read by `flash_decoding`
 
 
 class Guess(NamedTuple):

@@ -339,6 +339,16 @@ def test_a_ragged_load_compiles_nothing_after_the_warm_up():
   assert compilations.count == before > 0
 
 
+def test_the_last_rows_compile_nothing_however_long_they_are():
+  compilations = ledger.process_compilations()
+  who = engine(slots=10, stops="never", page=4, prefill_tokens=48)  # of which no other test has programs
+  generator = Generator((weights(engine()),))
+  who.warm_up(generator, 10, 1)
+  before, limit_Q = compilations.count, np.array([11] * 3 + [2] * 7)
+  who.generate(Load(generator, [[3]] * 10, np.arange(10, dtype=np.uint32), 1, KEY, limit_Q=limit_Q))
+  assert compilations.count == before > 0
+
+
 def test_new_choices_and_keys_compile_nothing_and_draw_otherwise():
   key, other = jax.random.key(1), engine(temperature=1.3, top_p=0.4, top_k=9, min_p=0.1)
   engine().warm_up(Generator((weights(engine()),)), 8, 2)
@@ -408,16 +418,19 @@ def test_the_device_draws_on_while_the_host_looks_at_what_was_drawn(monkeypatch)
   generation = who.open(Generator((weights(who),)), 8, 2, KEY)
   for q, ids in enumerate(PROMPTS):
     generation.add(Prompt(q, ids, 11, q))
-  lengths = []
+  lengths, readers = [], set()
   for chunk in range(3):
     lengths.append({len(piece.tokens_k) for piece in generation.advance()})
+    readers |= {id(generation.readers)} if chunk < 2 else set()
     assert ran == ["advance"] * min(chunk + 2, 3)  # the next, unless all are known to have finished; no pool was moved
     assert (generation.ahead is None) == (chunk == 2)
   assert lengths == [{4}, {4}, {3}] and not generation.busy
+  assert len(readers) == 1 and generation.readers is None  # as long as nobody comes or goes
 
 
-def test_who_leaves_while_the_device_draws_is_not_heard_of_again():
-  who = engine(stops="never", prefill_tokens=64, page=16)
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 1)])
+def test_who_leaves_while_the_device_draws_is_not_heard_of_again(mesh):
+  who = engine(mesh, stops="never", prefill_tokens=64, page=16)
   prompts = [Prompt(q, ids, 11, q) for q, ids in enumerate(PROMPTS)]
   generation = who.open(Generator((weights(who),)), 8, 2, KEY)
   for prompt in prompts[:7]:
@@ -432,6 +445,9 @@ def test_who_leaves_while_the_device_draws_is_not_heard_of_again():
     for piece in (*first, *pieces):
       tokens = drawn[piece.prompt.number, piece.sample]
       assert piece.tokens_k.tolist() == tokens[piece.first : piece.first + len(piece.tokens_k)]
+  assert generation.ahead is not None
+  generation.drop(prompts)
+  assert generation.ahead is None and not generation.busy
 
 
 def watched(monkeypatch, *names):

@@ -53,10 +53,10 @@ def test_what_does_not_overlap_is_one_term_named_after_the_longer():
   assert not chips.CPU.overlaps and all(chip.overlaps for chip in chips.CHIPS)
 
 
-# Milliseconds of a token of each row, 512 to 576 tokens of text, by benchmarks/decode.py on one H200, 2026-11-26.
+# Milliseconds of a token of each row, 512 to 576 tokens of text, by benchmarks/decode.py on one H200, 2026-11-27.
 MEASURED = {
-  ("qwen2_5_0_5b", 8): 1.35, ("qwen2_5_0_5b", 32): 1.60, ("qwen2_5_0_5b", 128): 2.43,
-  ("qwen2_5_7b", 8): 4.76, ("qwen2_5_7b", 32): 5.47, ("qwen2_5_7b", 128): 7.93,
+  ("qwen2_5_0_5b", 8): 1.22, ("qwen2_5_0_5b", 32): 1.59, ("qwen2_5_0_5b", 128): 2.24,
+  ("qwen2_5_7b", 8): 4.92, ("qwen2_5_7b", 32): 5.55, ("qwen2_5_7b", 128): 7.88,
 }  # fmt: skip
 
 
