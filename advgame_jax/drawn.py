@@ -39,21 +39,22 @@ class Piece(NamedTuple):
   stopped: bool  # it does not, since it met a stop
 
 
-def collect(part: Part, rows: Mapping[int, Row], first: int, chunk: Chunk) -> list[Piece]:
+def collect(part: Part, rows: Mapping[int, Row], chunk: Chunk) -> list[Piece]:
   """What those of a part's rows drew that are still there; those that have finished leave.
 
   Args:
-    rows: by the slots that they had when the chunk was begun, counted from row `first` of it.
+    rows: by the slots that they had when the chunk was begun.
+    chunk: of the part's slots, on the host.
   """
   pieces, slots = [], {row: slot for slot, row in part.rows.items()}
   count_R, live_R, stopped_R = (x_R.tolist() for x_R in (chunk.count_R, chunk.live_R, chunk.stopped_R))
   for slot, row in rows.items():
     if row not in slots:
       continue
-    r, before = first + slot, row.count
-    row.count, live = count_R[r], live_R[r]
-    tokens_k, behaviour_k, plain_k = (np.asarray(x_Rk)[r, : row.count - before] for x_Rk in chunk[:3])
-    stopped = not live and stopped_R[r]
+    before = row.count
+    row.count, live = count_R[slot], live_R[slot]
+    tokens_k, behaviour_k, plain_k = (np.asarray(x_Rk)[slot, : row.count - before] for x_Rk in chunk[:3])
+    stopped = not live and stopped_R[slot]
     pieces.append(Piece(row.prompt, row.sample, before, tokens_k, behaviour_k, plain_k, live, stopped))
     if not live:
       part.leave(slots[row])

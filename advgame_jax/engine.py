@@ -389,7 +389,8 @@ class Generation:
     chunk, pieces = jax.device_get(flight.chunk), list[Piece]()
     slots = len(chunk.count_R) // len(self.parts)
     for number, (part, rows) in enumerate(zip(self.parts, flight.rows)):
-      pieces += collect(part, rows, number * slots, chunk)
+      here = slice(number * slots, (number + 1) * slots)
+      pieces += collect(part, rows, Chunk(*(x_R[here] for x_R in chunk)))
     if not all(piece.live for piece in pieces):
       self.readers = None
     return pieces
