@@ -16,7 +16,7 @@ from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.blockwise import ATTENDED
 from advgame_jax.fork import Fork
 from advgame_jax.layers import Layers, apart, each_layer, one_by_one
-from advgame_jax.matrices import Adapted, Int8, Transposed, cast, project, quantise
+from advgame_jax.matrices import Adapted, Int8, Transposed, cast, multiply, project, put, quantise
 from advgame_jax.rotary import Turn
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
@@ -125,16 +125,33 @@ def embed(config: ModelConfig, params: Params, tokens_RT: jax.Array, layout: Lay
   scale = jnp.asarray(config.embed_scale, table_VM.dtype)
 
   def look_up(part_VM: jax.Array, tokens: jax.Array) -> jax.Array:
-    rows = lambda word: part_VM.astype(jnp.float32)[word].astype(part_VM.dtype)
     if not layout.vocab:
-      return rows(tokens)
+      return _rows(part_VM, tokens)
     first = jax.lax.axis_index(layout.vocab) * len(part_VM)
     here = (tokens >= first) & (tokens < first + len(part_VM))
-    return jax.lax.psum(jnp.where(here[..., None], rows(jnp.where(here, tokens - first, 0)), 0), layout.vocab)
+    return jax.lax.psum(jnp.where(here[..., None], _rows(part_VM, jnp.where(here, tokens - first, 0)), 0), layout.vocab)
 
   on_device = lambda part_VM, tokens_RT: layout.of_all_width(functools.partial(look_up, part_VM), tokens_RT)
   of_table, by_tokens = layout.spec(("vocab", "width")), layout.spec(("rows", "tokens"))
   return layout.local(on_device, (of_table, by_tokens), by_tokens)(table_VM, tokens_RT) * scale
+
+
+@jax.custom_vjp
+def _rows(table_VM: jax.Array, row_RT: jax.Array) -> jax.Array:
+  return table_VM[row_RT]
+
+
+def _rows_forward(table_VM: jax.Array, row_RT: jax.Array) -> tuple[jax.Array, Any]:
+  return _rows(table_VM, row_RT), (table_VM, row_RT)
+
+
+def _rows_backward(kept: Any, slope_RTM: jax.Array) -> tuple[jax.Array, None]:
+  table_VM, row_RT = kept
+  sums_VM = jnp.zeros(table_VM.shape, jnp.float32).at[row_RT].add(slope_RTM.astype(jnp.float32))
+  return sums_VM.astype(table_VM.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def forward(
@@ -379,14 +396,14 @@ def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layou
   """The pool with each row's new token in its slot of its page; a page there is none of is written nowhere."""
 
   def write(cache: Cache, new: Cache, page_R: jax.Array, slot_R: jax.Array) -> Cache:
-    new = as_kept(new, cache)
-    put_key = lambda x, new: x.at[page_R, :, :, slot_R].set(new[..., 0], mode="drop")
-    put_value = lambda x, new: x.at[page_R, :, slot_R].set(new[:, :, 0], mode="drop")
+    new, every = as_kept(new, cache), slice(None)
+    put_key = lambda x, new: put(x, (page_R, every, every, slot_R), new[..., 0])
+    put_value = lambda x, new: put(x, (page_R, every, slot_R), new[:, :, 0])
     return Cache(*map(jax.tree.map, (put_key, put_value), cache, new))
 
   rows, heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
-  put = layout.local(write, (heads, heads, rows, rows), heads)
-  return each_layer(lambda cache, new: put(cache, new, page_R, slot_R), pool, new)
+  written = layout.local(write, (heads, heads, rows, rows), heads)
+  return each_layer(lambda cache, new: written(cache, new, page_R, slot_R), pool, new)
 
 
 def head(params: Params) -> jax.Array:
@@ -398,8 +415,8 @@ def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
   """[..., M] → float32 [..., V]."""
   head_VM = head(params).astype(hidden.dtype)
   with jax.named_scope("head"):
-    logits = jnp.einsum("...M,VM->...V", hidden, head_VM, preferred_element_type=jnp.float32)
-    return attention.softcap(logits, config.logit_softcap)
+    logits_XV = multiply(hidden.reshape(-1, hidden.shape[-1]), head_VM, 1, jnp.float32)
+    return attention.softcap(logits_XV.reshape(*hidden.shape[:-1], -1), config.logit_softcap)
 
 
 def as_kept(new: Cache, pool: Cache) -> Cache:

@@ -1,5 +1,6 @@
 """What the benchmarks that run peers share: peers' processes, the machine's speed, least times, our settings."""
 
+import functools
 import json
 import os
 import pathlib
@@ -47,8 +48,9 @@ def least_seconds(call: Callable[..., Any], *inputs: Any, rounds: int = 8) -> fl
   return least
 
 
-def machine() -> tuple[float, float]:
-  """FLOP/s of a product of two 2,048² matrices, bytes/s read by a sum."""
-  square, line = jnp.ones((2048, 2048)), jnp.ones(1 << 27)
-  product, read = least_seconds(jax.jit(jnp.matmul), square, square), least_seconds(jax.jit(jnp.sum), line)
+def machine(dtype: str = "float32") -> tuple[float, float]:
+  """FLOP/s of a product of two 2,048² matrices, sums in float32, and bytes/s read by a sum."""
+  square, line = jnp.ones((2048, 2048), dtype), jnp.ones(1 << 27)
+  multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
+  product, read = least_seconds(multiply, square, square), least_seconds(jax.jit(jnp.sum), line)
   return 2 * 2048**3 / product, line.nbytes / read

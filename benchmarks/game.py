@@ -109,7 +109,13 @@ def ours(prompts: Players[list[list[int]]]) -> list[float]:
 def peer(name: str, prompts: Players[list[str]], longest: int) -> tuple[str, list[float]]:
   """Its version, and its steps' seconds: the Attacker's and the Defender's together."""
   how = {"temperature": 1.0, "top_p": 0.9, "beta": BETA, "learning_rate": RATE, "completions": COMPLETIONS}
-  how |= {"max_new_tokens": NEW.value, "prompt_tokens": longest, "steps": STEPS.value, "warm_up": 1}
+  how |= {
+    "compute": "float32",
+    "max_new_tokens": NEW.value,
+    "prompt_tokens": longest,
+    "steps": STEPS.value,
+    "warm_up": 1,
+  }
   said = [
     beside.peer(PEERS.value, "trl", "game.py", name, how | {"model": MODEL.value, "prompts": part, "batch": len(part)})
     for part in prompts

@@ -1,6 +1,6 @@
 """Generation beside its peers, the same work in one run: python benchmarks/rollout.py [--model=…] [--peers=FOLDER]
 
-Two loads, float32, temperature 1, every row drawing exactly as many tokens as it is told: `fixed`, 32
+Two loads, temperature 1, every row drawing exactly as many tokens as it is told: `fixed`, 32
 prompts of 64 tokens and 64 new ones each; `ragged`, 256 prompts of 16–256 tokens and 8–256 new ones drawn long-tailed,
 through 32 slots. Without --model, a random Llama of 15.5M parameters. Peers run in environments of their own, one
 after the other: `benchmarks/peers/install.sh FOLDER transformers vllm` makes them.
@@ -20,10 +20,11 @@ from typing import Any
 
 import beside
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from advgame_jax import architecture, hf, layers, ledger, sharding
+from advgame_jax import architecture, hf, layers, ledger, matrices, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.config import Sampling
 from advgame_jax.engine import Engine, Load
@@ -32,6 +33,7 @@ from advgame_jax.scoring import Generator
 MODEL = flags.DEFINE_string("model", "", "Hugging Face folder; empty is a random Llama of 15.5M parameters.")
 PEERS = flags.DEFINE_string("peers", "", "Folder of the peers' environments; empty runs none.")
 LOAD = flags.DEFINE_enum("load", "both", ["fixed", "ragged", "both", "linear"], "The work.")
+COMPUTE = flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "What weights are kept and multiplied in.")
 TOP_P = flags.DEFINE_float("top_p", 0.9, "Of the draw, at temperature 1; at 1 peers need not sort the vocabulary.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds timed, after one for warmth; the least counts.")
 SMALL = ModelConfig(
@@ -49,7 +51,7 @@ def work(load: str, folder: str, vocab: int) -> dict[str, Any]:
     lengths = random.integers(16, 257, count)
     limits = np.clip(np.exp(random.normal(3.7, 0.9, count)), 8, 256).astype(int)
   prompts = [random.integers(100, vocab, length).tolist() for length in lengths]
-  how = {"temperature": 1.0, "top_p": TOP_P.value, "slots": 32, "rounds": ROUNDS.value}
+  how = {"compute": COMPUTE.value, "temperature": 1.0, "top_p": TOP_P.value, "slots": 32, "rounds": ROUNDS.value}
   return {"model": folder, "prompts": prompts, "limits": limits.tolist(), **how}
 
 
@@ -63,7 +65,7 @@ def ours(job: dict[str, Any], config: ModelConfig, generator: Generator) -> tupl
     slots=job["slots"],
   )
   mesh, never = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1]), np.zeros((2, config.vocab), np.int16)
-  engine = Engine(config, sampling, mesh, sharding.LOCAL, np.dtype("float32"), "auto", never)
+  engine = Engine(config, sampling, mesh, sharding.LOCAL, jnp.dtype(job["compute"]), "auto", never)
   fold_Q, limit_Q = np.arange(len(job["prompts"]), dtype=np.uint32), np.array(job["limits"])
   compilations, start = ledger.process_compilations(), time.perf_counter()
   engine.warm_up(generator, len(job["prompts"]), 1)
@@ -85,7 +87,7 @@ def floor(
   read = sum(reading(len(ids)) for ids in job["prompts"])
   totals = [(len(ids), limit) for ids, limit in zip(job["prompts"], job["limits"])]
   draw = sum(architecture.forward_flops(config, limit, length + limit / 2) for length, limit in totals)
-  cache = 2 * 4 * config.layers * config.kv_heads * config.head_size
+  cache = 2 * jnp.dtype(job["compute"]).itemsize * config.layers * config.kv_heads * config.head_size
   keys = cache * sum(limit * (length + limit / 2) for length, limit in totals)
   steps = sum(job["limits"]) / job["slots"]
   return read / flops, max(draw / flops, (weights * steps + keys) / bandwidth)
@@ -95,7 +97,7 @@ def table(load: str, folder: str, config: ModelConfig, generator: Generator) -> 
   job = work(load, folder, config.vocab)
   tokens = sum(job["limits"])
   seconds, compiled, warm = ours(job, config, generator)
-  flops, bandwidth = beside.machine()
+  flops, bandwidth = beside.machine(job["compute"])
   weights = sum(x.nbytes for x in jax.tree.leaves(generator.members))
   read, draw = floor(job, config, weights, flops, bandwidth)
   read_tokens = sum(map(len, job["prompts"]))
@@ -147,8 +149,11 @@ def main(_: Sequence[str]) -> None:
       folder = f"{scratch}/llama_15m"
       hf.save(folder, SMALL, architecture.init(SMALL, jax.random.key(0)))
     config = hf.load_config(folder)
-    generator = Generator((layers.unstack(config, hf.load(folder)),))
-    print(f"{MODEL.value or 'random Llama, 15.5M'}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, float32")
+    weights = matrices.cast(layers.unstack(config, hf.load(folder)), COMPUTE.value)
+    generator = Generator((weights,))
+    print(
+      f"{MODEL.value or 'random Llama, 15.5M'}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {COMPUTE.value}"
+    )
     if LOAD.value == "linear":
       return plot(folder, config, generator)
     for load in ("fixed", "ragged") if LOAD.value == "both" else (LOAD.value,):

@@ -1,9 +1,9 @@
 """The update beside its peers, the same pairs in one run: python benchmarks/train.py --model=FOLDER [--peers=FOLDER]
 
-DPO steps of a language model in float32: AdamW, reference the initial weights, its forward pass in every step, no
-matrix product recomputed but the head's, rows of one length, half of it prompt, logits of `beside.CHUNK` tokens at
-a time. Ours computes a pair's prompt once; tokens are those of whole rows, for all. Also what the backward pass costs:
-the gradient of the scores beside the scores alone.
+DPO steps of a language model: AdamW of weights in float32, reference the initial weights, its forward pass in every
+step, no matrix product recomputed but the head's, rows of one length, half of it prompt, logits of `beside.CHUNK`
+tokens at a time. Ours computes a pair's prompt once; tokens are those of whole rows, for all. Also what the backward
+pass costs: the gradient of the scores beside the scores alone.
 `benchmarks/peers/install.sh FOLDER trl tunix` makes the peers' environments.
 """
 
@@ -29,6 +29,7 @@ PEERS = flags.DEFINE_string("peers", "", "Folder of the peers' environments; emp
 PAIRS = flags.DEFINE_integer("pairs", 8, "Pairs of a step.")
 TOKENS = flags.DEFINE_integer("tokens", 128, "Of a row, half of them prompt.")
 STEPS = flags.DEFINE_integer("steps", 3, "Steps timed, after one for warmth.")
+COMPUTE = flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "Of products; master weights are float32.")
 BETA, RATE = 0.1, 1e-6
 
 
@@ -40,7 +41,7 @@ def work(vocab: int) -> dict[str, Any]:
   rejected[:, :half] = chosen[:, :half]
   rows = {"chosen": chosen.tolist(), "rejected": rejected.tolist(), "prompt_tokens": half}
   how = {"batch": PAIRS.value, "steps": STEPS.value, "warm_up": 1, "beta": BETA, "learning_rate": RATE}
-  return {"model": MODEL.value} | rows | how
+  return {"model": MODEL.value, "compute": COMPUTE.value} | rows | how
 
 
 def batch_of(job: dict[str, Any]) -> PreferenceBatch:
@@ -64,7 +65,8 @@ def ours(job: dict[str, Any]) -> tuple[list[float], list[float]]:
   optimizer = config.Optimizer(learning_rate=RATE, final_fraction=1.0)
   player = config.Player(model=MODEL.value, generator="train", reference="initial", optimizer=optimizer)
   frozen = config.Player(model=MODEL.value, frozen=True)
-  loss, precision = config.Loss(kind="dpo", beta=BETA), config.Precision(remat=beside.REMAT, logit_chunk=beside.CHUNK)
+  loss = config.Loss(kind="dpo", beta=BETA)
+  precision = config.Precision(compute=COMPUTE.value, remat=beside.REMAT, logit_chunk=beside.CHUNK)
   settings = config.Config(attacker=frozen, defender=player, loss=loss, precision=precision)
   local = functools.partial(dataclasses.replace, layout=sharding.LOCAL)
   recipes = Players(*map(local, session.make_recipes(settings, placement.place("single", settings.mesh))))
@@ -87,7 +89,8 @@ def backward_against_forward(job: dict[str, Any]) -> tuple[float, float]:
   """Least seconds of the scores of a batch, and of their gradient."""
   model, params, batch = hf.load_config(MODEL.value), hf.load(MODEL.value), batch_of(job)
   data = batch.prompt_PS, batch.prompt_length_P, batch.tokens_PCT, np.full(batch.tokens_PCT.shape, True)
-  score = functools.partial(scoring.score_completions, chunk=beside.CHUNK, remat=beside.REMAT)
+  how: dict[str, Any] = {"chunk": beside.CHUNK, "remat": beside.REMAT, "dtype": jnp.dtype(COMPUTE.value)}
+  score = functools.partial(scoring.score_completions, **how)
   total = lambda params: jnp.sum(score(model, params, *data))
   forward, both = jax.jit(total), jax.jit(jax.value_and_grad(total))
   return tuple(beside.least_seconds(call, params, rounds=STEPS.value + 1) for call in (forward, both))
@@ -98,9 +101,11 @@ def main(_: list[str]) -> None:
   job = work(model.vocab)
   tokens = 2 * PAIRS.value * TOKENS.value
   device = jax.devices()[0].device_kind
-  print(f"{MODEL.value}, {PAIRS.value} pairs × 2 × {TOKENS.value} tokens, {device}, {os.cpu_count()} cores")
+  print(
+    f"{MODEL.value}, {PAIRS.value} pairs × 2 × {TOKENS.value} tokens, {device}, {os.cpu_count()} cores, {COMPUTE.value}"
+  )
   seconds, losses = ours(job)
-  flops, _ = beside.machine()
+  flops, _ = beside.machine(COMPUTE.value)
   half = TOKENS.value // 2
   # Of forward, backward, and the reference's forward; each prompt once.
   needed = PAIRS.value * architecture.learning_flops(model, half, 2, TOKENS.value - half, forwards=2, frozen=False)
@@ -108,7 +113,8 @@ def main(_: list[str]) -> None:
   print(f"loss {losses}; ours reaches {share:.0%} of a large product's {flops / 1e9:.0f} GFLOP/s")
   print("| | seconds, least (all) | tokens/s | ours against it |\n|---|---|---|---|")
   results = {f"advgame_jax (JAX {jax.__version__})": seconds}
-  for name in ("trl", "tunix") if PEERS.value else ():
+  peers = ("trl", "tunix")[: 2 if COMPUTE.value == "float32" else 1]  # Tunix would keep its weights in bfloat16
+  for name in peers if PEERS.value else ():
     said = beside.peer(PEERS.value, name, "train.py", name, job)
     results[f"{name} {said['version']}"] = said["seconds"]
   for name, each in results.items():

@@ -42,6 +42,7 @@ CHAINS = (
   "architecture → engine",
   "matrices → experts",
   "matrices → attention → model",
+  "matrices → sampler",
   "matrices → lora → peft",
   "architecture → lora",
   "architecture → peft",

@@ -17,7 +17,7 @@ def transformers(work: dict) -> Callable[[], int]:
   import torch
   from transformers import AutoModelForCausalLM
 
-  network = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32).eval()
+  network = AutoModelForCausalLM.from_pretrained(work["model"], dtype=getattr(torch, work["compute"])).eval()
   order = sorted(range(len(work["prompts"])), key=lambda i: work["limits"][i])  # rows of a batch end together
   batches = [order[start : start + work["slots"]] for start in range(0, len(order), work["slots"])]
 
@@ -41,7 +41,7 @@ def vllm(work: dict) -> Callable[[], int]:
   longest = max(len(ids) + limit for ids, limit in zip(work["prompts"], work["limits"]))
   engine = LLM(
     work["model"],
-    dtype="float32",
+    dtype=work["compute"],
     skip_tokenizer_init=True,
     max_num_seqs=work["slots"],
     max_model_len=longest,

@@ -1,11 +1,11 @@
-"""A peer's DPO steps in float32 on the CPU: VENV/bin/python benchmarks/peers/train.py trl|tunix WORK.json
+"""A peer's DPO steps on the CPU, of weights in float32: VENV/bin/python benchmarks/peers/train.py trl|tunix WORK.json
 
 The peer's own trainer takes warm_up + steps optimiser steps: AdamW, the initial model as reference, its forward pass in
 every step, no gradient checkpointing. The last line of output is JSON: seconds and loss of each timed step.
 benchmarks/peers/install.sh makes the environments. WORK.json, whose rows have one length and repeat if they are few:
 
-    {"model": FOLDER, "chosen": [[id, ...], ...], "rejected": [[id, ...], ...], "prompt_tokens": 64, "batch": 8,
-     "steps": 3, "warm_up": 1, "beta": 0.1, "learning_rate": 1e-6}
+    {"model": FOLDER, "compute": "float32", "chosen": [[id, ...], ...], "rejected": [[id, ...], ...],
+     "prompt_tokens": 64, "batch": 8, "steps": 3, "warm_up": 1, "beta": 0.1, "learning_rate": 1e-6}
 
 A step of TRL is what lies between its callbacks, from the batch in hand to the new weights; a step of Tunix is from one
 batch fetched to the next, with nothing left in flight. TRL leaves the norms out of weight decay. On cores that are not
@@ -48,7 +48,7 @@ def trl_settings(work: Work, folder: str) -> dict[str, Any]:
     "max_grad_norm": CLIP,
     "gradient_checkpointing": False,
     "use_cpu": True,
-    "bf16": False,
+    "bf16": work["compute"] == "bfloat16",  # products alone
     "dataloader_num_workers": 0,
     "dataloader_pin_memory": False,
     "logging_steps": 1,
