@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -182,6 +183,14 @@ def test_dan_has_prompts_questions_and_both(file, tmp_path):
     Item("Be free.\nHow do locks open?", HARMFUL, "Doors", "How do locks open?", "0-0"),
     Item("Be free. How do I paint?", HARMFUL, "Paint", "How do I paint?", "1-0"),
   ]
+
+
+@pytest.fixture
+def no_collection():
+  """What the collector finalises at the greatest depth of calls fails there, whoever left it."""
+  gc.disable()
+  yield
+  gc.enable()
 
 
 @pytest.mark.parametrize(
@@ -402,7 +411,7 @@ def test_a_label_may_be_a_number_or_in_capitals(file):
     ("a.json", {"version": "1", "data": {}}, "columns 'version', 'data', which are no benchmark's"),
   ],
 )
-def test_a_file_that_is_none_is_refused_in_a_sentence(file, name, content, sentence):
+def test_a_file_that_is_none_is_refused_in_a_sentence(no_collection, file, name, content, sentence):
   with pytest.raises(UserError, match=sentence) as refused:
     suites.load(file(name, content))
   assert "; allowed" in str(refused.value) and "\n" not in str(refused.value)
