@@ -1,4 +1,4 @@
-"""The forms a weight matrix may have, and the one product that takes them all."""
+"""The forms a weight matrix may have, the one product that takes them all, and arrays written in part."""
 
 import functools
 import math
@@ -6,8 +6,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from advgame_jax.types import Params
+
+PRODUCT = "product"  # of narrow numbers: what a policy of `jax.checkpoint` may keep
 
 
 class Int8(NamedTuple):
@@ -70,24 +73,28 @@ def multiply(x_XI: jax.Array, matrix: jax.Array, contracted: int = 0, dtype: Any
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _multiply_narrow(contracted: int, dtype: jnp.dtype, x_XI: jax.Array, matrix: jax.Array) -> jax.Array:
-  return _dot(x_XI, matrix, ((1,), (contracted,)), dtype)
+  return checkpoint_name(_dot(x_XI, matrix, ((1,), (contracted,)), dtype), PRODUCT)
 
 
 def _forward(contracted: int, dtype: jnp.dtype, x_XI: jax.Array, matrix: jax.Array) -> tuple[jax.Array, Any]:
-  return _multiply_narrow(contracted, dtype, x_XI, matrix), (x_XI, matrix)
+  # Not by way of the function itself, into which `jax.checkpoint` does not look for what it is to keep.
+  return checkpoint_name(_dot(x_XI, matrix, ((1,), (contracted,)), dtype), PRODUCT), (x_XI, matrix)
 
 
 def _backward(contracted: int, dtype: jnp.dtype, kept: Any, slope_XO: jax.Array) -> tuple[jax.Array, jax.Array]:
   x_XI, matrix = kept
   slope_XO = slope_XO.astype(x_XI.dtype)
   x_slope_XI = _dot(slope_XO, matrix, ((1,), (1 - contracted,)), x_XI.dtype)
-  left, right = (slope_XO, x_XI) if contracted else (x_XI, slope_XO)
-  over: tuple[int, ...] = (0,)
-  if jax.default_backend() == "cpu":
+  pair = (slope_XO, x_XI) if contracted else (x_XI, slope_XO)
+
+  def in_parts(*pair: jax.Array) -> jax.Array:
     # Over two dimensions: XLA's CPU backend then turns both operands first, and multiplies at thrice the speed.
-    parts, over = math.gcd(len(x_XI), 16), (0, 1)
-    left, right = (x.reshape(parts, -1, x.shape[1]) for x in (left, right))
-  return x_slope_XI, _dot(left, right, (over, over), matrix.dtype)
+    parts = math.gcd(len(x_XI), 16)
+    left, right = (x.reshape(parts, -1, x.shape[1]) for x in pair)
+    return _dot(left, right, ((0, 1), (0, 1)), matrix.dtype)
+
+  whole = functools.partial(_dot, axes=((0,), (0,)), dtype=matrix.dtype)
+  return x_slope_XI, jax.lax.platform_dependent(*pair, cpu=in_parts, default=whole)
 
 
 _multiply_narrow.defvjp(_forward, _backward)
@@ -95,18 +102,23 @@ _multiply_narrow.defvjp(_forward, _backward)
 
 def _dot(left: jax.Array, right: jax.Array, axes: Any, dtype: Any) -> jax.Array:
   """Of narrow numbers; XLA's CPU backend multiplies them as they are only where it may leave the sums in float32."""
-  sums = jnp.float32 if jax.default_backend() == "cpu" else dtype
-  return jax.lax.dot_general(left, right, (axes, ((), ())), preferred_element_type=sums).astype(dtype)
+  into = lambda sums: functools.partial(
+    jax.lax.dot_general, dimension_numbers=(axes, ((), ())), preferred_element_type=sums
+  )
+  rounded = lambda *pair: into(jnp.float32)(*pair).astype(dtype)
+  return jax.lax.platform_dependent(left, right, cpu=rounded, default=into(dtype))
 
 
 def put(x: jax.Array, index: Any, new: jax.Array) -> jax.Array:
-  """x with `new` at the index, what lies outside of x dropped.
+  """x with `new`, of its dtype, at the index; what lies outside of x is dropped.
 
   As integers on a CPU: there XLA would widen all of a bfloat16 x to write a part of it.
   """
-  if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-    return put(x.view(jnp.uint16), index, new.view(jnp.uint16)).view(x.dtype)
-  return x.at[index].set(new, mode="drop")
+  plain = lambda x, new: x.at[index].set(new, mode="drop")
+  if x.dtype != jnp.bfloat16:
+    return plain(x, new)
+  as_integers = lambda x, new: plain(x.view(jnp.uint16), new.view(jnp.uint16)).view(x.dtype)
+  return jax.lax.platform_dependent(x, new, cpu=as_integers, default=plain)
 
 
 def quantise(weight: jax.Array, stacked: int, inputs: int) -> Int8:

@@ -16,7 +16,7 @@ from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.blockwise import ATTENDED
 from advgame_jax.fork import Fork
 from advgame_jax.layers import Layers, apart, each_layer, one_by_one
-from advgame_jax.matrices import Adapted, Int8, Transposed, cast, multiply, project, put, quantise
+from advgame_jax.matrices import PRODUCT, Adapted, Int8, Transposed, cast, multiply, project, put, quantise
 from advgame_jax.rotary import Turn
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
@@ -25,7 +25,8 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, appro
 _KEPT = {
   "layer": jax.checkpoint_policies.nothing_saveable,
   "products": jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(ATTENDED)
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(ATTENDED, PRODUCT),
   ),
 }
 _EVERYTHING = jnp.iinfo(jnp.int32).max  # the window of a layer that has none
@@ -416,7 +417,7 @@ def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
   head_VM = head(params).astype(hidden.dtype)
   with jax.named_scope("head"):
     logits_XV = multiply(hidden.reshape(-1, hidden.shape[-1]), head_VM, 1, jnp.float32)
-    return attention.softcap(logits_XV.reshape(*hidden.shape[:-1], -1), config.logit_softcap)
+    return attention.softcap(logits_XV.reshape(*hidden.shape[:-1], len(head_VM)), config.logit_softcap)
 
 
 def as_kept(new: Cache, pool: Cache) -> Cache:
