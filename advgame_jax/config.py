@@ -265,7 +265,7 @@ class Precision(Settings):
   """
 
   compute: Literal["auto", "float32", "bfloat16"] = setting(
-    "auto", "of the forward pass; auto is float32 on CPU, where only those with AMX gain by bfloat16, else bfloat16"
+    "auto", "of the forward pass; auto is float32 on CPU, else bfloat16, which CPUs with AMX multiply faster too"
   )
   master: Literal["float32", "bfloat16"] = setting("float32", "of the weights that learn")
   moments: Literal["float32", "bfloat16"] = setting("float32", "of AdamW's two moments")

@@ -262,6 +262,6 @@ def scripted(answer: Callable[[str, int], str]) -> Policy:
 
 
 def compute_dtype(settings: config_lib.Precision) -> Any:
-  """The dtype of the forward pass; a CPU is faster in bfloat16 only where it has AMX."""
+  """The dtype of the forward pass: on CPU float32, though those with AMX are faster in bfloat16."""
   auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return jnp.dtype(auto if settings.compute == "auto" else settings.compute)
