@@ -73,7 +73,7 @@ def multiply(x_XI: jax.Array, matrix: jax.Array, contracted: int = 0, dtype: Any
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _multiply_narrow(contracted: int, dtype: jnp.dtype, x_XI: jax.Array, matrix: jax.Array) -> jax.Array:
-  return checkpoint_name(_dot(x_XI, matrix, ((1,), (contracted,)), dtype), PRODUCT)
+  return _forward(contracted, dtype, x_XI, matrix)[0]
 
 
 def _forward(contracted: int, dtype: jnp.dtype, x_XI: jax.Array, matrix: jax.Array) -> tuple[jax.Array, Any]:
