@@ -87,6 +87,12 @@ def test_tokens_that_tie_with_the_last_of_the_nucleus_are_kept(top_p, kept):
   assert (np.asarray(behaviour(np.log(density_V)[None], Choice(1.0, top_p))) > 0).sum() == kept
 
 
+def test_weights_one_rounding_apart_are_told_apart():
+  logits_V = np.array([-1.2e-7, 0, -9, -6e-8], np.float32)  # whose exponentials are 1 − 2⁻²³, 1, …, 1 − 2⁻²⁴
+  kept = [(np.asarray(behaviour(logits_V[None], Choice(1.0, 1.0, top_k))) > 0).sum() for top_k in (1, 2, 3, 4)]
+  assert kept == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("top_k,min_p", [(1, 0.0), (5, 0.0), (299, 0.0), (999, 0.0), (0, 0.1), (0, 1.0), (40, 0.02)])
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
 def test_cuts_are_transformers_one_after_the_other(top_k, top_p, min_p):
