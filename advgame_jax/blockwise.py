@@ -89,8 +89,8 @@ def _forward(
 ) -> tuple[jax.Array, Any]:
   x_size = size * query_RKXH.shape[2] // key_RKSH.shape[2]
 
-  def step(carry: tuple[jax.Array, ...], i: Any, j: Any) -> tuple[jax.Array, ...]:
-    highest_RKx, total_RKx, output_RKxH = (_read(x, i, x_size) for x in carry)
+  def step(parts: tuple[jax.Array, ...], i: Any, j: Any) -> tuple[jax.Array, ...]:
+    highest_RKx, total_RKx, output_RKxH = parts
     capped_RKxs, seen = _logits(rule, size, query_RKXH, key_RKSH, segment_RS, i, j)
     logits_RKxs = jnp.where(seen, capped_RKxs, _LEAST)
     new_highest_RKx = jnp.maximum(highest_RKx, jnp.max(logits_RKxs, -1))
@@ -98,13 +98,13 @@ def _forward(
     shrink_RKx = jnp.exp(highest_RKx - new_highest_RKx)
     total_RKx = total_RKx * shrink_RKx + jnp.sum(weight_RKxs, -1)
     read_RKxH = _dot("RKxs,RKsH->RKxH", weight_RKxs.astype(value_RKSH.dtype), _read(value_RKSH, j, size))
-    new = (new_highest_RKx, total_RKx, output_RKxH * shrink_RKx[..., None] + read_RKxH)
-    return tuple(_write(x, part, i, x_size) for x, part in zip(carry, new))
+    return new_highest_RKx, total_RKx, output_RKxH * shrink_RKx[..., None] + read_RKxH
 
-  step = _where_met(segment_RS, size, step)
+  places = lambda i, j: ((i, x_size),) * 3
   empty_RKX = jnp.zeros(query_RKXH.shape[:3])
   carry = (empty_RKX + _LEAST, empty_RKX, jnp.zeros(query_RKXH.shape))
-  highest_RKX, total_RKX, output_RKXH = _over_pairs(rule, size, key_RKSH.shape[2], step, carry)
+  step = _where_met(segment_RS, size, step)
+  highest_RKX, total_RKX, output_RKXH = _over_pairs(rule, size, key_RKSH.shape[2], step, places, carry)
   output_RKXH = (output_RKXH / total_RKX[..., None]).astype(query_RKXH.dtype)
   output_RKXH, log_total_RKX = checkpoint_name((output_RKXH, highest_RKX + jnp.log(total_RKX)), ATTENDED)
   kept = (query_RKXH, key_RKSH, value_RKSH, segment_RS, output_RKXH, log_total_RKX)
@@ -116,8 +116,8 @@ def _backward(rule: Rule, size: int, kept: Any, slope_RKXH: jax.Array) -> tuple[
   x_size = size * query_RKXH.shape[2] // key_RKSH.shape[2]
   mean_RKX = jnp.sum(output_RKXH.astype(jnp.float32) * slope_RKXH.astype(jnp.float32), -1)
 
-  def step(carry: tuple[jax.Array, ...], i: Any, j: Any) -> tuple[jax.Array, ...]:
-    query_slope_RKXH, key_slope_RKHS, value_slope_RKHS = carry
+  def step(parts: tuple[jax.Array, ...], i: Any, j: Any) -> tuple[jax.Array, ...]:
+    query_slope_RKxH, key_slope_RKHs, value_slope_RKHs = parts
     slope_RKxH = _read(slope_RKXH, i, x_size)
     capped_RKxs, seen = _logits(rule, size, query_RKXH, key_RKSH, segment_RS, i, j)
     weight_RKxs = jnp.where(seen, jnp.exp(capped_RKxs - _read(log_total_RKX, i, x_size)[..., None]), 0)
@@ -126,20 +126,17 @@ def _backward(rule: Rule, size: int, kept: Any, slope_RKXH: jax.Array) -> tuple[
     if rule.softcap:
       logit_slope_RKxs *= 1 - (capped_RKxs / rule.softcap) ** 2
     weight_RKxs, logit_slope_RKxs = (x.astype(query_RKXH.dtype) for x in (weight_RKxs, logit_slope_RKxs))
-    query_part_RKxH = _dot("RKxs,RKsH->RKxH", logit_slope_RKxs, _read(key_RKSH, j, size))
+    query_slope_RKxH += _dot("RKxs,RKsH->RKxH", logit_slope_RKxs, _read(key_RKSH, j, size))
     # Summed as [H, S]: XLA's CPU backend makes these products twice as fast as their transposes.
-    key_part_RKHs = _dot("RKxH,RKxs->RKHs", _read(query_RKXH, i, x_size), logit_slope_RKxs)
-    value_part_RKHs = _dot("RKxH,RKxs->RKHs", slope_RKxH, weight_RKxs)
-    return (
-      _write(query_slope_RKXH, _read(query_slope_RKXH, i, x_size) + query_part_RKxH, i, x_size),
-      _write(key_slope_RKHS, _read(key_slope_RKHS, j, size, 3) + key_part_RKHs, j, size, 3),
-      _write(value_slope_RKHS, _read(value_slope_RKHS, j, size, 3) + value_part_RKHs, j, size, 3),
-    )
+    key_slope_RKHs += _dot("RKxH,RKxs->RKHs", _read(query_RKXH, i, x_size), logit_slope_RKxs)
+    value_slope_RKHs += _dot("RKxH,RKxs->RKHs", slope_RKxH, weight_RKxs)
+    return query_slope_RKxH, key_slope_RKHs, value_slope_RKHs
 
   R, K, S, H = key_RKSH.shape
-  step = _where_met(segment_RS, size, step)
+  places = lambda i, j: ((i, x_size), (j, size, 3), (j, size, 3))
   carry = (jnp.zeros(query_RKXH.shape), jnp.zeros((R, K, H, S)), jnp.zeros((R, K, H, S)))
-  query_slope_RKXH, *slopes_RKHS = _over_pairs(rule, size, S, step, carry)
+  step = _where_met(segment_RS, size, step)
+  query_slope_RKXH, *slopes_RKHS = _over_pairs(rule, size, S, step, places, carry)
   slopes = (query_slope_RKXH, *(x.swapaxes(2, 3) for x in slopes_RKHS))
   return (*(x.astype(query_RKXH.dtype) for x in slopes), None)
 
@@ -175,25 +172,35 @@ def _where_met(segment_RS: jax.Array | None, size: int, step: Callable[..., Any]
   if segment_RS is None:
     return step
 
-  def where_met(carry: Any, i: Any, j: Any) -> Any:
+  def where_met(parts: Any, i: Any, j: Any) -> Any:
     query_segment_Rs, key_segment_Rs = (_read(segment_RS, block, size, 1) for block in (i, j))
     later_R = jnp.min(query_segment_Rs, 1) > jnp.max(key_segment_Rs, 1)
     earlier_R = jnp.max(query_segment_Rs, 1) < jnp.min(key_segment_Rs, 1)
-    return jax.lax.cond(jnp.all(later_R | earlier_R), lambda carry: carry, lambda carry: step(carry, i, j), carry)
+    return jax.lax.cond(jnp.all(later_R | earlier_R), lambda parts: parts, lambda parts: step(parts, i, j), parts)
 
   return where_met
 
 
-def _over_pairs(rule: Rule, size: int, length: int, step: Callable[..., Any], carry: Any) -> Any:
-  """Runs `step(carry, i, j)` over every query block i and key block j that it sees something of.
+def _over_pairs(
+  rule: Rule, size: int, length: int, step: Callable[..., Any], places: Callable[..., Any], carry: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+  """Runs `step(parts, i, j)` over every query block i and key block j that it sees something of.
 
   A query block meets its own tokens first: from then on its greatest logit is one that is seen.
+
+  Args:
+    places: (i, j) → of each array of the carry, which part of it the step takes and gives, as `_read` is told it.
   """
+
+  def in_place(carry: tuple[jax.Array, ...], i: Any, j: Any) -> tuple[jax.Array, ...]:
+    parts = step(tuple(_read(x, *place) for x, place in zip(carry, places(i, j))), i, j)
+    return tuple(_write(x, part, *place) for x, part, place in zip(carry, parts, places(i, j)))
+
   oldest = lambda i: max(0, (i * size - rule.window + 1) // size) if rule.window else 0
   pairs = [(i, j) for i in range(length // size) for j in range(i, oldest(i) - 1, -1)]
   if len(pairs) == 1:
-    return step(carry, 0, 0)
-  return jax.lax.scan(lambda carry, pair: (step(carry, *pair), None), carry, jnp.array(pairs, jnp.int32))[0]
+    return in_place(carry, 0, 0)
+  return jax.lax.scan(lambda carry, pair: (in_place(carry, *pair), None), carry, jnp.array(pairs, jnp.int32))[0]
 
 
 def _dot(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:

@@ -156,7 +156,8 @@ def test_large_logits_do_not_overflow():
 
 def test_only_blocks_that_are_seen_are_computed():
   def steps(rule):
-    jaxpr = jax.make_jaxpr(lambda x: blockwise._over_pairs(rule, 16, 64, lambda c, i, j: c + i + j, x))(0)
+    run = lambda x: blockwise._over_pairs(rule, 16, 64, lambda parts, *_: parts, lambda i, _: ((i, 16),), (x,))
+    jaxpr = jax.make_jaxpr(run)(np.zeros((1, 1, 64)))
     return next(e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan")
 
   assert steps(Rule(1.0)) == 10  # of 16
