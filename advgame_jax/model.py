@@ -188,7 +188,7 @@ def forward(
   if fork and (prefix or segment_RT is not None):
     raise ValueError("rows that fork have no prefix and are not packed")
   axes = _axes_of_layer(config, params["layers"])
-  params = {**cast({**params, "layers": ()}, dtype), "layers": _cast_split(axes, params["layers"], dtype)}
+  params = {**cast({**params, "layers": ()}, dtype), "layers": _cast_split(layout, axes, params["layers"], dtype)}
   x_RTM = layout.constrain(embed(config, params, tokens_RT, layout), "rows", "tokens", None)
   by_row = "rows" if place_RT is not None or prefix else None  # else all rows turn alike
   place_RT = jnp.arange(tokens_RT.shape[1])[None] if place_RT is None else place_RT
@@ -271,13 +271,13 @@ def _axes_of_layer(config: ModelConfig, layers: Layers) -> Any:
   return {name: axes(specs[name], matrix) for name, matrix in layer.items()}
 
 
-def _cast_split(axes: Any, layers: Layers, dtype: Any) -> Layers:
+def _cast_split(layout: Layout, axes: Any, layers: Layers, dtype: Any) -> Layers:
   """What is split by width in the compute dtype, to be gathered so.
 
   The rest is cast where it computes: the gradients of what is whole on every device are added up before they are
-  rounded. Layers one by one are in the compute dtype already.
+  rounded, and no second copy of all layers is written. Layers one by one are in the compute dtype already.
   """
-  if one_by_one(layers):
+  if one_by_one(layers) or not layout.splits_width:
     return layers
   is_int8 = lambda x: isinstance(x, Int8)
   one = lambda x, axes: x.astype(dtype) if not is_int8(x) and "width" in axes else x

@@ -304,7 +304,7 @@ def _draw_next(
   token_R = jnp.where(rows.live_R, token_R, 0)
   at_token = lambda x_RV: jnp.take_along_axis(x_RV, token_R[:, None], 1)[:, 0]
   behaviour_R = jnp.log(at_token(weight_RV) / total_R)
-  plain_R = at_token(logits_RV) - jax.nn.logsumexp(logits_RV, -1)
+  plain_R = scoring.plain_logprob(logits_RV, token_R)
   stop_state_R = stops_ZV[rows.stop_state_R, token_R].astype(jnp.int32)
   count_R = rows.count_R + rows.live_R
   ends_R = (stop_state_R == stops_ZV.shape[0] - 1) | (count_R >= rows.limit_R)

@@ -14,19 +14,49 @@ from advgame_jax.architecture import ModelConfig
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Array, Params
 
-_STRIPES = 16  # of a vocabulary, summed first: few enough for XLA's CPU backend to unroll, and to sum whole vectors
-
 Measure = Callable[[jax.Array, jax.Array], Any]
 """(logits_XV float32, token_X) → a pytree of [X]: what to keep of each token's logits."""
 
 
+@jax.custom_vjp
 def plain_logprob(logits_XV: jax.Array, token_X: jax.Array) -> jax.Array:
-  """log softmax at the token, nats.
+  """log softmax at the token, nats. Differentiable once, in reverse.
 
   The token's logit is summed out, not looked up: of a vocabulary that is split over devices each sums its own part.
   """
-  chosen_XV = jnp.arange(logits_XV.shape[-1]) == token_X[:, None]
-  return jnp.sum(jnp.where(chosen_XV, logits_XV, 0), -1) - jax.nn.logsumexp(logits_XV, axis=-1)
+  return _plain_forward(logits_XV, token_X)[0]
+
+
+def _plain_forward(logits_XV: jax.Array, token_X: jax.Array) -> tuple[jax.Array, Any]:
+  highest_X1 = jnp.max(logits_XV, -1, keepdims=True)
+  weight_XV = jnp.exp(logits_XV - highest_X1)
+  logit_X, total_X = _sums(jnp.where(_chosen(logits_XV, token_X), logits_XV, 0), weight_XV)
+  log_total_X = highest_X1[:, 0] + jnp.log(total_X)
+  return logit_X - log_total_X, (logits_XV, token_X, log_total_X)
+
+
+def _plain_backward(kept: Any, slope_X: jax.Array) -> tuple[jax.Array, None]:
+  logits_XV, token_X, log_total_X = kept
+  return slope_X[:, None] * (_chosen(logits_XV, token_X) - jnp.exp(logits_XV - log_total_X[:, None])), None
+
+
+plain_logprob.defvjp(_plain_forward, _plain_backward)
+
+
+def _chosen(logits_XV: jax.Array, token_X: jax.Array) -> jax.Array:
+  return jnp.arange(logits_XV.shape[-1]) == token_X[:, None]
+
+
+def _sums(*parts_XV: jax.Array) -> list[jax.Array]:
+  """Over the vocabulary, of several arrays in one pass → [X] of each.
+
+  XLA's CPU backend adds whole vectors where it adds few of them: 16 here, then the rest. A vocabulary that is split
+  over 2, 4 or 8 devices stays where it is.
+  """
+  X, V = parts_XV[0].shape
+  folded = [jnp.pad(x_XV, ((0, 0), (0, -V % 128))).reshape(X, 8, 16, -1) for x_XV in parts_XV]
+  add: Any = lambda left, right: tuple(map(jnp.add, left, right))
+  return [jnp.sum(x_X8v, (1, 2)) for x_X8v in jax.lax.reduce(tuple(folded), (np.float32(0),) * len(folded), add, (2,))]
 
 
 def logprob_and_entropy(logits_XV: jax.Array, token_X: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -102,21 +132,17 @@ def _least_kept(weight_XV: jax.Array, count: Callable[[jax.Array], jax.Array], e
   Found without a sort, two bits at a time: floats ≥ 0 are ordered as their bit patterns are, and 1.0 has 30 of them.
   Each pass over the vocabulary sums for three thresholds at once.
   """
-  X, V = weight_XV.shape
-  weight_XSv = jnp.pad(weight_XV, ((0, 0), (0, -V % _STRIPES))).reshape(X, _STRIPES, -1)
-  count_XSv = count(weight_XSv)
-  add: Any = lambda left, right: tuple(map(jnp.add, left, right))
+  count_XV = count(weight_XV)
 
   def try_digit(i: jax.Array, bits_X1: jax.Array) -> jax.Array:
     candidates = [bits_X1 | (digit << (28 - 2 * i)) for digit in (1, 2, 3)]
-    thresholds = [jax.lax.bitcast_convert_type(bits_X1, jnp.float32)[:, None] for bits_X1 in candidates]
-    kept = tuple(jnp.where(weight_XSv >= threshold_X11, count_XSv, 0) for threshold_X11 in thresholds)
-    sums = jax.lax.reduce(kept, (np.float32(0),) * len(kept), add, (1,))
-    for candidate_X1, sum_Xv in zip(candidates, sums):
-      bits_X1 = jnp.where(jnp.sum(sum_Xv, -1, keepdims=True) >= enough, candidate_X1, bits_X1)
+    thresholds = [jax.lax.bitcast_convert_type(bits_X1, jnp.float32) for bits_X1 in candidates]
+    sums = _sums(*(jnp.where(weight_XV >= threshold_X1, count_XV, 0) for threshold_X1 in thresholds))
+    for candidate_X1, sum_X in zip(candidates, sums):
+      bits_X1 = jnp.where(sum_X[:, None] >= enough, candidate_X1, bits_X1)
     return bits_X1
 
-  bits_X1 = jax.lax.fori_loop(0, 15, try_digit, jnp.zeros((X, 1), jnp.int32))
+  bits_X1 = jax.lax.fori_loop(0, 15, try_digit, jnp.zeros((len(weight_XV), 1), jnp.int32))
   return jax.lax.bitcast_convert_type(bits_X1, jnp.float32)
 
 

@@ -54,12 +54,17 @@ class Layout:
     rest = dataclasses.replace(self, rows=(), tokens=(), width=())
     return rest if _parts(rest.heads + rest.feed_forward + rest.vocab) > 1 else LOCAL
 
+  @property
+  def splits_width(self) -> bool:
+    """Under `jax.set_mesh`."""
+    return _parts(self.width) > 1
+
   def gather_width(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Inside a function of one device's part: the whole of what is split by width. Its gradient is scattered again.
 
     Of the other axes each device gathers its own part only, which must be said: the compiler does not divide a gather.
     """
-    if "width" not in axes or _parts(self.width) == 1:
+    if "width" not in axes or not self.splits_width:
       return x
     gather = functools.partial(_gather, self.width, axes.index("width"))
     mine = self.by_compiler.spec(axes)
@@ -70,7 +75,7 @@ class Layout:
 
     Each looks up what all need, and gives them theirs: an activation is sent, and on the way back its gradient.
     """
-    if _parts(self.width) == 1:
+    if not self.splits_width:
       return look_up(x)
     found = look_up(jax.lax.all_gather(x, self.width))
     return jax.lax.all_to_all(found, self.width, split_axis=0, concat_axis=found.ndim - 1, tiled=True)[0]

@@ -18,7 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from advgame_jax import config, engine, hf, layers, placement, preferences, session, sharding, state, tokenizer
+from advgame_jax import (
+  config,
+  engine,
+  hf,
+  layers,
+  matrices,
+  placement,
+  preferences,
+  session,
+  sharding,
+  state,
+  tokenizer,
+)
 from advgame_jax.scoring import Generator
 from advgame_jax.types import Players, PreferenceBatch, Samples, Status
 from advgame_jax.update import joint_update
@@ -28,6 +40,8 @@ PEERS = flags.DEFINE_string("peers", "", "Folder of the peer's environment; empt
 PROMPTS = flags.DEFINE_integer("prompts", 4, "B.")
 NEW = flags.DEFINE_integer("new_tokens", 64, "Of a completion.")
 STEPS = flags.DEFINE_integer("steps", 2, "Steps timed, after one for warmth.")
+COMPUTE = flags.DEFINE_enum("compute", "float32", ["float32", "bfloat16"], "Of products; master weights are float32.")
+REMAT = flags.DEFINE_enum("remat", beside.REMAT, ["none", "layer", "products"], "Of our update.")
 BETA, RATE, COMPLETIONS = 0.1, 1e-6, 2
 WORDS = ("river", "window", "garden", "letter", "morning", "bridge", "silver", "market", "winter", "engine")
 
@@ -48,7 +62,7 @@ class Game:
     player = config.Player(model=MODEL.value, generator="train", reference="initial", optimizer=optimizer)
     self.loss, precision = (
       config.Loss(kind="dpo", beta=BETA),
-      config.Precision(remat=beside.REMAT, logit_chunk=beside.CHUNK),
+      config.Precision(compute=COMPUTE.value, remat=REMAT.value, logit_chunk=beside.CHUNK),
     )
     settings = config.Config(attacker=player, defender=player, loss=self.loss, precision=precision)
     local = functools.partial(dataclasses.replace, layout=sharding.LOCAL)
@@ -59,9 +73,9 @@ class Game:
     make = lambda recipe: state.init_player(recipe.player, recipe.precision, recipe.optimizer, weights)
     self.state = state.TrainState(Players(*map(make, self.recipes)), jnp.int32(0))
     never = np.zeros((2, architecture.vocab), np.int16)
-    dtype = np.dtype("float32")
+    dtype = jnp.dtype(COMPUTE.value)
     self.engine = engine.Engine(architecture, sampling, mesh, sharding.LOCAL, dtype, "auto", never)
-    self.unstack = jax.jit(functools.partial(layers.unstack, architecture))
+    self.unstack = jax.jit(lambda params: matrices.cast(layers.unstack(architecture, params), dtype))
     self.update = jax.jit(functools.partial(joint_update, self.recipes), donate_argnums=0)
 
   def step(self, number: int) -> None:
@@ -110,7 +124,7 @@ def peer(name: str, prompts: Players[list[str]], longest: int) -> tuple[str, lis
   """Its version, and its steps' seconds: the Attacker's and the Defender's together."""
   how = {"temperature": 1.0, "top_p": 0.9, "beta": BETA, "learning_rate": RATE, "completions": COMPLETIONS}
   how |= {
-    "compute": "float32",
+    "compute": COMPUTE.value,
     "max_new_tokens": NEW.value,
     "prompt_tokens": longest,
     "steps": STEPS.value,
@@ -133,7 +147,9 @@ def main(_: list[str]) -> None:
   longest = max(len(row) for part in ids for row in part)
   rows = sum(map(len, prompts)) * COMPLETIONS
   device = jax.devices()[0].device_kind
-  print(f"{MODEL.value} twice, {rows} completions of {NEW.value} tokens, {device}, {os.cpu_count()} cores, float32")
+  print(
+    f"{MODEL.value} twice, {rows} completions of {NEW.value} tokens, {device}, {os.cpu_count()} cores, {COMPUTE.value}"
+  )
   results = {f"advgame_jax (JAX {jax.__version__})": ours(ids)}
   (least,) = map(min, results.values())
   for name in ("trl", "trl-grpo") if PEERS.value else ():

@@ -1,12 +1,13 @@
-"""TRL's online steps in float32 on the CPU: VENV/bin/python benchmarks/peers/game.py trl|trl-grpo WORK.json
+"""TRL's online steps on the CPU: VENV/bin/python benchmarks/peers/game.py trl|trl-grpo WORK.json
 
 A step generates completions of every prompt with transformers, rewards each by its distinct words, and takes one
 optimiser step, the initial model being the reference. `trl` is online DPO, `trl-grpo` is GRPO on the same work with its
 default loss and scaling of rewards. The last line of output is JSON: seconds of each timed step, and the tokens
 generated in one. benchmarks/peers/install.sh makes the environment. WORK.json:
 
-    {"model": FOLDER, "prompts": [text, ...], "batch": 8, "completions": 2, "max_new_tokens": 64, "prompt_tokens": 64,
-     "steps": 3, "warm_up": 1, "temperature": 1.0, "top_p": 0.9, "beta": 0.1, "learning_rate": 1e-6}
+    {"model": FOLDER, "compute": "float32", "prompts": [text, ...], "batch": 8, "completions": 2, "max_new_tokens": 64,
+     "prompt_tokens": 64, "steps": 3, "warm_up": 1, "temperature": 1.0, "top_p": 0.9, "beta": 0.1,
+     "learning_rate": 1e-6}
 
 Prompts repeat if they are few, and are padded to the longest of their batch (prompt_tokens only informs). The end of a
 sequence is forbidden, so that every completion has max_new_tokens. Measure on idle cores (see train.py).
