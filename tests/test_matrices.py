@@ -113,3 +113,12 @@ def test_looking_up_widens_no_table():
   table_VM, tokens_RT = jnp.ones((64, 8), BF16), jnp.ones((2, 3), jnp.int32)
   look_up = lambda table_VM: model.embed(tiny.CONFIG, {"embed": table_VM}, tokens_RT)
   assert "64x8xf32" not in jax.jit(look_up).lower(table_VM).as_text()
+
+
+def test_layers_that_lie_whole_are_rounded_one_by_one():
+  """Rounded all at once they would be a second copy, which XLA's CPU backend even keeps in float32."""
+  params, tokens_RT = tiny.params(tiny.CONFIG), jnp.zeros((2, 8), jnp.int32)
+  traced = jax.make_jaxpr(lambda params: model.forward(tiny.CONFIG, params, tokens_RT, dtype=jnp.bfloat16)[0])(params)
+  rounded = [e.outvars[0].aval.shape for e in traced.eqns if e.primitive.name == "convert_element_type"]
+  assert params["embed"].shape in rounded
+  assert not {x.shape for x in jax.tree.leaves(params["layers"])} & set(rounded)

@@ -34,6 +34,17 @@ def at_token(x_RTV):
   return np.where(MASK_RT, np.pad(chosen_RT, ((0, 0), (1, 0))), 0)
 
 
+@pytest.mark.parametrize("vocab", [1, 128, 300])
+def test_a_log_probability_and_its_slopes_are_those_of_a_log_softmax(vocab):
+  """Of a vocabulary that fills its last stripe and of one that does not; and of a logit far below all others."""
+  logits_XV = jnp.array(RNG.normal(0, 5, (6, vocab)), jnp.float32).at[0, 0].set(-1e5)
+  token_X, slope_X = jnp.array([0, *RNG.integers(0, vocab, 5)]), jnp.array(RNG.normal(size=6), jnp.float32)
+  expected = lambda logits_XV: jax.nn.log_softmax(logits_XV)[jnp.arange(6), token_X]
+  found, back = jax.vjp(lambda logits_XV: scoring.plain_logprob(logits_XV, token_X), logits_XV)
+  np.testing.assert_allclose(found, expected(logits_XV), rtol=1e-6, atol=2e-6)
+  np.testing.assert_allclose(*back(slope_X), *jax.vjp(expected, logits_XV)[1](slope_X), atol=2e-6)
+
+
 @pytest.mark.parametrize("chunk", [1, 8, 10_000])
 def test_score_equals_a_float64_log_softmax_whatever_the_chunk(chunk):
   scored_RT = score(PARAMS, TOKENS_RT, MASK_RT, chunk=chunk)
