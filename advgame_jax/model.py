@@ -274,8 +274,9 @@ def _axes_of_layer(config: ModelConfig, layers: Layers) -> Any:
 def _cast_split(layout: Layout, axes: Any, layers: Layers, dtype: Any) -> Layers:
   """What is split by width in the compute dtype, to be gathered so.
 
-  The rest is cast where it computes: the gradients of what is whole on every device are added up before they are
-  rounded, and no second copy of all layers is written. Layers one by one are in the compute dtype already.
+  The rest is cast where it computes: the gradients of what is whole on every device are added up, and sent, in the
+  dtype of the weights, and a pass writes no second copy of all layers. Layers one by one are in the compute dtype
+  already.
   """
   if one_by_one(layers) or not layout.splits_width:
     return layers

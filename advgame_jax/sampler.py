@@ -302,8 +302,7 @@ def _draw_next(
   uniform_R = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(rows.key_R, rows.count_R)
   token_R, total_R = draw(weight_RV, uniform_R)
   token_R = jnp.where(rows.live_R, token_R, 0)
-  at_token = lambda x_RV: jnp.take_along_axis(x_RV, token_R[:, None], 1)[:, 0]
-  behaviour_R = jnp.log(at_token(weight_RV) / total_R)
+  behaviour_R = jnp.log(jnp.take_along_axis(weight_RV, token_R[:, None], 1)[:, 0] / total_R)
   plain_R = scoring.plain_logprob(logits_RV, token_R)
   stop_state_R = stops_ZV[rows.stop_state_R, token_R].astype(jnp.int32)
   count_R = rows.count_R + rows.live_R

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from advgame_jax import fork as forks
 from advgame_jax import model
@@ -28,16 +27,16 @@ def plain_logprob(logits_XV: jax.Array, token_X: jax.Array) -> jax.Array:
 
 
 def _plain_forward(logits_XV: jax.Array, token_X: jax.Array) -> tuple[jax.Array, Any]:
-  highest_X1 = jnp.max(logits_XV, -1, keepdims=True)
-  weight_XV = jnp.exp(logits_XV - highest_X1)
+  highest_X = jnp.max(logits_XV, -1)
+  weight_XV = jnp.exp(logits_XV - highest_X[:, None])
   logit_X, total_X = _sums(jnp.where(_chosen(logits_XV, token_X), logits_XV, 0), weight_XV)
-  log_total_X = highest_X1[:, 0] + jnp.log(total_X)
-  return logit_X - log_total_X, (logits_XV, token_X, log_total_X)
+  return logit_X - highest_X - jnp.log(total_X), (logits_XV, token_X, highest_X, total_X)
 
 
 def _plain_backward(kept: Any, slope_X: jax.Array) -> tuple[jax.Array, None]:
-  logits_XV, token_X, log_total_X = kept
-  return slope_X[:, None] * (_chosen(logits_XV, token_X) - jnp.exp(logits_XV - log_total_X[:, None])), None
+  logits_XV, token_X, highest_X, total_X = kept
+  density_XV = jnp.exp(logits_XV - highest_X[:, None]) / total_X[:, None]
+  return slope_X[:, None] * (_chosen(logits_XV, token_X) - density_XV), None
 
 
 plain_logprob.defvjp(_plain_forward, _plain_backward)
@@ -50,13 +49,18 @@ def _chosen(logits_XV: jax.Array, token_X: jax.Array) -> jax.Array:
 def _sums(*parts_XV: jax.Array) -> list[jax.Array]:
   """Over the vocabulary, of several arrays in one pass → [X] of each.
 
-  XLA's CPU backend adds whole vectors where it adds few of them: 16 here, then the rest. A vocabulary that is split
-  over 2, 4 or 8 devices stays where it is.
+  XLA's CPU backend adds whole vectors where it adds few of them: 16 here, then the rest. A vocabulary that 128 divides
+  and that is split over 2, 4 or 8 devices stays where it is.
   """
-  X, V = parts_XV[0].shape
-  folded = [jnp.pad(x_XV, ((0, 0), (0, -V % 128))).reshape(X, 8, 16, -1) for x_XV in parts_XV]
-  add: Any = lambda left, right: tuple(map(jnp.add, left, right))
-  return [jnp.sum(x_X8v, (1, 2)) for x_X8v in jax.lax.reduce(tuple(folded), (np.float32(0),) * len(folded), add, (2,))]
+
+  def folded(*parts_XV: jax.Array) -> list[jax.Array]:
+    X, V = parts_XV[0].shape
+    parts = tuple(jnp.pad(x_XV, ((0, 0), (0, -V % 128))).reshape(X, 8, 16, -1) for x_XV in parts_XV)
+    add: Any = lambda left, right: tuple(map(jnp.add, left, right))
+    return [jnp.sum(x_X8v, (1, 2)) for x_X8v in jax.lax.reduce(parts, (jnp.float32(0),) * len(parts), add, (2,))]
+
+  plain = lambda *parts_XV: [jnp.sum(x_XV, -1) for x_XV in parts_XV]
+  return jax.lax.platform_dependent(*parts_XV, cpu=folded, default=plain)
 
 
 def logprob_and_entropy(logits_XV: jax.Array, token_X: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -121,7 +125,7 @@ def _threshold(weight_XV: jax.Array, top_p: jax.Array, top_k: jax.Array, min_p: 
 
   def of_nucleus() -> jax.Array:
     kept_XV = jnp.where(weight_XV >= least_X1, weight_XV, 0)
-    return _least_kept(kept_XV, lambda weight_XV: weight_XV, top_p * jnp.sum(kept_XV, -1, keepdims=True))
+    return _least_kept(kept_XV, lambda weight_XV: weight_XV, top_p * _sums(kept_XV)[0][:, None])
 
   return jnp.maximum(jax.lax.cond(top_p < 1, of_nucleus, lambda: least_X1), min_p)
 
@@ -132,12 +136,11 @@ def _least_kept(weight_XV: jax.Array, count: Callable[[jax.Array], jax.Array], e
   Found without a sort, two bits at a time: floats ≥ 0 are ordered as their bit patterns are, and 1.0 has 30 of them.
   Each pass over the vocabulary sums for three thresholds at once.
   """
-  count_XV = count(weight_XV)
 
   def try_digit(i: jax.Array, bits_X1: jax.Array) -> jax.Array:
     candidates = [bits_X1 | (digit << (28 - 2 * i)) for digit in (1, 2, 3)]
-    thresholds = [jax.lax.bitcast_convert_type(bits_X1, jnp.float32) for bits_X1 in candidates]
-    sums = _sums(*(jnp.where(weight_XV >= threshold_X1, count_XV, 0) for threshold_X1 in thresholds))
+    thresholds = [jax.lax.bitcast_convert_type(candidate_X1, jnp.float32) for candidate_X1 in candidates]
+    sums = _sums(*(jnp.where(weight_XV >= threshold_X1, count(weight_XV), 0) for threshold_X1 in thresholds))
     for candidate_X1, sum_X in zip(candidates, sums):
       bits_X1 = jnp.where(sum_X[:, None] >= enough, candidate_X1, bits_X1)
     return bits_X1

@@ -36,8 +36,10 @@ def at_token(x_RTV):
 
 @pytest.mark.parametrize("vocab", [1, 128, 300])
 def test_a_log_probability_and_its_slopes_are_those_of_a_log_softmax(vocab):
-  """Of a vocabulary that fills its last stripe and of one that does not; and of a logit far below all others."""
-  logits_XV = jnp.array(RNG.normal(0, 5, (6, vocab)), jnp.float32).at[0, 0].set(-1e5)
+  """Of a vocabulary that fills its last stripe and of one that does not; of a logit far below all others, and of a row
+  far from zero, whose numbers are coarse.
+  """
+  logits_XV = jnp.array(RNG.normal(0, 5, (6, vocab)), jnp.float32).at[0, 0].set(-1e5).at[1].add(1e4)
   token_X, slope_X = jnp.array([0, *RNG.integers(0, vocab, 5)]), jnp.array(RNG.normal(size=6), jnp.float32)
   expected = lambda logits_XV: jax.nn.log_softmax(logits_XV)[jnp.arange(6), token_X]
   found, back = jax.vjp(lambda logits_XV: scoring.plain_logprob(logits_XV, token_X), logits_XV)
