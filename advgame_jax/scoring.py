@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from advgame_jax import fork as forks
-from advgame_jax import model
+from advgame_jax import model, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Array, Params
@@ -49,17 +49,19 @@ def _chosen(logits_XV: jax.Array, token_X: jax.Array) -> jax.Array:
 def _sums(*parts_XV: jax.Array) -> list[jax.Array]:
   """Over the vocabulary, of several arrays in one pass → [X] of each.
 
-  XLA's CPU backend adds whole vectors where it adds few of them: 16 here, then the rest. A vocabulary that 128 divides
-  and that is split over 2, 4 or 8 devices stays where it is.
+  XLA's CPU backend adds whole vectors where it adds few of them: 16 here, then the rest. Of a vocabulary that is split
+  over devices that would move the parts, and there it has been seen to wait for ever.
   """
 
   def folded(*parts_XV: jax.Array) -> list[jax.Array]:
     X, V = parts_XV[0].shape
-    parts = tuple(jnp.pad(x_XV, ((0, 0), (0, -V % 128))).reshape(X, 8, 16, -1) for x_XV in parts_XV)
+    parts = tuple(jnp.pad(x_XV, ((0, 0), (0, -V % 16))).reshape(X, 16, -1) for x_XV in parts_XV)
     add: Any = lambda left, right: tuple(map(jnp.add, left, right))
-    return [jnp.sum(x_X8v, (1, 2)) for x_X8v in jax.lax.reduce(parts, (jnp.float32(0),) * len(parts), add, (2,))]
+    return [jnp.sum(x_Xv, -1) for x_Xv in jax.lax.reduce(parts, (jnp.float32(0),) * len(parts), add, (1,))]
 
   plain = lambda *parts_XV: [jnp.sum(x_XV, -1) for x_XV in parts_XV]
+  if sharding.splits_vocab():
+    return plain(*parts_XV)
   return jax.lax.platform_dependent(*parts_XV, cpu=folded, default=plain)
 
 

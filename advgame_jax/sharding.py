@@ -195,6 +195,12 @@ def _parts(axes: MeshAxes) -> int:
   return shards(jax.sharding.get_abstract_mesh(), tuple(set(axes))) if axes else 1
 
 
+def splits_vocab() -> bool:
+  """Whether the mesh that is set splits logits by their words."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return any(mesh.shape.get(name, 1) > 1 for name in TRAIN.vocab)
+
+
 def shards(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
   """How many parts an axis laid over these mesh axes is split into."""
   return math.prod(mesh.shape[name] for name in axes)

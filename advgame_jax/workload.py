@@ -133,7 +133,7 @@ def stepping(engine: Engine, drawing: Drawing, weights: Sequence[Any], moving: f
   tensor = sharding.shards(engine.mesh, engine.layout.heads)
   token, layer = _of_a_token(model, Z, tensor)
   logits = R * 4 * model.vocab / tensor
-  passes = 10 + 30 * ((sampling.top_p < 1) + (sampling.top_k > 0))  # over the logits, to choose a token
+  passes = 10 + 15 * ((sampling.top_p < 1) + (sampling.top_k > 0))  # over the logits, to choose a token
   flops = len(weights) * architecture.forward_flops(model, R, drawing.context) / tensor
   moved = size(weights) + len(weights) * R * drawing.context * token + passes * logits
   kernels = len(weights) * _KERNELS_A_LAYER * model.layers + _KERNELS_A_DRAW
