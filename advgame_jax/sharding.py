@@ -56,7 +56,7 @@ class Layout:
 
   @property
   def splits_width(self) -> bool:
-    """Whether over several devices; under `jax.set_mesh`."""
+    """Whether the width of weights lies over several devices; under `jax.set_mesh`."""
     return _parts(self.width) > 1
 
   def gather_width(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
