@@ -97,7 +97,8 @@ class Engine:
   @property
   def page_bytes(self) -> float:
     """Of a page of one device: keys and values of all layers."""
-    number = 1 + 4 / self.model.head_size if self.sampling.cache == "int8" else np.dtype(self.dtype).itemsize
+    kept = programs.cache_dtype(self.mesh, self.dtype).itemsize
+    number = 1 + 4 / self.model.head_size if self.sampling.cache == "int8" else kept
     tensor = sharding.shards(self.mesh, self.layout.heads)
     return 2 * self.model.layers * self.model.kv_heads * self.model.head_size * number * self.sampling.page / tensor
 

@@ -1,4 +1,4 @@
-"""The forms a weight matrix may have, the one product that takes them all, and arrays written in part."""
+"""The forms a weight matrix may have, and the one product that takes them all."""
 
 import functools
 import math
@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from advgame_jax.types import Params
 
+_FEW = 64  # rows
 PRODUCT = "product"  # of narrow numbers: what a policy of `jax.checkpoint` may keep
 
 
@@ -78,7 +79,11 @@ def _multiply_narrow(contracted: int, dtype: jnp.dtype, x_XI: jax.Array, matrix:
 
 def _forward(contracted: int, dtype: jnp.dtype, x_XI: jax.Array, matrix: jax.Array) -> tuple[jax.Array, Any]:
   # Not by way of the function itself, into which `jax.checkpoint` does not look for what it is to keep.
-  return checkpoint_name(_dot(x_XI, matrix, ((1,), (contracted,)), dtype), PRODUCT), (x_XI, matrix)
+  few = (
+    contracted and len(x_XI) <= _FEW and dtype == x_XI.dtype
+  )  # logits are many: to turn them costs more than it saves
+  product_XO = _turned(x_XI, matrix) if few else _dot(x_XI, matrix, ((1,), (contracted,)), dtype)
+  return checkpoint_name(product_XO, PRODUCT), (x_XI, matrix)
 
 
 def _backward(contracted: int, dtype: jnp.dtype, kept: Any, slope_XO: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -109,16 +114,15 @@ def _dot(left: jax.Array, right: jax.Array, axes: Any, dtype: Any) -> jax.Array:
   return jax.lax.platform_dependent(left, right, cpu=rounded, default=into(dtype))
 
 
-def put(x: jax.Array, index: Any, new: jax.Array) -> jax.Array:
-  """x with `new`, of its dtype, at the index; what lies outside of x is dropped.
+def _turned(x_XI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
+  """x · matrixᵀ of x's dtype. A CPU with AMX reads the matrix as it lies if it is the left one."""
 
-  As integers on a CPU: there XLA would widen all of a bfloat16 x to write a part of it.
-  """
-  plain = lambda x, new: x.at[index].set(new, mode="drop")
-  if x.dtype != jnp.bfloat16:
-    return plain(x, new)
-  as_integers = lambda x, new: plain(x.view(jnp.uint16), new.view(jnp.uint16)).view(x.dtype)
-  return jax.lax.platform_dependent(x, new, cpu=as_integers, default=plain)
+  def on_cpu(x_XI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
+    product_OX = jax.lax.dot_general(matrix_OI, x_XI, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(product_OX).T.astype(x_XI.dtype)  # else XLA would change their sides again
+
+  plain = functools.partial(_dot, axes=((1,), (1,)), dtype=x_XI.dtype)
+  return jax.lax.platform_dependent(x_XI, matrix_OI, cpu=on_cpu, default=plain)
 
 
 def quantise(weight: jax.Array, stacked: int, inputs: int) -> Int8:

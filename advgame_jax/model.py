@@ -16,7 +16,7 @@ from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.blockwise import ATTENDED
 from advgame_jax.fork import Fork
 from advgame_jax.layers import Layers, apart, each_layer, one_by_one
-from advgame_jax.matrices import PRODUCT, Adapted, Int8, Transposed, cast, multiply, project, put, quantise
+from advgame_jax.matrices import PRODUCT, Adapted, Int8, Transposed, cast, multiply, project, quantise
 from advgame_jax.rotary import Turn
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
@@ -139,6 +139,8 @@ def embed(config: ModelConfig, params: Params, tokens_RT: jax.Array, layout: Lay
 
 @jax.custom_vjp
 def _rows(table_VM: jax.Array, row_RT: jax.Array) -> jax.Array:
+  # Else XLA's CPU backend would widen all of a bfloat16 table before each loop that looks something up.
+  table_VM, row_RT = jax.lax.optimization_barrier((table_VM, row_RT))
   return table_VM[row_RT]
 
 
@@ -398,9 +400,9 @@ def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layou
   """The pool with each row's new token in its slot of its page; a page there is none of is written nowhere."""
 
   def write(cache: Cache, new: Cache, page_R: jax.Array, slot_R: jax.Array) -> Cache:
-    new, every = as_kept(new, cache), slice(None)
-    put_key = lambda x, new: put(x, (page_R, every, every, slot_R), new[..., 0])
-    put_value = lambda x, new: put(x, (page_R, every, slot_R), new[:, :, 0])
+    new = as_kept(new, cache)
+    put_key = lambda x, new: x.at[page_R, :, :, slot_R].set(new[..., 0], mode="drop")
+    put_value = lambda x, new: x.at[page_R, :, slot_R].set(new[:, :, 0], mode="drop")
     return Cache(*map(jax.tree.map, (put_key, put_value), cache, new))
 
   rows, heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))

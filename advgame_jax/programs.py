@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from advgame_jax import model, sampler, sharding
@@ -31,6 +32,13 @@ class Programs(NamedTuple):
   free: Callable[[jax.Array], None]  # what nobody needs any more
 
 
+def cache_dtype(mesh: Mesh, dtype: Any) -> Any:
+  """What pools keep keys and values in, unless in eight bits: float32 on CPUs, where XLA would widen all of a bfloat16
+  pool to write a token into it.
+  """
+  return np.dtype(np.float32 if mesh.devices.flat[0].platform == "cpu" else dtype)
+
+
 @functools.lru_cache(maxsize=16)  # more than a run has; a process of many runs frees those of the first
 def compiled(
   config: ModelConfig,
@@ -54,7 +62,7 @@ def compiled(
     return Rows(hidden_RM, key_R, place_R, count_R, limit_R, stop_state_R, live_R)
 
   def blank_pools(pages: int) -> tuple[Layers, ...]:
-    return tuple(model.empty_pool(config, each, pages, page, dtype, int8) for each in stacked)
+    return tuple(model.empty_pool(config, each, pages, page, cache_dtype(mesh, dtype), int8) for each in stacked)
 
   @jax.named_scope("generate")
   def read(params: Any, tokens_XT: Any, place_XT: Any, segment_XT: Any, last_Q: Any, prefixes: Any) -> Any:

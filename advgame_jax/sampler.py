@@ -17,7 +17,6 @@ from advgame_jax import attention, model, scoring
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index
 from advgame_jax.layers import Layers, each_layer, one_by_one
-from advgame_jax.matrices import put
 from advgame_jax.model import Cache, Prefix
 from advgame_jax.scoring import Choice, Generator
 from advgame_jax.sharding import LOCAL, Layout
@@ -202,7 +201,7 @@ def start(
 
     key_nSKH, value_nSKH = pages(cache.key_RKHS.transpose(0, 3, 1, 2)), pages(cache.value_RKSH.swapaxes(1, 2))
     new = model.as_kept(Cache(attention.keys_of_cache(key_nSKH), value_nSKH.swapaxes(1, 2)), pool)
-    return jax.tree.map(lambda x, new: put(x, page_n, new), pool, new)
+    return jax.tree.map(lambda x, new: x.at[page_n].set(new, mode="drop"), pool, new)
 
   keep_pages = layout.local(keep, (by_heads, by_heads, by_rows, by_rows), by_heads)
   pages = (arrival.token_nS, arrival.page_n)

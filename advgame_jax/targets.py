@@ -40,7 +40,7 @@ class StandIn:
 
   id: int
   process_index: int
-  platform: str = "cpu"
+  platform: str = "stand-in"
   device_kind: str = "stand-in"
 
 

@@ -142,7 +142,7 @@ def pooled(rng, texts, readers, page, spare=2, shuffle=True):
 
 
 @pytest.mark.parametrize("window", [0, 5])
-@pytest.mark.parametrize("page", [1, 4, 16])
+@pytest.mark.parametrize("page", [1, 4, 8, 16])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_paged_attention_equals_one_softmax_over_what_each_row_reads(page, window, softcap):
   """Two pools: texts that two rows share, and each row's own after it; and the new token itself."""
@@ -171,13 +171,33 @@ def test_paged_attention_equals_one_softmax_over_what_each_row_reads(page, windo
     np.testing.assert_allclose(output_RNH[r], expected_KnH.reshape(N, H), atol=3e-6, err_msg=str(r))
 
 
-def test_a_row_gets_the_same_bits_wherever_its_pages_lie():
+@pytest.mark.parametrize("page", [4, 8])
+def test_a_row_gets_the_same_bits_wherever_its_pages_lie(page):
   rng = np.random.default_rng(4)
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
   texts = [(0, normal(length, K, H), normal(length, K, H)) for length in (9, 4, 12, 7)]
   new = (normal(R, N, H), normal(R, K, H), normal(R, K, H), np.array([9, 4, 12, 7], np.int32))
   paged = jax.jit(functools.partial(attention.paged, rule=RULE, window=jnp.int32(99)))
   ordered, mixed = (
-    paged(*new, [pooled(np.random.default_rng(seed), texts, range(4), 4, shuffle=seed > 0)]) for seed in (0, 1)
+    paged(*new, [pooled(np.random.default_rng(seed), texts, range(4), page, shuffle=seed > 0)]) for seed in (0, 1)
   )
   np.testing.assert_array_equal(ordered, mixed)
+
+
+@pytest.mark.parametrize("rows", range(1, attention._FEW + 2))
+def test_products_of_pages_are_those_of_their_matrices(rows):
+  normal = draw(5)
+  left_PKXI, right_PKIO = normal(3, 2, rows, 24), normal(3, 2, 24, 5)
+  exact = left_PKXI.astype(np.float64) @ right_PKIO.astype(np.float64)
+  np.testing.assert_allclose(jax.jit(attention._multiply_pages)(left_PKXI, right_PKIO), exact, atol=1e-5)
+
+
+def test_pages_wider_than_the_queries_are_read_as_they_are():
+  """Of bfloat16's queries and float32's pages, as on a CPU, nothing of the pages is rounded."""
+  rng = np.random.default_rng(6)
+  texts = [(0, *rng.normal(size=(2, length, K, H)).astype(np.float32)) for length in (9, 4, 12, 7)]
+  pool, place_R = pooled(rng, texts, range(4), 8), np.array([9, 4, 12, 7], np.int32)
+  query_RKnH = jnp.asarray(rng.normal(size=(R, K, N // K, H)), jnp.bfloat16)
+  read = functools.partial(attention.read_pages, place_R=place_R, pool=pool, rule=RULE, window=jnp.int32(99))
+  for found, expected in zip(read(query_RKnH), read(query_RKnH.astype(jnp.float32))):
+    np.testing.assert_array_equal(found, expected)

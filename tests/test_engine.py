@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import architecture, layers, ledger, model, programs, sampler, scoring, sharding
+from advgame_jax import architecture, layers, ledger, matrices, model, programs, sampler, scoring, sharding, targets
 from advgame_jax import config as config_lib
 from advgame_jax import engine as engine_lib
 from advgame_jax.engine import Engine, Load
@@ -524,6 +524,15 @@ def test_a_cache_in_eight_bits_takes_a_byte_a_number_and_a_scale_a_token_and_hea
   pools = lambda who: who.lower(Generator((weights(who),)), 40, 2)[1][1:]
   H = CONFIG.head_size
   assert size(engine(cache="int8")) * 4 * H == size(engine()) * (H + 4)
+
+
+def test_caches_are_float32_on_cpus_and_as_computed_elsewhere():
+  narrow = np.dtype("bfloat16")
+  who = Engine(CONFIG, SAMPLING, tiny.mesh(), sharding.LOCAL, narrow, "auto", NEVER)
+  kept = who.lower(Generator((matrices.cast(weights(who), narrow),)), 40, 2)[1][1:]
+  assert {x.dtype.name for x in jax.tree.leaves(kept)} == {"float32"} and who.page_bytes == engine().page_bytes
+  elsewhere = jax.sharding.Mesh([targets.StandIn(0, 0)], "all")
+  assert programs.cache_dtype(elsewhere, narrow) == narrow
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -42,7 +42,6 @@ CHAINS = (
   "architecture → engine",
   "matrices → experts",
   "matrices → attention → model",
-  "matrices → sampler",
   "matrices → lora → peft",
   "architecture → lora",
   "architecture → peft",

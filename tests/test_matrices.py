@@ -88,13 +88,18 @@ def test_products_that_are_kept_are_kept_once_and_rounded(dtype, capsys):
   assert len(made) == 2 and all(line.startswith(f"{name}[16,24]") for line in made)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, jnp.int8])
-def test_what_is_put_lies_where_it_was_to_and_nowhere_else(dtype):
-  x, new = (10 * drawn(0, 5, 3, 4)).astype(dtype), (10 * drawn(1, 3, 3)).astype(dtype)
-  found, expected = matrices.put(x, (jnp.array([4, 5, 0]), slice(None), jnp.array([1, 1, 3])), new), np.array(x)
-  expected[4, :, 1], expected[0, :, 3] = new[0], new[2]  # there is no fifth
-  assert found.dtype == dtype
-  np.testing.assert_array_equal(found, expected)
+def compiled(f, *arguments):
+  return jax.jit(f).lower(*arguments).compile().as_text()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
+def test_of_few_rows_the_matrix_is_the_left_one():
+  """Not of many, nor of logits, which would have to be turned."""
+  matrix_OI = drawn(0, 48, 24)
+  turned = lambda rows, dtype=BF16: (
+    f"f32[48,{rows}]" in compiled(lambda x_XI: matrices.multiply(x_XI, matrix_OI, 1, dtype), drawn(1, rows, 24))
+  )
+  assert turned(8) and not turned(8, F32) and not turned(65)
 
 
 def test_gradients_of_scores_in_bfloat16_point_where_float32_points():
@@ -111,8 +116,11 @@ def test_gradients_of_scores_in_bfloat16_point_where_float32_points():
 
 def test_looking_up_widens_no_table():
   table_VM, tokens_RT = jnp.ones((64, 8), BF16), jnp.ones((2, 3), jnp.int32)
-  look_up = lambda table_VM: model.embed(tiny.CONFIG, {"embed": table_VM}, tokens_RT)
-  assert "64x8xf32" not in jax.jit(look_up).lower(table_VM).as_text()
+  look_up = lambda table_VM, tokens_RT: model.embed(tiny.CONFIG, {"embed": table_VM}, tokens_RT)
+  assert "64x8xf32" not in jax.jit(look_up).lower(table_VM, tokens_RT).as_text()
+  words = lambda table_VM, tokens_RT: jnp.sum(look_up(table_VM, tokens_RT), -1).astype(jnp.int32)
+  in_a_loop = lambda table_VM, tokens_RT: jax.lax.fori_loop(0, 3, lambda _, x_RT: words(table_VM, x_RT), tokens_RT)
+  assert "f32[64,8]{1,0} fusion(" not in compiled(in_a_loop, table_VM, tokens_RT)
 
 
 def test_layers_that_lie_whole_are_rounded_one_by_one():
