@@ -174,3 +174,10 @@ def test_no_array_of_tokens_by_vocabulary_exists(measure, differentiate):
   assert chunk * CONFIG.vocab in sizes  # the walk does see the logits of one chunk
   assert max(sizes) <= chunk * CONFIG.vocab
   assert max(int(np.prod(shape)) for shape in found) < rows * length * CONFIG.vocab
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
+def test_slopes_add_whole_vectors_too():
+  """Where the total alone is wanted, as in the backward pass, XLA is not to make one slow sum of two short ones."""
+  slopes = jax.jit(jax.grad(lambda logits_XV: jnp.sum(scoring.plain_logprob(logits_XV, jnp.zeros(4, jnp.int32)))))
+  assert "f32[4,20]" in slopes.lower(jnp.ones((4, 320))).compile().as_text()
