@@ -16,8 +16,9 @@ from advgame_jax.matrices import Int8, apart
 from advgame_jax.sharding import LOCAL, Layout
 
 CONTINUED_BLOCK = 32  # queries of a block: its logits are to stay in the caches
-_FEW = 4  # rows of a page's matrix that a CPU multiplies faster as vectors than as a matrix
+_VECTORS = 4  # queries of a page, at most, that a CPU multiplies faster as vectors than as a matrix
 _ADDED = 8  # numbers that XLA's CPU backend adds without a loop, whole vectors of them
+_MOST_ADDED = 256  # in all: what it adds without a loop is unrolled
 
 
 def causal(
@@ -231,6 +232,7 @@ def read_pages(
   query_RKnH: jax.Array, place_R: jax.Array, pool: Pool, rule: Rule, window: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Of each page and reader: the greatest logit, the sum of exp(logit − greatest), and the values weighted by those."""
+  # The wider of both; eight bits take the queries'.
   dtype = jnp.promote_types(query_RKnH.dtype, jax.tree.leaves(pool.key_PKHS)[0].dtype)
   key_PKHS, key_scale_PK1S = apart(pool.key_PKHS, dtype)
   value_PKSH, value_scale_PKS1 = apart(pool.value_PKSH, dtype)
@@ -259,7 +261,7 @@ def _multiply_pages(left_PKXI: jax.Array, right_PKIO: jax.Array) -> jax.Array:
   """
   multiply = functools.partial(jnp.einsum, "PKXI,PKIO->PKXO", preferred_element_type=jnp.float32)
   P, K, X, I = left_PKXI.shape
-  if X > _FEW or I % _ADDED or left_PKXI.dtype != jnp.float32:
+  if X > _VECTORS or I % _ADDED or I > _MOST_ADDED or left_PKXI.dtype != jnp.float32:
     return multiply(left_PKXI, right_PKIO)
 
   def add_up(left_PKXI: jax.Array, right_PKIO: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from advgame_jax.types import Params
 
-_FEW = 64  # rows
+_TURNED = 64  # rows, at most, of a product whose matrix is the left one on a CPU
 PRODUCT = "product"  # of narrow numbers: what a policy of `jax.checkpoint` may keep
 
 
@@ -79,9 +79,8 @@ def _multiply_narrow(contracted: int, dtype: jnp.dtype, x_XI: jax.Array, matrix:
 
 def _forward(contracted: int, dtype: jnp.dtype, x_XI: jax.Array, matrix: jax.Array) -> tuple[jax.Array, Any]:
   # Not by way of the function itself, into which `jax.checkpoint` does not look for what it is to keep.
-  few = (
-    contracted and len(x_XI) <= _FEW and dtype == x_XI.dtype
-  )  # logits are many: to turn them costs more than it saves
+  # Logits, in float32, are many: to turn them costs more than it saves.
+  few = contracted and len(x_XI) <= _TURNED and dtype == x_XI.dtype
   product_XO = _turned(x_XI, matrix) if few else _dot(x_XI, matrix, ((1,), (contracted,)), dtype)
   return checkpoint_name(product_XO, PRODUCT), (x_XI, matrix)
 

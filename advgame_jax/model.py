@@ -139,9 +139,12 @@ def embed(config: ModelConfig, params: Params, tokens_RT: jax.Array, layout: Lay
 
 @jax.custom_vjp
 def _rows(table_VM: jax.Array, row_RT: jax.Array) -> jax.Array:
-  # Else XLA's CPU backend would widen all of a bfloat16 table before each loop that looks something up.
-  table_VM, row_RT = jax.lax.optimization_barrier((table_VM, row_RT))
-  return table_VM[row_RT]
+  plain = lambda table_VM, row_RT: table_VM[row_RT]
+  if table_VM.dtype.itemsize >= 4:
+    return plain(table_VM, row_RT)
+  # Else XLA would widen all of the table before a loop that looks something up; it may not where rows are waited for.
+  behind = lambda *pair: plain(*jax.lax.optimization_barrier(pair))
+  return jax.lax.platform_dependent(table_VM, row_RT, cpu=behind, default=plain)
 
 
 def _rows_forward(table_VM: jax.Array, row_RT: jax.Array) -> tuple[jax.Array, Any]:

@@ -58,7 +58,8 @@ def _sums(*parts_XV: jax.Array) -> list[jax.Array]:
     parts = tuple(jnp.pad(x_XV, ((0, 0), (0, -V % 16))).reshape(X, 16, -1) for x_XV in parts_XV)
     add: Any = lambda left, right: tuple(map(jnp.add, left, right))
     sums = jax.lax.reduce(parts, (jnp.float32(0),) * len(parts), add, (1,))
-    return [jnp.sum(x_Xv, -1) for x_Xv in jax.lax.optimization_barrier(sums)]  # else XLA makes one slow sum of the two
+    # Else XLA would make one sum of these and the next, over all of the vocabulary and slow.
+    return [jnp.sum(x_Xv, -1) for x_Xv in jax.lax.optimization_barrier(sums)]
 
   plain = lambda *parts_XV: [jnp.sum(x_XV, -1) for x_XV in parts_XV]
   if sharding.splits_vocab():

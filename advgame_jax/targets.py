@@ -40,7 +40,7 @@ class StandIn:
 
   id: int
   process_index: int
-  platform: str = "stand-in"
+  platform: str  # "cpu" or any other
   device_kind: str = "stand-in"
 
 
@@ -66,7 +66,8 @@ class Target:
 
   def stand_ins(self) -> list[StandIn]:
     """As many, on as many hosts."""
-    return [StandIn(i, i // self.per_host) for i in range(self.count)]
+    platform = "cpu" if self.chip is chips.CPU else "stand-in"
+    return [StandIn(i, i // self.per_host, platform) for i in range(self.count)]
 
   def devices(self) -> list[Any]:
     """Devices to compile for, in JAX's order; where the target is elsewhere, nothing can be put on them.

@@ -131,7 +131,8 @@ def stepping(engine: Engine, drawing: Drawing, weights: Sequence[Any], moving: f
   """One token in every slot."""
   model, sampling, R, Z = engine.model, engine.sampling, drawing.slots, engine.dtype.itemsize
   tensor = sharding.shards(engine.mesh, engine.layout.heads)
-  token, layer = _of_a_token(model, Z, tensor)
+  _, layer = _of_a_token(model, Z, tensor)
+  token = engine.page_bytes / sampling.page
   logits = R * 4 * model.vocab / tensor
   passes = 10 + 15 * ((sampling.top_p < 1) + (sampling.top_k > 0))  # over the logits, to choose a token
   flops = len(weights) * architecture.forward_flops(model, R, drawing.context) / tensor

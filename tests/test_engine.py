@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -526,13 +527,30 @@ def test_a_cache_in_eight_bits_takes_a_byte_a_number_and_a_scale_a_token_and_hea
   assert size(engine(cache="int8")) * 4 * H == size(engine()) * (H + 4)
 
 
+@pytest.mark.parametrize("cache", ["compute", "int8"])
+@pytest.mark.parametrize("prefix_T", [[], [9, 3, 77, 50, 4]])
+def test_bfloat16_draws_nearly_what_float32_says(cache, prefix_T):
+  who, narrow = dataclasses.replace(engine(cache=cache), dtype=np.dtype("bfloat16")), jnp.bfloat16
+  prefix = prefix_T and read_prefix(who, prefix_T, 8)
+  cached = prefix and jax.tree.map(lambda x: x.astype(narrow), layers.apart(prefix.cache))
+  generator = Generator((matrices.cast(weights(engine()), narrow),))
+  prefixes = (prefix._replace(cache=cached),) if prefix_T else ()
+  drawn = who.generate(Load(generator, PROMPTS, np.arange(8, dtype=np.uint32), 2, KEY, prefixes))
+  for r, count in enumerate(drawn.length_R):
+    before = [*prefix_T, *PROMPTS[r // 2]]
+    whole_1T = np.array([[*before, *drawn.tokens_RT[r, :count]]])
+    score_1T = scoring.score(CONFIG, PARAMS, whole_1T, np.arange(whole_1T.size)[None] >= len(before))
+    np.testing.assert_allclose(drawn.plain_logprob_RT[r, :count], score_1T[0, len(before) :], atol=0.1)
+
+
 def test_caches_are_float32_on_cpus_and_as_computed_elsewhere():
   narrow = np.dtype("bfloat16")
   who = Engine(CONFIG, SAMPLING, tiny.mesh(), sharding.LOCAL, narrow, "auto", NEVER)
   kept = who.lower(Generator((matrices.cast(weights(who), narrow),)), 40, 2)[1][1:]
   assert {x.dtype.name for x in jax.tree.leaves(kept)} == {"float32"} and who.page_bytes == engine().page_bytes
-  elsewhere = jax.sharding.Mesh([targets.StandIn(0, 0)], "all")
-  assert programs.cache_dtype(elsewhere, narrow) == narrow
+  planned = lambda target: jax.sharding.Mesh(targets.parse(target).stand_ins(), "all")
+  assert programs.cache_dtype(planned("cpu:2"), narrow) == np.float32
+  assert programs.cache_dtype(planned("h100:2"), narrow) == programs.cache_dtype(planned("v5e:2x2"), narrow) == narrow
 
 
 @pytest.mark.parametrize("stacked", [False, True])

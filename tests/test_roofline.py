@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.sharding import NamedSharding
 
-from advgame_jax import architecture, chips, hf_config, published, roofline, targets, workload
+from advgame_jax import architecture, chips, hf_config, published, roofline, sharding, targets, workload
 from advgame_jax.chips import Chip
 from advgame_jax.collectives import Collective
 from advgame_jax.config import Sampling
@@ -63,11 +62,12 @@ MEASURED = {
 @pytest.mark.parametrize("name, rows", MEASURED)
 def test_drawing_on_an_h200_takes_what_was_measured_within_a_factor_of_two(name, rows):
   config = hf_config.from_values(published.PUBLISHED[name], name)
-  engine = Engine(config, Sampling(), tiny.mesh(), LOCAL, jnp.dtype("bfloat16"), "auto", np.zeros((2, 1), np.int16))
+  target = targets.parse("h200:1")
+  mesh = sharding.make_mesh((1, 1, 1, 1), target.stand_ins())
+  engine = Engine(config, Sampling(), mesh, LOCAL, jnp.dtype("bfloat16"), "auto", np.zeros((2, 1), np.int16))
   where = NamedSharding(engine.mesh, jax.P())
   abstract = lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=where)
   weights = jax.tree.map(abstract, architecture.param_specs(config))
-  target = targets.parse("h200:1")
   drawing = workload.Drawing(rows, rows, steps=64, context=544, reads=1, width=8192)
   step = workload.stepping(engine, drawing, [weights], 0, workload.Wires(target))
   planned = roofline.seconds(step.flops, step.moved, [], target.chip, step.kernels).total
