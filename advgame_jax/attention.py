@@ -4,7 +4,7 @@ pool.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,6 @@ from advgame_jax.matrices import Int8, apart
 from advgame_jax.sharding import LOCAL, Layout
 
 CONTINUED_BLOCK = 32  # queries of a block: its logits are to stay in the caches
-_VECTORS = 4  # queries of a page, at most, that a CPU multiplies faster as vectors than as a matrix
-_ADDED = 8  # numbers that XLA's CPU backend adds without a loop, whole vectors of them
-_MOST_ADDED = 256  # in all: what it adds without a loop is unrolled
 
 
 def causal(
@@ -239,7 +236,7 @@ def read_pages(
   index = pool.readers
   (P, G), (_, K, H, S), n = index.reader_PG.shape, key_PKHS.shape, query_RKnH.shape[2]
   query_PKXH = query_RKnH.astype(dtype)[index.reader_PG].swapaxes(1, 2).reshape(P, K, G * n, H)
-  logits_PKXS = _multiply_pages(query_PKXH, key_PKHS)
+  logits_PKXS = jnp.einsum("PKXH,PKHS->PKXS", query_PKXH, key_PKHS, preferred_element_type=jnp.float32)
   place_PS = index.start_P[:, None] + jnp.arange(S)
   age_PGS = place_R[index.reader_PG][:, :, None] - place_PS[:, None]
   seen_PGS = (age_PGS > 0) & (age_PGS < window) & (place_PS < index.end_P[:, None])[:, None]
@@ -250,29 +247,8 @@ def read_pages(
   highest_PKX = jnp.max(logits_PKXS, -1)
   weight_PKXS = jnp.where(seen_PKXS, jnp.exp(logits_PKXS - highest_PKX[..., None]), 0)
   scaled_PKXS = (weight_PKXS * value_scale_PKS1.swapaxes(2, 3)).astype(value_PKSH.dtype)
-  read_PKXH = _multiply_pages(scaled_PKXS, value_PKSH)
+  read_PKXH = jnp.einsum("PKXS,PKSH->PKXH", scaled_PKXS, value_PKSH, preferred_element_type=jnp.float32)
   return highest_PKX, jnp.sum(weight_PKXS, -1), read_PKXH
-
-
-def _multiply_pages(left_PKXI: jax.Array, right_PKIO: jax.Array) -> jax.Array:
-  """A product of two matrices for each page and key head, in float32 → [P, K, X, O].
-
-  XLA's CPU backend runs such products one after the other on one thread.
-  """
-  multiply = functools.partial(jnp.einsum, "PKXI,PKIO->PKXO", preferred_element_type=jnp.float32)
-  P, K, X, I = left_PKXI.shape
-  if X > _VECTORS or I % _ADDED or I > _MOST_ADDED or left_PKXI.dtype != jnp.float32:
-    return multiply(left_PKXI, right_PKIO)
-
-  def add_up(left_PKXI: jax.Array, right_PKIO: jax.Array) -> jax.Array:
-    left_PKXsi1 = left_PKXI.reshape(P, K, X, I // _ADDED, _ADDED, 1)
-    right_PKsiO = right_PKIO.reshape(P, K, I // _ADDED, _ADDED, -1)
-    rows = tuple(left_PKXsi1[:, :, x] * right_PKsiO for x in range(X))
-    add: Any = lambda left, right: tuple(map(jnp.add, left, right))
-    parts = jax.lax.reduce(rows, (jnp.float32(0),) * X, add, (3,))  # each number of the right is read once for all rows
-    return jnp.stack([functools.reduce(jnp.add, jnp.unstack(part_PKsO, axis=2)) for part_PKsO in parts], 2)
-
-  return jax.lax.platform_dependent(left_PKXI, right_PKIO, cpu=add_up, default=multiply)
 
 
 def _of_rows(index: Index, of_pages: Sequence[jax.Array]) -> Sequence[jax.Array]:

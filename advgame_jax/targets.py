@@ -40,7 +40,7 @@ class StandIn:
 
   id: int
   process_index: int
-  platform: str  # "cpu" or any other
+  platform: str = "stand-in"  # or "cpu"
   device_kind: str = "stand-in"
 
 

@@ -184,15 +184,6 @@ def test_a_row_gets_the_same_bits_wherever_its_pages_lie(page):
   np.testing.assert_array_equal(ordered, mixed)
 
 
-@pytest.mark.parametrize("rows", range(1, attention._VECTORS + 2))
-@pytest.mark.parametrize("inner", [24, attention._MOST_ADDED, attention._MOST_ADDED + 8])
-def test_products_of_pages_are_those_of_their_matrices(rows, inner):
-  normal = draw(5)
-  left_PKXI, right_PKIO = normal(3, 2, rows, inner), normal(3, 2, inner, 5)
-  exact = left_PKXI.astype(np.float64) @ right_PKIO.astype(np.float64)
-  np.testing.assert_allclose(jax.jit(attention._multiply_pages)(left_PKXI, right_PKIO), exact, atol=3e-5)
-
-
 def test_pages_wider_than_the_queries_are_read_as_they_are():
   """Of bfloat16's queries and float32's pages, as on a CPU, nothing of the pages is rounded."""
   rng = np.random.default_rng(6)
