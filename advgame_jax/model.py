@@ -142,7 +142,8 @@ def _rows(table_VM: jax.Array, row_RT: jax.Array) -> jax.Array:
   plain = lambda table_VM, row_RT: table_VM[row_RT]
   if table_VM.dtype.itemsize >= 4:
     return plain(table_VM, row_RT)
-  # Else XLA would widen all of the table before a loop that looks something up; it may not where rows are waited for.
+  # Else XLA would widen all of the table before a loop that looks something up. A barrier of the table alone, without
+  # the loop's rows, it could move out of the loop.
   behind = lambda *pair: plain(*jax.lax.optimization_barrier(pair))
   return jax.lax.platform_dependent(table_VM, row_RT, cpu=behind, default=plain)
 

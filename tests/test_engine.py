@@ -536,11 +536,14 @@ def test_bfloat16_draws_nearly_what_float32_says(cache, prefix_T):
   generator = Generator((matrices.cast(weights(engine()), narrow),))
   prefixes = (prefix._replace(cache=cached),) if prefix_T else ()
   drawn = who.generate(Load(generator, PROMPTS, np.arange(8, dtype=np.uint32), 2, KEY, prefixes))
+  tokens_RT, mask_RT = np.zeros((16, 23), np.int32), np.zeros((16, 23), bool)
   for r, count in enumerate(drawn.length_R):
     before = [*prefix_T, *PROMPTS[r // 2]]
-    whole_1T = np.array([[*before, *drawn.tokens_RT[r, :count]]])
-    score_1T = scoring.score(CONFIG, PARAMS, whole_1T, np.arange(whole_1T.size)[None] >= len(before))
-    np.testing.assert_allclose(drawn.plain_logprob_RT[r, :count], score_1T[0, len(before) :], atol=0.1)
+    tokens_RT[r, : len(before) + count] = [*before, *drawn.tokens_RT[r, :count]]
+    mask_RT[r, len(before) : len(before) + count] = True
+  scored_RT, drawn_RT = rescore(tokens_RT, mask_RT, scoring.plain_logprob), drawn.plain_logprob_RT
+  inside_RT = np.arange(drawn_RT.shape[1]) < drawn.length_R[:, None]
+  np.testing.assert_allclose(drawn_RT[inside_RT], np.asarray(scored_RT)[mask_RT], atol=0.1)
 
 
 def test_caches_are_float32_on_cpus_and_as_computed_elsewhere():
