@@ -1,4 +1,4 @@
-"""What the benchmarks that run peers share: peers' processes, the machine's speed, least times, our settings."""
+"""What the benchmarks that run peers share: peers' processes, the machine's speed, least times, settings, state."""
 
 import functools
 import json
@@ -12,6 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from advgame_jax import sharding, state
+from advgame_jax.types import Params, Players
+from advgame_jax.update import Recipe
 
 # Of our updates on a CPU.
 CHUNK = 256  # tokens whose logits exist at one time: nearer to the caches than the default
@@ -46,6 +50,13 @@ def least_seconds(call: Callable[..., Any], *inputs: Any, rounds: int = 8) -> fl
     jax.block_until_ready(call(*inputs))
     least = min(least, time.perf_counter() - start)
   return least
+
+
+def first_state(recipes: Players[Recipe], weights: Params) -> state.TrainState:
+  """Both players' on these weights, where an update leaves it: else the second update would be compiled anew."""
+  make = lambda recipe: state.init_player(recipe.player, recipe.precision, recipe.optimizer, weights)
+  first = state.TrainState(Players(*map(make, recipes)), jnp.int32(0))
+  return jax.device_put(first, sharding.replicated(recipes.defender.mesh))
 
 
 def machine(dtype: str = "float32") -> tuple[float, float]:

@@ -28,7 +28,6 @@ from advgame_jax import (
   preferences,
   session,
   sharding,
-  state,
   tokenizer,
 )
 from advgame_jax.scoring import Generator
@@ -70,8 +69,7 @@ class Game:
     self.recipes = Players(*map(local, session.make_recipes(settings, places)))
     self.prompts, architecture = prompts, self.recipes.defender.model
     weights, mesh = hf.load(MODEL.value), places.defender.mesh
-    make = lambda recipe: state.init_player(recipe.player, recipe.precision, recipe.optimizer, weights)
-    self.state = state.TrainState(Players(*map(make, self.recipes)), jnp.int32(0))
+    self.state = beside.first_state(self.recipes, weights)
     never = np.zeros((2, architecture.vocab), np.int16)
     dtype = jnp.dtype(COMPUTE.value)
     self.engine = engine.Engine(architecture, sampling, mesh, sharding.LOCAL, dtype, "auto", never)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from advgame_jax import architecture, config, hf, placement, scoring, session, sharding, state
+from advgame_jax import architecture, config, hf, placement, scoring, session, sharding
 from advgame_jax.types import Players, PreferenceBatch
 from advgame_jax.update import joint_update
 
@@ -70,9 +70,7 @@ def ours(job: dict[str, Any]) -> tuple[list[float], list[float]]:
   settings = config.Config(attacker=frozen, defender=player, loss=loss, precision=precision)
   local = functools.partial(dataclasses.replace, layout=sharding.LOCAL)
   recipes = Players(*map(local, session.make_recipes(settings, placement.place("single", settings.mesh))))
-  weights = hf.load(MODEL.value)
-  make = lambda recipe: state.init_player(recipe.player, recipe.precision, recipe.optimizer, weights)
-  now = state.TrainState(Players(*map(make, recipes)), jnp.int32(0))
+  now = beside.first_state(recipes, hf.load(MODEL.value))
   batch = batch_of(job)
   nobody = jax.tree.map(lambda x: x[:1] * 0, batch)
   update = jax.jit(lambda now, batches: joint_update(recipes, now, batches, {}), donate_argnums=0)
