@@ -38,12 +38,15 @@ def programs_are_freed():
     gc.collect()
 
 
-@pytest.fixture(scope="module")
-def compile_quickly():
-  """For modules in which compiling takes longer than what it is for: programs without most optimisations."""
+def _quickly():
+  """Programs without most optimisations, where compiling takes longer than what it is for."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+compile_quickly = pytest.fixture(_quickly, scope="module")
+compile_this_quickly = pytest.fixture(_quickly)
 
 
 @pytest.fixture(scope="session")

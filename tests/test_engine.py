@@ -20,6 +20,7 @@ from advgame_jax.types import UserError
 
 CONFIG, PARAMS = tiny.CONFIG, tiny.params()
 KEY = jax.random.key(7)
+SMALL = engine_lib.SMALL
 NEVER = sampler.stop_table([""] * CONFIG.vocab, [], [])
 STOPS = sampler.stop_table([""] * CONFIG.vocab, range(0, 12), [])
 SAMPLING = config_lib.Sampling(
@@ -31,12 +32,10 @@ LENGTH_Q = np.array([5, 2, 7, 1, 6, 3, 4, 7])
 PROMPTS = [RNG.integers(1, CONFIG.vocab, length).tolist() for length in LENGTH_Q]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def pools_grow():
-  """As those of models do that are not so small."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(engine_lib, "SMALL", 0)
-    yield
+@pytest.fixture
+def pools_grow(monkeypatch):
+  """As those of models do that are not so small; many more programs, for tests that are about them."""
+  monkeypatch.setattr(engine_lib, "SMALL", 0)
 
 
 @functools.cache
@@ -64,7 +63,10 @@ def generate(who=None, prompts=PROMPTS, group=2, key=KEY, stacked=False, fold_Q=
 
 @functools.cache
 def baseline():
-  return generate()
+  """Of pools of one size, whoever asks first."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(engine_lib, "SMALL", SMALL)
+    return generate()
 
 
 def assert_same(drawn, expected):
@@ -108,6 +110,7 @@ def test_absent_prompts_draw_nothing_and_disturb_nobody():
   assert not any(x.any() for x in generate(prompts=[[]] * 8))
 
 
+@pytest.mark.usefixtures("pools_grow")
 @pytest.mark.parametrize(
   "changes",
   [
@@ -130,6 +133,7 @@ def test_rows_do_not_depend_on_slots_pages_chunks_or_buckets(changes):
   assert_same(generate(engine(**changes)), baseline())
 
 
+@pytest.mark.usefixtures("pools_grow")
 def test_rows_do_not_depend_on_how_prompts_are_read(monkeypatch):
   """Several in a row, or each in its own: as kernels without packed rows want it."""
   shapes = Engine.shapes
@@ -138,6 +142,7 @@ def test_rows_do_not_depend_on_how_prompts_are_read(monkeypatch):
   assert_same(generate(engine(slots=8)), baseline())
 
 
+@pytest.mark.usefixtures("pools_grow")
 def test_prompts_that_are_not_packed_are_read_in_shapes_of_four_sizes(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # by cuDNN's attention, which takes no packed rows
   settings = dataclasses.replace(SAMPLING, prompt_buckets=(16, 64), prefill_tokens=128)
@@ -152,6 +157,7 @@ def test_stacked_layers_draw_the_same():
   assert_same(generate(stacked=True), baseline())
 
 
+@pytest.mark.usefixtures("pools_grow")
 @pytest.mark.parametrize("name", ["replicated", "tensor"])
 @pytest.mark.parametrize("slots", [0, 8])
 def test_rows_do_not_depend_on_the_mesh(name, slots):
@@ -165,6 +171,7 @@ def test_the_mesh_takes_stacked_layers_and_a_prefix_too():
   assert_same(continued, generate(engine(prompt_buckets=(12,)), [prefix_T + ids for ids in PROMPTS]))
 
 
+@pytest.mark.usefixtures("pools_grow")
 def test_a_shorter_limit_cuts_the_same_rows():
   """And a stop at the limit is a stop; of the settings, or of each prompt."""
   longer = baseline()
@@ -329,6 +336,7 @@ def ragged(count, seed=0):
   return [rng.integers(1, CONFIG.vocab, length).tolist() for length in lengths], limits
 
 
+@pytest.mark.usefixtures("pools_grow", "compile_this_quickly")
 def test_a_ragged_load_compiles_nothing_after_the_warm_up():
   compilations = ledger.process_compilations()
   who = engine(slots=8, page=3)  # of which no other test has programs
@@ -340,6 +348,7 @@ def test_a_ragged_load_compiles_nothing_after_the_warm_up():
   assert compilations.count == before > 0
 
 
+@pytest.mark.usefixtures("pools_grow", "compile_this_quickly")
 def test_the_last_rows_compile_nothing_however_long_they_are():
   compilations = ledger.process_compilations()
   who = engine(slots=10, stops="never", page=4, prefill_tokens=48)  # of which no other test has programs
@@ -384,6 +393,7 @@ def lists(drawn):
   return {place: drawn.tokens_RT[place][: drawn.length_R[place]].tolist() for place in where}
 
 
+@pytest.mark.usefixtures("pools_grow")
 @pytest.mark.parametrize("slots", [2, 8, 16])
 def test_rows_do_not_depend_on_who_joins_and_who_leaves(slots):
   """Alone, in few slots and in all, behind others, and beside rows that are dropped while they wait or draw."""
@@ -398,6 +408,7 @@ def test_rows_do_not_depend_on_who_joins_and_who_leaves(slots):
   assert all(expected[place][: len(tokens)] == tokens for place, tokens in drawn.items())
 
 
+@pytest.mark.usefixtures("pools_grow")
 def test_who_leaves_frees_slots_and_pages_at_once():
   who = engine(slots=4, stops="never", decode_chunk=1)
   generation = who.open(Generator((weights(who),)), 8, 2, KEY)
@@ -414,6 +425,7 @@ def test_who_leaves_frees_slots_and_pages_at_once():
   assert not generation.busy and not any(p.prompt_pages.taken or p.own_pages.taken for p in generation.parts)
 
 
+@pytest.mark.usefixtures("pools_grow")
 def test_the_device_draws_on_while_the_host_looks_at_what_was_drawn(monkeypatch):
   who, ran = engine(stops="never", prefill_tokens=64, page=16), watched(monkeypatch, "advance", "resize_layer")
   generation = who.open(Generator((weights(who),)), 8, 2, KEY)
@@ -429,6 +441,7 @@ def test_the_device_draws_on_while_the_host_looks_at_what_was_drawn(monkeypatch)
   assert len(readers) == 1 and generation.readers is None  # as long as nobody comes or goes
 
 
+@pytest.mark.usefixtures("pools_grow")
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 1)])
 def test_who_leaves_while_the_device_draws_is_not_heard_of_again(mesh):
   who = engine(mesh, stops="never", prefill_tokens=64, page=16)
@@ -466,6 +479,7 @@ def watched(monkeypatch, *names):
   return ran
 
 
+@pytest.mark.usefixtures("pools_grow", "compile_this_quickly")
 def test_joining_leaving_and_other_choices_compile_nothing_after_the_warm_up():
   compilations = ledger.process_compilations()
   who = engine(slots=16, page=5)  # of which no other test has programs
@@ -486,6 +500,7 @@ def test_a_prompt_beyond_the_largest_bucket_is_refused():
     generate(prompts=[*PROMPTS[:7], [3] * 8])
 
 
+@pytest.mark.usefixtures("pools_grow")
 def test_what_is_kept_is_told_at_its_largest():
   who = engine(slots=6, page=4)
   lowered, (_, prompt_pools, own_pools) = who.lower(Generator((weights(who),)), 40, 2)
@@ -556,6 +571,7 @@ def test_caches_are_float32_on_cpus_and_as_computed_elsewhere():
   assert programs.cache_dtype(planned("h100:2"), narrow) == programs.cache_dtype(planned("v5e:2x2"), narrow) == narrow
 
 
+@pytest.mark.usefixtures("pools_grow")
 @pytest.mark.parametrize("stacked", [False, True])
 def test_pools_are_moved_array_by_array(stacked, monkeypatch):
   """The old pool and the new one are never both there: when an array is moved, those before it are gone."""
@@ -578,6 +594,7 @@ def test_pools_are_moved_array_by_array(stacked, monkeypatch):
   assert len(moved) >= 2 * (1 if stacked else CONFIG.layers)
 
 
+@pytest.mark.usefixtures("pools_grow")
 def test_small_weights_and_few_pages_have_one_size_of_each_and_draw_the_same(monkeypatch):
   who, load = engine(prefill_tokens=64), (len(PROMPTS), 2, False)
   sizes = lambda: tuple(map(len, (who.shapes(*load).prompt_pools, who.shapes(*load).own_pools, who.shapes(*load).rows)))

@@ -21,6 +21,8 @@ from advgame_jax.scoring import Generator
 from advgame_jax.sharding import LOCAL
 from advgame_jax.types import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"))
 

@@ -15,6 +15,8 @@ from advgame_jax import fork as forks
 from advgame_jax.architecture import LayerKind, Rope
 from advgame_jax.matrices import quantise
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 P, C, T = 8, 3, 24  # tokens of whole rows; a third of them are slots of the prompt
 S = T // 3
 WINDOWED = dataclasses.replace(tiny.CONFIG, kinds=(LayerKind(Rope(100.0), window=5), LayerKind(Rope(100.0))))

@@ -14,6 +14,8 @@ from advgame_jax.architecture import LayerKind, Rope
 from advgame_jax.attention import Index
 from advgame_jax.model import Prefix
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 UNTIED = dataclasses.replace(
   tiny.CONFIG,
   tied=False,
