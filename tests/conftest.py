@@ -46,7 +46,7 @@ def _quickly():
 
 
 compile_quickly = pytest.fixture(_quickly, scope="module")
-compile_this_quickly = pytest.fixture(_quickly)
+compile_this_quickly = pytest.fixture(_quickly)  # for a test whose programs no other test has
 
 
 @pytest.fixture(scope="session")

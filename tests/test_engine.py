@@ -479,7 +479,7 @@ def watched(monkeypatch, *names):
   return ran
 
 
-@pytest.mark.usefixtures("pools_grow", "compile_this_quickly")
+@pytest.mark.usefixtures("pools_grow")
 def test_joining_leaving_and_other_choices_compile_nothing_after_the_warm_up():
   compilations = ledger.process_compilations()
   who = engine(slots=16, page=5)  # of which no other test has programs
