@@ -1,6 +1,6 @@
 """Causal attention of whole rows, block by block: no array of tokens × tokens exists, forward or backward.
 
-The way of FlashAttention-2 (2307.08691) in plain XLA. One scan runs over the pairs of blocks in which something is
+The way of FlashAttention-2 (2307.08691) in plain XLA. One loop runs over the pairs of blocks in which something is
 seen; the others are never computed. A block's logits are small enough to be written, masked, exponentiated and read
 again without leaving the caches. The backward pass keeps the output and the log-sum-exp, and makes the rest again.
 
@@ -103,8 +103,7 @@ def _forward(
   places = lambda i, j: ((i, x_size),) * 3
   empty_RKX = jnp.zeros(query_RKXH.shape[:3])
   carry = (empty_RKX + _LEAST, empty_RKX, jnp.zeros(query_RKXH.shape))
-  step = _where_met(segment_RS, size, step)
-  highest_RKX, total_RKX, output_RKXH = _over_pairs(rule, size, key_RKSH.shape[2], step, places, carry)
+  highest_RKX, total_RKX, output_RKXH = _over_pairs(rule, size, key_RKSH.shape[2], step, places, carry, segment_RS)
   output_RKXH = (output_RKXH / total_RKX[..., None]).astype(query_RKXH.dtype)
   output_RKXH, log_total_RKX = checkpoint_name((output_RKXH, highest_RKX + jnp.log(total_RKX)), ATTENDED)
   kept = (query_RKXH, key_RKSH, value_RKSH, segment_RS, output_RKXH, log_total_RKX)
@@ -135,8 +134,7 @@ def _backward(rule: Rule, size: int, kept: Any, slope_RKXH: jax.Array) -> tuple[
   R, K, S, H = key_RKSH.shape
   places = lambda i, j: ((i, x_size), (j, size, 3), (j, size, 3))
   carry = (jnp.zeros(query_RKXH.shape), jnp.zeros((R, K, H, S)), jnp.zeros((R, K, H, S)))
-  step = _where_met(segment_RS, size, step)
-  query_slope_RKXH, *slopes_RKHS = _over_pairs(rule, size, S, step, places, carry)
+  query_slope_RKXH, *slopes_RKHS = _over_pairs(rule, size, S, step, places, carry, segment_RS)
   slopes = (query_slope_RKXH, *(x.swapaxes(2, 3) for x in slopes_RKHS))
   return (*(x.astype(query_RKXH.dtype) for x in slopes), None)
 
@@ -167,22 +165,22 @@ def _logits(
   return logits_RKxs, seen
 
 
-def _where_met(segment_RS: jax.Array | None, size: int, step: Callable[..., Any]) -> Callable[..., Any]:
-  """The step, left out for blocks of packed rows whose segments' ranges are apart: they see nothing of each other."""
-  if segment_RS is None:
-    return step
-
-  def where_met(parts: Any, i: Any, j: Any) -> Any:
-    query_segment_Rs, key_segment_Rs = (_read(segment_RS, block, size, 1) for block in (i, j))
-    later_R = jnp.min(query_segment_Rs, 1) > jnp.max(key_segment_Rs, 1)
-    earlier_R = jnp.max(query_segment_Rs, 1) < jnp.min(key_segment_Rs, 1)
-    return jax.lax.cond(jnp.all(later_R | earlier_R), lambda parts: parts, lambda parts: step(parts, i, j), parts)
-
-  return where_met
+def _meet(segment_RS: jax.Array, size: int, pairs_P2: jax.Array) -> jax.Array:
+  """Whether blocks of packed rows see anything of each other, [P]: not where their segments' ranges are apart."""
+  segment_RbS = segment_RS.reshape(len(segment_RS), -1, size)
+  lowest_Rb, highest_Rb = jnp.min(segment_RbS, -1), jnp.max(segment_RbS, -1)
+  i_P, j_P = pairs_P2.T
+  return jnp.any((lowest_Rb[:, i_P] <= highest_Rb[:, j_P]) & (lowest_Rb[:, j_P] <= highest_Rb[:, i_P]), 0)
 
 
 def _over_pairs(
-  rule: Rule, size: int, length: int, step: Callable[..., Any], places: Callable[..., Any], carry: tuple[jax.Array, ...]
+  rule: Rule,
+  size: int,
+  length: int,
+  step: Callable[..., Any],
+  places: Callable[..., Any],
+  carry: tuple[jax.Array, ...],
+  segment_RS: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
   """Runs `step(parts, i, j)` over every query block i and key block j that it sees something of.
 
@@ -200,7 +198,13 @@ def _over_pairs(
   pairs = [(i, j) for i in range(length // size) for j in range(i, oldest(i) - 1, -1)]
   if len(pairs) == 1:
     return in_place(carry, 0, 0)
-  return jax.lax.scan(lambda carry, pair: (in_place(carry, *pair), None), carry, jnp.array(pairs, jnp.int32))[0]
+  pairs_P2 = jnp.array(pairs, jnp.int32)
+  if segment_RS is None:
+    return jax.lax.scan(lambda carry, pair: (in_place(carry, *pair), None), carry, pairs_P2)[0]
+  # Blocks of packed rows that meet come first, in their order; the others are never reached.
+  meet_P = _meet(segment_RS, size, pairs_P2)
+  pairs_P2 = pairs_P2[jnp.argsort(~meet_P, stable=True)]
+  return jax.lax.fori_loop(0, jnp.sum(meet_P), lambda n, carry: in_place(carry, *pairs_P2[n]), carry)
 
 
 def _dot(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:

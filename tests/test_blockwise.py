@@ -139,6 +139,18 @@ def test_extending_rows_on_the_right_changes_nothing(more):
   np.testing.assert_allclose(run(*long)[:, :T], run(*short), atol=2e-6)
 
 
+def test_blocks_of_segments_that_are_apart_are_never_computed_and_the_others_all_are():
+  lengths = [16, 48, 8, 8, 16]
+  segment_RT, (query, key, value) = np.repeat([[1, 2, 3, 4, 5]], lengths, 1).astype(np.int32), draw(8, sum(lengths), 1)
+  run = jax.jit(functools.partial(blockwise.causal, rule=RULES["plain"], block=16))
+  for segment in range(1, 6):
+    here = segment_RT[0] == segment
+    nearby = np.repeat([here[i : i + 16].any() for i in range(0, here.size, 16)], 16)
+    spoilt = np.where(nearby[None, :, None, None], value, np.nan)  # a weight of 0 times NaN would be NaN
+    found = run(query, key, spoilt, segment_RT=segment_RT)[:, here]
+    np.testing.assert_allclose(found, run(*(x[:, here] for x in (query, key, value))), atol=2e-6)
+
+
 def test_a_packed_segment_equals_a_row_of_its_own():
   parts, segment_RT = draw(7), packed()
   run = functools.partial(blockwise.causal, rule=RULES["softcap"], block=16)
