@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 from advgame_jax import sharding
 from advgame_jax.types import Params
 
+_BALANCED = 128  # rows whose products take as long as reading the weights: some 240 on a TPU v5e, 20 to 60 on CPUs
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -238,10 +240,14 @@ def forward_flops(config: ModelConfig, tokens: float, context: float) -> float:
   return sum(_forward_flops(config, tokens, context))
 
 
-def drawing_to_reading(config: ModelConfig) -> float:
-  """FLOPs of a token that is drawn to those of one that is only read, which needs no head."""
+def drawing_to_reading(config: ModelConfig, rows: int) -> float:
+  """What a token costs that is drawn in one of so many rows, to one that is only read, which needs no head.
+
+  All rows read the weights together: a row's share of that costs more than its products where rows are few.
+  """
   drawn = forward_flops(config, 1, 0)
-  return drawn / (drawn - 2 * config.vocab * config.width)
+  share = 2 * count_params(config) * _BALANCED / rows
+  return max(drawn, share) / (drawn - 2 * config.vocab * config.width)
 
 
 def learning_flops(

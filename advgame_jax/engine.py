@@ -194,6 +194,7 @@ class Generation:
     self.waiting: collections.deque[Prompt] = collections.deque()
     self.parts = [Part(self.shapes) for _ in range(engine._parts)]
     self.idle = 0  # slots × steps that stood empty since prompts were last read
+    self.slot_cost = architecture.drawing_to_reading(engine.model, self.shapes.slots)  # of a step, in tokens read
     self.share, self.stops = programs.whole([np.array(generator.share, np.float32), engine.stops_ZV])
     self.prompts, self.own = (Pools(programs, len(self.parts)) for _ in range(2))
     self.readers: Index | None = None  # of the prompts' pages, as long as nobody has come or gone
@@ -288,10 +289,10 @@ class Generation:
       lengths = [[len(prompt.ids) for prompt in prompts] for prompts in chosen]
       shape = self.shapes.fitting(lengths)
       # Reading costs the whole shape: what of it would be empty is weighed against slots that stand empty, until then
-      # and for the next steps, by the products that each would cost.
+      # and for the next steps.
       unused = shape[0] * shape[1] * len(self.parts) - sum(map(sum, lengths))
       empty = self.idle + self._step * sum(len(part.free) for part in self.parts)
-      if self.live and empty * architecture.drawing_to_reading(self.engine.model) < unused:
+      if self.live and empty * self.slot_cost < unused:
         return
       self.idle = 0
       for part, prompts in zip(self.parts, chosen):

@@ -10,7 +10,7 @@ import numpy as np
 
 from advgame_jax.attention import Index
 
-_PROMPT_POOLS, _OWN_POOLS = (0.5, 1.0), (0.25, 0.5, 1.0)  # of the most pages there can be
+_PROMPT_POOLS, _OWN_POOLS = (0.5, 0.75, 1.0), (0.25, 0.5, 1.0)  # of the most pages there can be
 
 
 @dataclasses.dataclass(frozen=True)
