@@ -259,8 +259,12 @@ class Generation:
   def try_all(self) -> Any:
     """Calls every program in every shape, with nobody in it; what is kept at most."""
     shapes = self.shapes
-    for pages in {*shapes.prompt_pools, *shapes.own_pools}:
-      Pools(self.programs, len(self.parts)).resize(pages, ())
+    for sizes in (shapes.prompt_pools, shapes.own_pools):
+      for one, other in itertools.product(sizes, sizes):
+        pools = Pools(self.programs, len(self.parts))
+        pools.resize(one, ())
+        if other != one:
+          pools.resize(other, [()] * len(self.parts))
     for pages in shapes.prompt_pools:
       self._resize_prompts(pages)
       for shape in shapes.rows:
@@ -268,10 +272,6 @@ class Generation:
       for own in shapes.own_pools:
         self._resize_own(own)
         self._run_chunk()
-    for one, other in itertools.permutations(shapes.own_pools, 2):
-      self._resize_own(one)
-      self._resize_own(other)
-    self._resize_own(shapes.own_pools[-1])
     most = (self.rows, self.prompts.members, self.own.members)
     self._gather(shapes.slots)
     if shapes.few < shapes.slots:

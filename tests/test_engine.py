@@ -359,6 +359,21 @@ def test_the_last_rows_compile_nothing_however_long_they_are():
   assert compilations.count == before > 0
 
 
+@pytest.mark.usefixtures("pools_grow", "compile_this_quickly")
+def test_pools_of_prompts_compile_nothing_whichever_sizes_they_go_between():
+  compilations = ledger.process_compilations()
+  who = engine(slots=8, stops="never", page=1, prefill_tokens=56)  # of which no other test has programs
+  generator = Generator((weights(engine()),))
+  who.warm_up(generator, 16, 1)
+  before = compilations.count
+  assert who.shapes(16, 1, prefix=False).prompt_pools == [28, 42, 56]
+  for lengths, long in (([1] * 8 + [7] * 8, 0), ([5] * 8, 2)):  # from 28 pages to 56; from 42 to 28 with the last rows
+    prompts, limit_Q = [[3] * length for length in lengths], np.array([11] * long + [2] * (len(lengths) - long))
+    fold_Q = np.arange(len(prompts), dtype=np.uint32)
+    who.generate(Load(generator, prompts, fold_Q, 1, KEY, limit_Q=limit_Q))
+    assert compilations.count == before > 0
+
+
 def test_new_choices_and_keys_compile_nothing_and_draw_otherwise():
   key, other = jax.random.key(1), engine(temperature=1.3, top_p=0.4, top_k=9, min_p=0.1)
   engine().warm_up(Generator((weights(engine()),)), 8, 2)
