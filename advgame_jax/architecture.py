@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 from advgame_jax import sharding
 from advgame_jax.types import Params
 
-_BALANCED = 128  # rows whose products take as long as reading the weights: some 240 on a TPU v5e, 20 to 60 on CPUs
+# Rows whose products take as long as reading the weights: 240 by a TPU v5e's sheet, 20 to 60 by a CPU's; but on two CPU
+# cores a slot's step of SmolLM2, of 32, takes as long as reading four tokens, as if it were a hundred.
+_BALANCED = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,11 +245,11 @@ def forward_flops(config: ModelConfig, tokens: float, context: float) -> float:
 def drawing_to_reading(config: ModelConfig, rows: int) -> float:
   """What a token costs that is drawn in one of so many rows, to one that is only read, which needs no head.
 
-  All rows read the weights together: a row's share of that costs more than its products where rows are few.
+  All rows read the weights together: a row's share of that costs more than its products where rows are few. Of experts,
+  which rows do not share, that is still too little.
   """
   drawn = forward_flops(config, 1, 0)
-  share = 2 * count_params(config) * _BALANCED / rows
-  return max(drawn, share) / (drawn - 2 * config.vocab * config.width)
+  return max(1, _BALANCED / rows) * drawn / (drawn - 2 * config.vocab * config.width)
 
 
 def learning_flops(

@@ -58,11 +58,11 @@ def causal(
   block = block or next((size for most, size in BLOCKS if most >= T), LARGEST_BLOCK)
   blocks = -(-T // block)
   size = T if blocks == 1 else -(-T // (16 * blocks)) * 16
-  # What pads the last block lies in every token's future.
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * size - T), *((0, 0),) * (x.ndim - 2)))
+  # What pads the last block lies in every token's future, and in the last one's segment: it meets no others than that.
+  pad = lambda x, **how: jnp.pad(x, ((0, 0), (0, blocks * size - T), *((0, 0),) * (x.ndim - 2)), **how)
   query_RKTnH = pad(query_RTNH).reshape(R, -1, K, N // K, H).swapaxes(1, 2)
   key_RKSH, value_RKSH = pad(key_RTKH).swapaxes(1, 2), pad(value_RTKH).swapaxes(1, 2)
-  segment_RS = None if segment_RT is None else pad(segment_RT)
+  segment_RS = None if segment_RT is None else pad(segment_RT, mode="edge")
   output_RKXH = _attention(rule, size, query_RKTnH.reshape(R, K, -1, H), key_RKSH, value_RKSH, segment_RS)
   return output_RKXH.reshape(query_RKTnH.shape).swapaxes(1, 2).reshape(R, -1, N, H)[:, :T]
 
@@ -188,6 +188,7 @@ def _over_pairs(
 
   Args:
     places: (i, j) → of each array of the carry, which part of it the step takes and gives, as `_read` is told it.
+    segment_RS: of packed rows; blocks of which no two segments meet see nothing of each other.
   """
 
   def in_place(carry: tuple[jax.Array, ...], i: Any, j: Any) -> tuple[jax.Array, ...]:
@@ -199,12 +200,12 @@ def _over_pairs(
   if len(pairs) == 1:
     return in_place(carry, 0, 0)
   pairs_P2 = jnp.array(pairs, jnp.int32)
-  if segment_RS is None:
-    return jax.lax.scan(lambda carry, pair: (in_place(carry, *pair), None), carry, pairs_P2)[0]
-  # Blocks of packed rows that meet come first, in their order; the others are never reached.
-  meet_P = _meet(segment_RS, size, pairs_P2)
-  pairs_P2 = pairs_P2[jnp.argsort(~meet_P, stable=True)]
-  return jax.lax.fori_loop(0, jnp.sum(meet_P), lambda n, carry: in_place(carry, *pairs_P2[n]), carry)
+  count: Any = len(pairs)
+  if segment_RS is not None:
+    # Blocks that meet come first, in their order; the others are never reached.
+    meet_P = _meet(segment_RS, size, pairs_P2)
+    pairs_P2, count = pairs_P2[jnp.argsort(~meet_P, stable=True)], jnp.sum(meet_P)
+  return jax.lax.fori_loop(0, count, lambda n, carry: in_place(carry, *pairs_P2[n]), carry)
 
 
 def _dot(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:

@@ -333,7 +333,7 @@ class Generation:
     """A part's prompts as `sampler.read` and `Arrival` have them."""
     (X, T), shapes, S = shape, self.shapes, self.shapes.page
     zeros = lambda *shape: np.zeros(shape, np.int32)
-    tokens_XT, place_XT, segment_XT = zeros(X, T), zeros(X, T), zeros(X, T)
+    tokens_XT, place_XT, segment_XT = zeros(X, T), zeros(X, T), zeros(X, T) + len(prompts)  # padding is a segment too
     Q, n = shapes.lanes, X * T // S + min(shapes.lanes, X * T)
     last_Q, slot_QG, fold_Q = zeros(Q), zeros(Q, self.group) + _NONE, np.zeros(Q, np.uint32)
     length_Q, limit_Q, token_nS, page_n = zeros(Q), zeros(Q), zeros(n, S), zeros(n) + _NONE
@@ -342,7 +342,7 @@ class Generation:
       length, count = len(prompt.ids), len(prompt.pages)
       tokens_XT[row, start : start + length] = prompt.ids
       place_XT[row, start : start + length] = np.arange(length)
-      segment_XT[row, start : start + length] = q + 1
+      segment_XT[row, start : start + length] = q
       first = row * T + start
       last_Q[q], slot_QG[q], fold_Q[q] = first + length - 1, part.slots_of(prompt), prompt.fold
       length_Q[q], limit_Q[q] = self.before + length, prompt.limit

@@ -98,8 +98,8 @@ def drawing_of(engine: Engine, prompts: int, group: int, prompt_tokens: float, m
 def pool_bytes(engine: Engine, prompts: int, group: int, prefix: bool, stacked: bool) -> tuple[float, float]:
   """Of one device: what the pools of a load take at most, and what moving the largest of their arrays takes beside."""
   shapes, page = engine.shapes(prompts, group, prefix), engine.page_bytes
-  own = shapes.own_pools[-1] * page
-  return own + shapes.prompt_pools[-1] * page, own / 2 / (1 if stacked else engine.model.layers)
+  own, read = shapes.own_pools[-1] * page, shapes.prompt_pools[-1] * page
+  return own + read, max(own, read) / 2 / (1 if stacked else engine.model.layers)
 
 
 def size(tree: Any) -> float:

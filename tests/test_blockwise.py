@@ -139,9 +139,8 @@ def test_extending_rows_on_the_right_changes_nothing(more):
   np.testing.assert_allclose(run(*long)[:, :T], run(*short), atol=2e-6)
 
 
-def test_blocks_of_segments_that_are_apart_are_never_computed_and_the_others_all_are():
-  lengths = [16, 48, 8, 8, 16]
-  segment_RT, (query, key, value) = np.repeat([[1, 2, 3, 4, 5]], lengths, 1).astype(np.int32), draw(8, sum(lengths), 1)
+def test_blocks_of_segments_that_are_apart_are_never_computed():
+  segment_RT, (query, key, value) = np.repeat([[1, 2, 3, 4, 5]], [16, 48, 8, 8, 16], 1), draw(8, 96, 1)
   run = jax.jit(functools.partial(blockwise.causal, rule=RULES["plain"], block=16))
   for segment in range(1, 6):
     here = segment_RT[0] == segment
@@ -149,6 +148,17 @@ def test_blocks_of_segments_that_are_apart_are_never_computed_and_the_others_all
     spoilt = np.where(nearby[None, :, None, None], value, np.nan)  # a weight of 0 times NaN would be NaN
     found = run(query, key, spoilt, segment_RT=segment_RT)[:, here]
     np.testing.assert_allclose(found, run(*(x[:, here] for x in (query, key, value))), atol=2e-6)
+
+
+def test_rows_that_are_cut_at_other_places_see_all_of_their_own_segments():
+  segment_RT = np.stack([np.repeat(np.arange(5), lengths) for lengths in ([16, 48, 8, 8, 10], [40, 16, 8, 8, 18])])
+  parts, weight = draw(8, 90), np.random.default_rng(2).normal(size=(R, 90, N, H)).astype(np.float32)
+  run = lambda *parts: blockwise.causal(*parts, RULES["plain"], segment_RT, block=16)
+  mask_RTS = visible(RULES["plain"], segment_RT, 90)
+  output, *slopes = output_and_gradients(run, parts, weight)
+  assert_near(output, reference(*parts, RULES["plain"], mask_RTS), 2e-6)
+  for found, expected in zip(slopes, gradients(lambda *parts: plain(*parts, RULES["plain"], mask_RTS), parts, weight)):
+    assert_near(found, expected, 1e-5)
 
 
 def test_a_packed_segment_equals_a_row_of_its_own():
