@@ -276,14 +276,18 @@ def test_log_probabilities_agree_with_scoring(choice):
     np.testing.assert_allclose(drawn.behaviour_logprob_RT, drawn.plain_logprob_RT, atol=1e-5)
 
 
-def test_greedy_samples_are_arg_max_rollouts():
-  drawn = generate(engine(temperature=0.0, stops="never"))
-  np.testing.assert_array_equal(drawn.tokens_RT[:, 0], drawn.tokens_RT[:, 1])
+@pytest.fixture(scope="module")
+def greedy():
+  return generate(engine(temperature=0.0, stops="never"))
+
+
+def test_greedy_samples_are_arg_max_rollouts(greedy):
+  np.testing.assert_array_equal(greedy.tokens_RT[:, 0], greedy.tokens_RT[:, 1])
   for q in (0, 3):
     row = list(PROMPTS[q])
     for _ in range(11):
       row.append(int(tiny.llama_logits(CONFIG, PARAMS, np.array([row]))[0, -1].argmax()))
-    np.testing.assert_array_equal(drawn.tokens_RT[q, 0], row[LENGTH_Q[q] :])
+    np.testing.assert_array_equal(greedy.tokens_RT[q, 0], row[LENGTH_Q[q] :])
 
 
 # Stops, and the loop.
@@ -336,41 +340,44 @@ def ragged(count, seed=0):
   return [rng.integers(1, CONFIG.vocab, length).tolist() for length in lengths], limits
 
 
-def warmed_up(who, prompts, group):
-  """A generator of an engine whose programs no other test has, the count of compilations, and what it stands at."""
-  compilations, generator = ledger.process_compilations(), Generator((weights(engine()),))
-  cold = compilations.count
-  who.warm_up(generator, prompts, group)
-  assert compilations.count > cold  # it counts
-  return generator, compilations, compilations.count
-
-
-@pytest.mark.usefixtures("pools_grow", "compile_this_quickly")
-def test_a_ragged_load_compiles_nothing_after_the_warm_up():
-  who, (prompts, limit_Q) = engine(slots=8, page=3), ragged(40)
-  generator, compilations, before = warmed_up(who, 40, 2)
-  who.generate(Load(generator, prompts, np.arange(40, dtype=np.uint32), 2, KEY, limit_Q=limit_Q))
-  assert compilations.count == before
-
-
-@pytest.mark.usefixtures("pools_grow", "compile_this_quickly")
-def test_the_last_rows_compile_nothing_however_long_they_are():
-  who, limit_Q = engine(slots=10, stops="never", page=4, prefill_tokens=48), np.array([11] * 3 + [2] * 7)
-  generator, compilations, before = warmed_up(who, 10, 1)
-  who.generate(Load(generator, [[3]] * 10, np.arange(10, dtype=np.uint32), 1, KEY, limit_Q=limit_Q))
-  assert compilations.count == before
-
-
-@pytest.mark.usefixtures("pools_grow", "compile_this_quickly")
-def test_pools_of_prompts_compile_nothing_whichever_sizes_they_go_between():
+@functools.cache
+def warmed_up():
+  """An engine whose programs no other test has, compiled for loads of one sample a prompt; and its generator."""
   who = engine(slots=8, stops="never", page=1, decode_chunk=3, prefill_tokens=56)
-  generator, compilations, before = warmed_up(who, 16, 1)
-  assert who.shapes(16, 1, prefix=False).prompt_pools == [28, 42, 56]
+  generator, compilations = Generator((weights(engine()),)), ledger.process_compilations()
+  cold = compilations.count
+  who.warm_up(generator, 40, 1)
+  assert compilations.count > cold  # it counts
+  return who, generator
+
+
+@pytest.fixture
+def warm(pools_grow, compile_this_quickly):
+  """`warmed_up`, after which the test compiles nothing."""
+  who, generator = warmed_up()
+  compilations = ledger.process_compilations()
+  before = compilations.count
+  yield who, generator
+  assert compilations.count == before
+
+
+def draw_one_each(warm, prompts, limit_Q):
+  who, generator = warm
+  who.generate(Load(generator, prompts, np.arange(len(prompts), dtype=np.uint32), 1, KEY, limit_Q=limit_Q))
+
+
+def test_a_ragged_load_compiles_nothing_after_the_warm_up(warm):
+  draw_one_each(warm, *ragged(40))
+
+
+def test_the_last_rows_compile_nothing_however_long_they_are(warm):
+  draw_one_each(warm, [[3]] * 8, np.array([11] * 2 + [2] * 6))
+
+
+def test_pools_of_prompts_compile_nothing_whichever_sizes_they_go_between(warm):
+  assert warm[0].shapes(16, 1, prefix=False).prompt_pools == [28, 42, 56]
   for lengths, long in (([1] * 8 + [7] * 8, 0), ([5] * 8, 2)):  # from 28 pages to 56; from 42 to 28 with the last rows
-    prompts, limit_Q = [[3] * length for length in lengths], np.array([11] * long + [2] * (len(lengths) - long))
-    fold_Q = np.arange(len(prompts), dtype=np.uint32)
-    who.generate(Load(generator, prompts, fold_Q, 1, KEY, limit_Q=limit_Q))
-    assert compilations.count == before
+    draw_one_each(warm, [[3] * length for length in lengths], np.array([11] * long + [2] * (len(lengths) - long)))
 
 
 def test_new_choices_and_keys_compile_nothing_and_draw_otherwise():
@@ -493,17 +500,14 @@ def watched(monkeypatch, *names):
   return ran
 
 
-@pytest.mark.usefixtures("pools_grow")
-def test_joining_leaving_and_other_choices_compile_nothing_after_the_warm_up():
-  who = engine(slots=16, page=5)
-  generator, compilations, before = warmed_up(who, 8, 2)
-  generation = who.open(generator, 8, 2, KEY)
+def test_joining_leaving_and_other_choices_compile_nothing_after_the_warm_up(greedy, warm):
+  who, generator = warm
+  generation = who.open(generator, 8, 1, KEY)
   joined(generation, [[0], [], [1, 2, 3, 4, 5, 6], [7]], [[], [], [2, 3]])
   generation.choose(Choice(temperature=0.0))
   drawn = joined(generation, [[q] for q in range(8)], [[], [], [], [], [], [3]])
-  assert compilations.count == before
-  greedy = lists(generate(engine(temperature=0.0)))
-  assert all(drawn[place] == greedy[place] for place in drawn if place[0] != 3)
+  expected = lists(greedy)
+  assert all(drawn[place] == expected[place] for place in drawn if place[0] != 3)
 
 
 def test_a_prompt_beyond_the_largest_bucket_is_refused():
