@@ -34,12 +34,13 @@ from advgame_jax import (
 from advgame_jax import config as config_lib
 from advgame_jax import state as state_lib
 from advgame_jax.architecture import ModelConfig
+from advgame_jax.caches import Cache
 from advgame_jax.config import Config, Sampling
 from advgame_jax.engine import Engine
 from advgame_jax.held import ALWAYS, Held, hold
 from advgame_jax.layers import unstack, unstack_shardings
 from advgame_jax.matrices import Adapted, quantise
-from advgame_jax.model import Cache, Prefix
+from advgame_jax.model import Prefix
 from advgame_jax.placement import Place, Roles
 from advgame_jax.scoring import Generator
 from advgame_jax.sharding import Layout

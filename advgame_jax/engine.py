@@ -191,6 +191,7 @@ class Generation:
     self.engine, self.programs, self.generator, self.group, self.key = engine, programs, generator, group, key
     self.prefixes: tuple[Any, ...] = tuple(prefixes) or (None,) * len(generator.members)
     self.before, self.shapes = before, engine.shapes(prompts, group, bool(prefixes))
+    self._step = engine.sampling.decode_chunk  # tokens a row
     self.waiting: collections.deque[Prompt] = collections.deque()
     self.parts = [Part(self.shapes) for _ in range(engine._parts)]
     self.idle = 0  # slots × steps that stood empty since prompts were last read
@@ -285,6 +286,7 @@ class Generation:
 
   def _admit(self) -> None:
     """Reads prompts as long as some find slots and reading them now is worth it."""
+    reads = []
     while any(chosen := self._choose()):
       lengths = [[len(prompt.ids) for prompt in prompts] for prompts in chosen]
       shape = self.shapes.fitting(lengths)
@@ -293,14 +295,16 @@ class Generation:
       unused = shape[0] * shape[1] * len(self.parts) - sum(map(sum, lengths))
       empty = self.idle + self._step * sum(len(part.free) for part in self.parts)
       if self.live and empty * self.slot_cost < unused:
-        return
+        break
       self.idle = 0
       for part, prompts in zip(self.parts, chosen):
         for prompt in prompts:
           self.waiting.popleft()
           part.admit(prompt)
-      self._resize_prompts(_least(self.shapes.prompt_pools, max(part.prompt_pages.top for part in self.parts)))
-      self._read(chosen, shape)
+      reads.append((chosen, shape))
+    self._resize_prompts(_least(self.shapes.prompt_pools, max(part.prompt_pages.top for part in self.parts)))
+    for read in reads:
+      self._read(*read)
 
   def _choose(self) -> list[list[Prompt]]:
     """The next that wait, for the parts in turn, as many as find slots and can be read at once."""
@@ -352,10 +356,6 @@ class Generation:
     return tokens_XT, place_XT, segment_XT, last_Q, token_nS, page_n, slot_QG, fold_Q, length_Q, limit_Q
 
   # Rows draw.
-
-  @property
-  def _step(self) -> int:
-    return self.engine.sampling.decode_chunk
 
   def _settle(self) -> Flight:
     """Reads who waits, moves who is left, and draws."""

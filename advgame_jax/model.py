@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from advgame_jax import attention, experts, flash_decoding, kernels, rotary
 from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.blockwise import ATTENDED
+from advgame_jax.caches import Cache, Kept
 from advgame_jax.fork import Fork
-from advgame_jax.layers import Layers, apart, each_layer, one_by_one
-from advgame_jax.matrices import PRODUCT, Adapted, Int8, Transposed, cast, multiply, project, quantise
+from advgame_jax.layers import Layers, apart, one_by_one
+from advgame_jax.matrices import PRODUCT, Adapted, Int8, Transposed, cast, multiply, project
 from advgame_jax.rotary import Turn
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
@@ -33,16 +34,6 @@ _EVERYTHING = jnp.iinfo(jnp.int32).max  # the window of a layer that has none
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(query_RTNH, key_RTKH, value_RTKH) → [R, T, N, H]: decides what is attended to and what is kept."""
-
-
-class Cache(NamedTuple):
-  """Keys and values of one layer. Of all: `Layers` of it, its arrays with a leading L or a tuple of L.
-
-  In pages both may be `Int8`, see `narrow`.
-  """
-
-  key_RKHS: jax.Array
-  value_RKSH: jax.Array
 
 
 class Prefix(NamedTuple):
@@ -175,9 +166,9 @@ def forward(
   segment_RT: jax.Array | None = None,
   fork: Fork | None = None,
 ) -> tuple[jax.Array, Layers]:
-  """Rows, padded on the right → normalised hidden states [R, T, M] and the cache of all T tokens.
+  """Rows, padded on the right → normalised hidden states [R, T, M] and keys and values: `Layers` of `Kept`.
 
-  A caller that drops the cache does not pay for it.
+  A caller that drops those does not pay for them.
 
   Args:
     prefix: a text that every row continues.
@@ -210,10 +201,9 @@ def forward(
     jax.tree.map(split, axes, is_leaf=_is_axes),
   )
   given = (of_layer, by_tokens, split((by_row, "tokens")), jax.P(), by_rows, by_rows, by_tokens, by_tokens, by_rows)
-  cached: Any = (split(("rows", None, None, "tokens")), split(("rows", None, "tokens")))
-  on_devices = layout.by_hand.local(on_device, given, (by_tokens, Cache(*cached)))
+  on_devices = layout.by_hand.local(on_device, given, (by_tokens, by_tokens))
 
-  def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Cache]:
+  def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Kept]:
     layer, kind, before = inputs
     length_Q = prefix and prefix.length_Q
     return on_devices(layer, x_RTM, _turn(turns, kind), kind, before, length_Q, place_RT, segment_RT, fork)
@@ -237,7 +227,7 @@ def _layer_on_device(
   place_RT: jax.Array,
   segment_RT: jax.Array | None,
   fork: Fork | None,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Kept]:
   """One layer of a device's part of the tokens: what is split by width is gathered, and its gradient scattered.
 
   Args:
@@ -247,7 +237,7 @@ def _layer_on_device(
   kept: list[jax.Array] = []
 
   def attend(query_RTNH: jax.Array, key_RTKH: jax.Array, value_RTKH: jax.Array) -> jax.Array:
-    kept.extend((attention.keys_of_cache(key_RTKH), value_RTKH.swapaxes(1, 2)))
+    kept.extend((key_RTKH, value_RTKH))
     if before is None or length_Q is None:
       return _attend_rows(config, kernel, layout, kind.which, query_RTNH, key_RTKH, value_RTKH, segment_RT, fork)
     there_QgTS = (jnp.arange(before.key_RKHS.shape[3]) < length_Q[:, None])[:, None, None]
@@ -257,7 +247,7 @@ def _layer_on_device(
     )
 
   whole = cast(jax.tree.map(lambda axes, x: layout.gather_width(x, axes), axes, layer, is_leaf=_is_axes), x_RTM.dtype)
-  return _block(config, layout.by_compiler, whole, x_RTM, turn, attend), Cache(*kept)
+  return _block(config, layout.by_compiler, whole, x_RTM, turn, attend), Kept(*kept)
 
 
 def _axes_of_layer(config: ModelConfig, layers: Layers) -> Any:
@@ -356,13 +346,13 @@ def decode(
   layout: Layout = LOCAL,
   kernel: str = "auto",
 ) -> tuple[jax.Array, Layers]:
-  """One token a row → hidden states [R, M], and the token's keys and values: `Layers` of Cache.
+  """One token a row → hidden states [R, M], and the token's keys and values: `Layers` of `Kept`.
 
-  Nothing is written here: see `write`. Parameters are already in the compute dtype.
+  Nothing is written here: see `caches.write`. Parameters are already in the compute dtype.
 
   Args:
     place_R: int32, the token's.
-    pools: of `empty_pool`'s form, and who reads their pages. Each part of the rows has its own pages.
+    pools: of `caches.empty_pool`'s form, and who reads their pages. Each part of the rows has its own pages.
     kernel: of `attention.causal`; by any but "xla", pages are read by the platform's own kernels if there are any.
   """
   paged = flash_decoding.paged if kernels.by_pages(kernel, jax.default_backend(), config.head_size) else attention.paged
@@ -377,41 +367,21 @@ def decode(
 
   read = layout.local(read, (heads, heads, heads, rows, heads, rows, jax.P()), heads)
 
-  def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Cache]:
+  def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Kept]:
     layer, kind, caches = inputs
     kept: list[jax.Array] = []
 
     def attend(query_R1NH: jax.Array, key_R1KH: jax.Array, value_R1KH: jax.Array) -> jax.Array:
-      kept.extend((attention.keys_of_cache(key_R1KH), value_R1KH.swapaxes(1, 2)))
+      kept.extend((key_R1KH, value_R1KH))
       new = (query_R1NH[:, 0], key_R1KH[:, 0], value_R1KH[:, 0])
       return read(*new, place_R, caches, indices, kind.window)[:, None]
 
-    return _block(config, layout, layer, x_RTM, _turn(turns, kind), attend), Cache(*kept)
+    return _block(config, layout, layer, x_RTM, _turn(turns, kind), attend), Kept(*kept)
 
   of_all = [cache for cache, _ in pools]
   caches = tuple(zip(*of_all)) if one_by_one(params["layers"]) else tuple(of_all)
   x_RTM, new = _over_layers(config, layer_step, x_RTM, params["layers"], caches)
   return rms_norm(x_RTM[:, 0], params["final_norm"], config.norm_epsilon, config.norm_offset), new
-
-
-def no_tokens(config: ModelConfig, stacked: bool, rows: int, dtype: Any) -> Layers:
-  """What `decode` gives of so many rows, all zeros."""
-  return empty_pool(config, stacked, rows, 1, dtype)
-
-
-@jax.named_scope("write")
-def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layout: Layout = LOCAL) -> Layers:
-  """The pool with each row's new token in its slot of its page; a page there is none of is written nowhere."""
-
-  def write(cache: Cache, new: Cache, page_R: jax.Array, slot_R: jax.Array) -> Cache:
-    new = as_kept(new, cache)
-    put_key = lambda x, new: x.at[page_R, :, :, slot_R].set(new[..., 0], mode="drop")
-    put_value = lambda x, new: x.at[page_R, :, slot_R].set(new[:, :, 0], mode="drop")
-    return Cache(*map(jax.tree.map, (put_key, put_value), cache, new))
-
-  rows, heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
-  written = layout.local(write, (heads, heads, rows, rows), heads)
-  return each_layer(lambda cache, new: written(cache, new, page_R, slot_R), pool, new)
 
 
 def head(params: Params) -> jax.Array:
@@ -425,26 +395,3 @@ def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
   with jax.named_scope("head"):
     logits_XV = multiply(hidden.reshape(-1, hidden.shape[-1]), head_VM, 1, jnp.float32)
     return attention.softcap(logits_XV.reshape(*hidden.shape[:-1], len(head_VM)), config.logit_softcap)
-
-
-def as_kept(new: Cache, pool: Cache) -> Cache:
-  """Keys and values as this pool of one layer keeps them."""
-  new = new._replace(value_RKSH=attention.finite(new.value_RKSH))
-  return narrow(new) if isinstance(pool.key_RKHS, Int8) else new
-
-
-def narrow(cache: Cache) -> Cache:
-  """In eight bits, a scale for each token and head."""
-  key, value = cache
-  return Cache(quantise(key, key.ndim - 2, 1), quantise(value, value.ndim - 1, 1))  # type: ignore[arg-type]
-
-
-def empty_pool(config: ModelConfig, stacked: bool, pages: int, page: int, dtype: Any, int8: bool = False) -> Layers:
-  """P pages of S tokens of every layer, all zeros."""
-  K, H = config.kv_heads, config.head_size
-
-  def blank(*layers: int) -> Cache:
-    cache = Cache(*(jnp.zeros((*layers, pages, K, *part), dtype) for part in ((H, page), (page, H))))
-    return narrow(cache) if int8 else cache
-
-  return blank(config.layers) if stacked else tuple(blank() for _ in range(config.layers))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from advgame_jax import model, sampler, sharding
+from advgame_jax import caches, sampler, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.layers import Layers
 from advgame_jax.sampler import Member, Rows
@@ -33,10 +33,12 @@ class Programs(NamedTuple):
 
 
 def cache_dtype(mesh: Mesh, dtype: Any) -> Any:
-  """What pools keep keys and values in, unless in eight bits: float32 on CPUs, where XLA would widen all of a bfloat16
-  pool to write a token into it.
+  """What pools keep keys and values in, unless in eight bits.
+
+  By JAX before 0.11 that is float32 on CPUs, where XLA would widen all of a bfloat16 pool to write a token into it.
   """
-  return np.dtype(np.float32 if mesh.devices.flat[0].platform == "cpu" else dtype)
+  widens = mesh.devices.flat[0].platform == "cpu" and jax.__version_info__ < (0, 11)
+  return np.dtype(np.float32 if widens else dtype)
 
 
 @functools.lru_cache(maxsize=16)  # more than a run has; a process of many runs frees those of the first
@@ -53,7 +55,7 @@ def compiled(
 ) -> tuple[Programs, Programs]:
   """The programs, which players of one architecture share, and where their outputs are. `int8`: what pools hold."""
   rows = sharding.rows_sharding(mesh, layout)
-  pools = tuple(_by_pages(mesh, layout, each) for each in stacked)
+  pools, kept = (tuple(by(mesh, layout, each) for each in stacked) for by in (_by_pages, _by_tokens))
 
   def blank_rows(R: int) -> Rows:
     hidden_RM = tuple(jnp.zeros((R, config.width), dtype) for _ in stacked)
@@ -62,7 +64,7 @@ def compiled(
     return Rows(hidden_RM, key_R, place_R, count_R, limit_R, stop_state_R, live_R)
 
   def blank_pools(pages: int) -> tuple[Layers, ...]:
-    return tuple(model.empty_pool(config, each, pages, page, cache_dtype(mesh, dtype), int8) for each in stacked)
+    return tuple(caches.empty_pool(config, each, pages, page, cache_dtype(mesh, dtype), int8) for each in stacked)
 
   @jax.named_scope("generate")
   def read(params: Any, tokens_XT: Any, place_XT: Any, segment_XT: Any, last_Q: Any, prefixes: Any) -> Any:
@@ -82,8 +84,8 @@ def compiled(
   resize = functools.partial(sampler.resize, layout=layout)
   whole = sharding.replicated(mesh)
   stack, layer = (_by_pages(mesh, layout, each) for each in (True, False))
-  started, advanced = (rows, pools), (rows, pools, whole)
-  where = Programs(rows, pools, started, started, advanced, stack, layer, rows, rows, whole, None)  # type: ignore[arg-type]
+  advanced = (rows, pools, whole)
+  where = Programs(rows, pools, (rows, kept), (rows, pools), advanced, stack, layer, rows, rows, whole, None)  # type: ignore[arg-type]
   jitted = Programs(
     blank_rows=jax.jit(blank_rows, static_argnums=0, out_shardings=where.blank_rows),
     blank_pools=jax.jit(blank_pools, static_argnums=0, out_shardings=where.blank_pools),
@@ -130,5 +132,10 @@ def _abstract(x: Any) -> Any:
 
 
 def _by_pages(mesh: Mesh, layout: Layout, stacked: bool) -> NamedSharding:
-  """Of pools and caches."""
+  """Of pools."""
   return NamedSharding(mesh, layout.spec((None, "rows", "heads") if stacked else ("rows", "heads")))
+
+
+def _by_tokens(mesh: Mesh, layout: Layout, stacked: bool) -> NamedSharding:
+  """Of what is kept of rows that were read."""
+  return NamedSharding(mesh, layout.spec((None, "rows", None, "heads") if stacked else ("rows", None, "heads")))

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advgame_jax import attention, model, scoring
+from advgame_jax import caches, model, scoring
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index
+from advgame_jax.caches import Cache, Kept
 from advgame_jax.layers import Layers, each_layer, one_by_one
-from advgame_jax.model import Cache, Prefix
+from advgame_jax.model import Prefix
 from advgame_jax.scoring import Choice, Generator
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
@@ -147,7 +148,7 @@ def read(
   layout: Layout = LOCAL,
   kernel: str = "auto",
 ) -> tuple[jax.Array, Layers]:
-  """Reads prompts once: the hidden states that their next tokens are drawn from [Q, M], and all caches.
+  """Reads prompts once: the hidden states that their next tokens are drawn from [Q, M], and all keys and values.
 
   Args:
     tokens_XT: rows of one prompt, padded on the right, or of several: then `segment_XT` tells them apart.
@@ -157,7 +158,7 @@ def read(
   """
   with jax.named_scope("prefill"):
     dtype = params["embed"].dtype
-    hidden_XTM, cache = model.forward(
+    hidden_XTM, kept = model.forward(
       config,
       params,
       tokens_XT,
@@ -170,7 +171,7 @@ def read(
     )
     rows = layout.spec(("rows",))
     take = lambda hidden_XTM, last_Q: hidden_XTM.reshape(-1, hidden_XTM.shape[-1])[last_Q]
-    return layout.local(take, (rows, rows), rows)(hidden_XTM, last_Q), cache
+    return layout.local(take, (rows, rows), rows)(hidden_XTM, last_Q), kept
 
 
 def next_token(config: ModelConfig, params: Params, last_QM: jax.Array, labels_CV: jax.Array) -> jax.Array:
@@ -183,7 +184,7 @@ def start(
   rows: Rows,
   prompts: Sequence[Layers],
   last_QM: Sequence[jax.Array],
-  caches: Sequence[Layers],
+  kept: Sequence[Layers],
   arrival: Arrival,
   key: jax.Array,
   *,
@@ -193,19 +194,16 @@ def start(
 
   `key` is the same in every call of a generation: rows fold their prompt's number and their own into it.
   """
-  by_rows, by_heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
+  by_rows, by_heads, by_tokens = (layout.spec(axes) for axes in (("rows",), ("rows", "heads"), ("rows", None, "heads")))
 
-  def keep(pool: Cache, cache: Cache, token_nS: jax.Array, page_n: jax.Array) -> Cache:
-    def pages(x_XTKH: jax.Array) -> jax.Array:
-      return x_XTKH.reshape(-1, *x_XTKH.shape[2:])[token_nS]
-
-    key_nSKH, value_nSKH = pages(cache.key_RKHS.transpose(0, 3, 1, 2)), pages(cache.value_RKSH.swapaxes(1, 2))
-    new = model.as_kept(Cache(attention.keys_of_cache(key_nSKH), value_nSKH.swapaxes(1, 2)), pool)
+  def keep(pool: Cache, kept: Kept, token_nS: jax.Array, page_n: jax.Array) -> Cache:
+    pages = lambda x_XTKH: x_XTKH.reshape(-1, *x_XTKH.shape[2:])[token_nS]
+    new = caches.for_pool(caches.cache_of(Kept(*map(pages, kept))), pool)
     return jax.tree.map(lambda x, new: x.at[page_n].set(new, mode="drop"), pool, new)
 
-  keep_pages = layout.local(keep, (by_heads, by_heads, by_rows, by_rows), by_heads)
+  keep_pages = layout.local(keep, (by_heads, by_tokens, by_rows, by_rows), by_heads)
   pages = (arrival.token_nS, arrival.page_n)
-  kept = [each_layer(lambda p, c: keep_pages(p, c, *pages), pool, cache) for pool, cache in zip(prompts, caches)]
+  prompts = tuple(each_layer(lambda pool, kept: keep_pages(pool, kept, *pages), *each) for each in zip(prompts, kept))
 
   Q, G = arrival.slot_QG.shape
   zeros_Q, ones_Q = jnp.zeros(Q, jnp.int32), jnp.ones(Q, bool)
@@ -221,7 +219,7 @@ def start(
     return jax.tree.map(lambda x, new: x.at[slot_QG.reshape(-1)].set(new, mode="drop"), rows, fresh)
 
   begin = layout.local(begin, (by_rows,) * 5, by_rows)
-  return begin(rows, list(last_QM), key_R.reshape(Q, G), fresh_Q, arrival.slot_QG), tuple(kept)
+  return begin(rows, list(last_QM), key_R.reshape(Q, G), fresh_Q, arrival.slot_QG), prompts
 
 
 def advance(
@@ -256,7 +254,7 @@ def advance(
     i, rows, pools, new, (page_R, slot_R), chunk = carry
     # A token is written by the step after its own, before anything is read: with what is read before it is written, XLA
     # would write into a copy of the pool.
-    pools = [model.write(*each, page_R, slot_R, layout) for each in zip(pools, new)]
+    pools = [caches.write(*each, page_R, slot_R, layout) for each in zip(pools, new)]
     drawn, token_R, columns = _draw_next(config, members, share, rows, choice, stops_ZV)
     put = jax.lax.dynamic_update_index_in_dim
     chunk = chunk._replace(**{name: put(getattr(chunk, name), x, i, 1) for name, x in columns.items()})
@@ -270,11 +268,11 @@ def advance(
 
   pools = tuple(member.own for member in members)
   stacked = [not one_by_one(member.params["layers"]) for member in members]
-  new = tuple(model.no_tokens(config, each, R, rows.hidden_RM[0].dtype) for each in stacked)
+  new = tuple(caches.no_tokens(config, each, R, rows.hidden_RM[0].dtype) for each in stacked)
   carry = (jnp.int32(0), rows, pools, new, (nowhere_R, jnp.zeros(R, jnp.int32)), chunk)
   going = lambda carry: (carry[0] < steps) & jnp.any(carry[1].live_R)
   _, rows, pools, new, (page_R, slot_R), chunk = jax.lax.while_loop(going, step, carry)
-  pools = tuple(model.write(*each, page_R, slot_R, layout) for each in zip(pools, new))
+  pools = tuple(caches.write(*each, page_R, slot_R, layout) for each in zip(pools, new))
   stopped_R = rows.stop_state_R == stops_ZV.shape[0] - 1
   return rows, pools, chunk._replace(count_R=rows.count_R, live_R=rows.live_R, stopped_R=stopped_R)
 
@@ -297,12 +295,15 @@ def _draw_next(
   """Draws each live row's next token [R]; and what is recorded of it, by the names of `Chunk`."""
   generator = Generator(tuple(member.params for member in members), tuple(share))
   logits_RV = scoring.mixed_logits(config, generator, rows.hidden_RM)
-  weight_RV = scoring.behaviour_weight(logits_RV, choice)
+  weight_RV, whole_R = scoring.behaviour_weights(logits_RV, choice)
   uniform_R = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(rows.key_R, rows.count_R)
   token_R, total_R = draw(weight_RV, uniform_R)
   token_R = jnp.where(rows.live_R, token_R, 0)
-  behaviour_R = jnp.log(jnp.take_along_axis(weight_RV, token_R[:, None], 1)[:, 0] / total_R)
-  plain_R = scoring.plain_logprob(logits_RV, token_R)
+  log_weight_R = jnp.log(jnp.take_along_axis(weight_RV, token_R[:, None], 1)[:, 0])
+  behaviour_R = log_weight_R - jnp.log(total_R)
+  as_weighed = lambda: log_weight_R - jnp.log(whole_R)  # at temperature 1: cheaper by a pass over the vocabulary
+  plain = functools.partial(scoring.plain_logprob, logits_RV, token_R)
+  plain_R = jax.lax.cond(choice.temperature == 1, as_weighed, plain)
   stop_state_R = stops_ZV[rows.stop_state_R, token_R].astype(jnp.int32)
   count_R = rows.count_R + rows.live_R
   ends_R = (stop_state_R == stops_ZV.shape[0] - 1) | (count_R >= rows.limit_R)

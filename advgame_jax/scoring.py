@@ -99,11 +99,18 @@ def behaviour(logits_XV: jax.Array, choice: Choice) -> jax.Array:
   mass is at least `top_p` (Holtzman et al. 1904.09751), then to those of at least `min_p` × the likeliest (2407.01082):
   transformers' order. All tokens that tie with the last one kept are kept.
   """
-  weight_XV = behaviour_weight(logits_XV, choice)
+  weight_XV = behaviour_weights(logits_XV, choice).kept_XV
   return weight_XV / jnp.sum(weight_XV, -1, keepdims=True)
 
 
-def behaviour_weight(logits_XV: jax.Array, choice: Choice) -> jax.Array:
+class Weights(NamedTuple):
+  """What tokens are drawn by: e^(logit / temperature), the greatest 1; at temperature 0 that of the likeliest alone."""
+
+  kept_XV: jax.Array  # 0 where it is cut
+  whole_X: jax.Array  # the sum before anything is cut
+
+
+def behaviour_weights(logits_XV: jax.Array, choice: Choice) -> Weights:
   """`behaviour` times what makes its greatest value 1: cheaper by some passes over the vocabulary.
 
   What costs is decided by the settings as they come; each decision gives a number a row, so that no branch copies the
@@ -117,25 +124,27 @@ def behaviour_weight(logits_XV: jax.Array, choice: Choice) -> jax.Array:
   first_X1 = jax.lax.cond(soft, lambda: jnp.zeros((X, 1), jnp.int32), first)
   heated_XV = jnp.exp((logits_XV - highest_X1) / jnp.where(soft, temperature, 1))
   weight_XV = jnp.where(soft, heated_XV, jnp.arange(V) == first_X1)
-  threshold = lambda: _threshold(weight_XV, top_p, top_k, min_p)
+  (whole_X,) = _sums(weight_XV)
+  threshold = lambda: _threshold(weight_XV, whole_X[:, None], top_p, top_k, min_p)
   threshold_X1 = jax.lax.cond(soft & cuts, threshold, lambda: jnp.zeros((X, 1), jnp.float32))
-  return jnp.where(weight_XV >= threshold_X1, weight_XV, 0)
+  return Weights(jnp.where(weight_XV >= threshold_X1, weight_XV, 0), whole_X)
 
 
-def _threshold(weight_XV: jax.Array, top_p: jax.Array, top_k: jax.Array, min_p: jax.Array) -> jax.Array:
+def _threshold(
+  weight_XV: jax.Array, whole_X1: jax.Array, top_p: jax.Array, top_k: jax.Array, min_p: jax.Array
+) -> jax.Array:
   """The least weight that is kept, [X, 1], of weights whose greatest is 1."""
-  of_top_k = lambda: _least_kept(weight_XV, jnp.sign, top_k)
-  least_X1 = jax.lax.cond(top_k > 0, of_top_k, lambda: jnp.zeros((len(weight_XV), 1), jnp.float32))
-
-  def of_nucleus() -> jax.Array:
-    kept_XV = jnp.where(weight_XV >= least_X1, weight_XV, 0)
-    return _least_kept(kept_XV, lambda weight_XV: weight_XV, top_p * _sums(kept_XV)[0][:, None])
-
+  X = len(weight_XV)
+  mass = lambda threshold_X1: jnp.where(weight_XV >= threshold_X1, weight_XV, 0)
+  count = lambda threshold_X1: jnp.where(weight_XV >= threshold_X1, 1.0, 0)
+  least_X1 = jax.lax.cond(top_k > 0, lambda: _largest(X, count, top_k), lambda: jnp.zeros((X, 1), jnp.float32))
+  left_X1 = jax.lax.cond(top_k > 0, lambda: _sums(mass(least_X1))[0][:, None], lambda: whole_X1)
+  of_nucleus = lambda: _largest(X, lambda threshold_X1: mass(jnp.maximum(threshold_X1, least_X1)), top_p * left_X1)
   return jnp.maximum(jax.lax.cond(top_p < 1, of_nucleus, lambda: least_X1), min_p)
 
 
-def _least_kept(weight_XV: jax.Array, count: Callable[[jax.Array], jax.Array], enough: jax.Array) -> jax.Array:
-  """The largest float θ with Σ_{w ≥ θ} count(w) ≥ enough, [X, 1]; 0 where there is none.
+def _largest(X: int, kept: Callable[[jax.Array], jax.Array], enough: jax.Array) -> jax.Array:
+  """The largest threshold from 0 to 1, [X, 1], by which what is kept, [X, V], sums to at least `enough`; else 0.
 
   Found without a sort, two bits at a time: floats ≥ 0 are ordered as their bit patterns are, and 1.0 has 30 of them.
   Each pass over the vocabulary sums for three thresholds at once.
@@ -144,12 +153,12 @@ def _least_kept(weight_XV: jax.Array, count: Callable[[jax.Array], jax.Array], e
   def try_digit(i: jax.Array, bits_X1: jax.Array) -> jax.Array:
     candidates = [bits_X1 | (digit << (28 - 2 * i)) for digit in (1, 2, 3)]
     thresholds = [jax.lax.bitcast_convert_type(candidate_X1, jnp.float32) for candidate_X1 in candidates]
-    sums = _sums(*(jnp.where(weight_XV >= threshold_X1, count(weight_XV), 0) for threshold_X1 in thresholds))
+    sums = _sums(*map(kept, thresholds))
     for candidate_X1, sum_X in zip(candidates, sums):
       bits_X1 = jnp.where(sum_X[:, None] >= enough, candidate_X1, bits_X1)
     return bits_X1
 
-  bits_X1 = jax.lax.fori_loop(0, 15, try_digit, jnp.zeros((len(weight_XV), 1), jnp.int32))
+  bits_X1 = jax.lax.fori_loop(0, 15, try_digit, jnp.zeros((X, 1), jnp.int32))
   return jax.lax.bitcast_convert_type(bits_X1, jnp.float32)
 
 

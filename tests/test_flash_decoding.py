@@ -11,7 +11,7 @@ import pytest
 import test_attention
 import tiny
 
-from advgame_jax import architecture, attention, flash_decoding, kernels, layers, model, sampler, sharding
+from advgame_jax import architecture, attention, caches, flash_decoding, kernels, layers, sampler, sharding
 from advgame_jax.config import Sampling
 from advgame_jax.engine import Engine, Load
 from advgame_jax.scoring import Generator
@@ -63,7 +63,7 @@ def test_a_cache_in_bfloat16_or_eight_bits():
   plain, kernel = both(*new, pools)
   np.testing.assert_allclose(kernel.astype(jnp.float32), plain.astype(jnp.float32), atol=1e-2)
   *new, pools = inputs()
-  narrow = [pool._replace(**dict(zip(pool._fields, model.narrow(model.Cache(*pool[:2]))))) for pool in pools]
+  narrow = [pool._replace(**dict(zip(pool._fields, caches.narrow(caches.Cache(*pool[:2]))))) for pool in pools]
   plain, kernel = both(*new, narrow)
   np.testing.assert_allclose(kernel, plain, atol=1e-6)
   assert np.abs(kernel - next(both(*new, pools))).max() > 1e-3  # they are narrow
@@ -106,7 +106,7 @@ def test_pages_of_nobody_are_not_read():
 def test_kernels_are_lowered_for_gpus(dtype, int8, softcap):
   *new, pools = inputs(dtype=jnp.dtype(dtype))
   if int8:
-    pools = [pool._replace(**dict(zip(pool._fields, model.narrow(model.Cache(*pool[:2]))))) for pool in pools]
+    pools = [pool._replace(**dict(zip(pool._fields, caches.narrow(caches.Cache(*pool[:2]))))) for pool in pools]
   more_RJ = jnp.pad(pools[0].readers.entry_RJ, ((0, 0), (0, 60)), constant_values=-1)  # three blocks of pages
   pools[0] = pools[0]._replace(readers=pools[0].readers._replace(entry_RJ=more_RJ))
   rule = attention.Rule(1.0, softcap=softcap)

@@ -14,8 +14,8 @@ LEVELS = (
   "types settings config",
   "sharding hosts meeting cluster supervise tokenizer refusals prompts rewards preferences losses rounding optimizers "
   "paper offline diversity tables chips collectives targets roofline",
-  "architecture matrices layers lora blockwise kernels attention flash_decoding fork experts rotary model scoring "
-  "sampler slots drawn programs pools engine hf_rope hf_config hf_shards hf hf_gguf peft frozen placement",
+  "architecture matrices layers lora blockwise kernels attention caches flash_decoding fork experts rotary model "
+  "scoring sampler slots drawn programs pools engine hf_rope hf_config hf_shards hf hf_gguf peft frozen placement",
   "policies game judges canary rubrics cases guards phrases drift model_judge endpoint server_judge heuristic "
   "microworld worldfiles state update",
   "data checkpoint ledger report plots charts trace peaks profile page suites attempts handover campaign_page",
@@ -42,6 +42,9 @@ CHAINS = (
   "architecture → engine",
   "matrices → experts",
   "matrices → attention → model",
+  "architecture → caches → model",
+  "matrices → layers → caches → sampler",
+  "attention → caches → programs",
   "matrices → lora → peft",
   "architecture → lora",
   "architecture → peft",
@@ -50,7 +53,6 @@ CHAINS = (
   "matrices → flash_decoding",
   "kernels → model",
   "architecture → layers → model",
-  "matrices → layers",
   "layers → sampler",
   "layers → programs",
   "layers → engine",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import architecture, layers, model, rotary, sharding
+from advgame_jax import architecture, caches, layers, model, rotary, sharding
 from advgame_jax.architecture import LayerKind, Rope
 from advgame_jax.attention import Index
 from advgame_jax.model import Prefix
@@ -84,7 +84,7 @@ def test_decode_step_by_step_equals_forward(stacked):
   Q, steps, page = 3, 4, 2
   config, length_R = tiny.CONFIG, np.array([5, 2, 6])
   params = tiny.params() if stacked else layers.unstack(tiny.CONFIG, tiny.params())
-  _, prompts = model.forward(config, params, jnp.asarray(TOKENS_RT[:, :6]))
+  prompts = layers.each_layer(caches.cache_of, model.forward(config, params, jnp.asarray(TOKENS_RT[:, :6]))[1])
   new_RT = RNG.integers(0, config.vocab, (Q, steps)).astype(np.int32)
   places, zeros_R = np.arange(Q, dtype=np.int32)[:, None], np.zeros(Q, np.int32)
   read = Index(places, zeros_R, length_R, places)
@@ -97,10 +97,10 @@ def test_decode_step_by_step_equals_forward(stacked):
   def step(token_R, pool, count):
     place_R = jnp.asarray(length_R) + count
     hidden_RM, new = model.decode(config, params, token_R, place_R, [(prompts, read), (pool, own)])
-    pool = model.write(pool, new, jnp.asarray(own_RJ)[:, count // page], jnp.full(Q, count % page))
+    pool = caches.write(pool, new, jnp.asarray(own_RJ)[:, count // page], jnp.full(Q, count % page))
     return model.logits(config, params, hidden_RM), pool
 
-  pool = model.empty_pool(config, stacked, 6, page, jnp.float32)
+  pool = caches.empty_pool(config, stacked, 6, page, jnp.float32)
   decoded = []
   for count in range(steps):
     logits_RV, pool = step(new_RT[:, count], pool, jnp.int32(count))
@@ -115,9 +115,9 @@ def test_decode_step_by_step_equals_forward(stacked):
 
 
 def test_a_token_without_a_page_is_written_nowhere():
-  pool = model.empty_pool(tiny.CONFIG, False, 3, 2, jnp.float32)
-  new = jax.tree.map(jnp.ones_like, model.no_tokens(tiny.CONFIG, False, 2, jnp.float32))
-  written = model.write(pool, new, np.array([3, 1]), np.array([0, 1]))
+  pool = caches.empty_pool(tiny.CONFIG, False, 3, 2, jnp.float32)
+  new = jax.tree.map(jnp.ones_like, caches.no_tokens(tiny.CONFIG, False, 2, jnp.float32))
+  written = caches.write(pool, new, np.array([3, 1]), np.array([0, 1]))
   for key_PKHS, value_PKSH in written:
     for x_PKSH in (key_PKHS.swapaxes(2, 3), value_PKSH):
       assert np.argwhere(np.asarray(x_PKSH).any((1, 3))).tolist() == [[1, 1]]
@@ -180,8 +180,9 @@ def test_a_drawn_token_costs_its_products_or_where_rows_are_few_its_share_of_the
 def test_logits_are_float32_and_pools_match_caches(stacked):
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params())
   params = params if stacked else layers.unstack(tiny.CONFIG, params)
-  hidden, cache = jax.eval_shape(lambda: model.forward(tiny.CONFIG, params, TOKENS_RT, dtype=jnp.bfloat16))
-  pool = model.empty_pool(tiny.CONFIG, stacked, *TOKENS_RT.shape, jnp.bfloat16)
+  hidden, kept = jax.eval_shape(lambda: model.forward(tiny.CONFIG, params, TOKENS_RT, dtype=jnp.bfloat16))
+  cache = jax.eval_shape(lambda kept: layers.each_layer(caches.cache_of, kept), kept)
+  pool = caches.empty_pool(tiny.CONFIG, stacked, *TOKENS_RT.shape, jnp.bfloat16)
   assert hidden.dtype == jnp.bfloat16
   assert jax.eval_shape(lambda: model.logits(tiny.CONFIG, params, jnp.zeros(hidden.shape, hidden.dtype))).dtype == (
     jnp.float32
@@ -205,12 +206,12 @@ def test_rows_that_continue_a_prefix_are_whole_rows(window):
   params = tiny.params(config)
   for prefix_length in (5, 21):
     prefix_1T, length_R, tokens_RT, whole_RT = continued_rows(config, prefix_length, slots=24)
-    _, cache = model.forward(config, params, prefix_1T)
-    prefix = Prefix(cache, np.array([prefix_length]))
+    _, kept = model.forward(config, params, prefix_1T)
+    prefix = Prefix(layers.each_layer(caches.cache_of, kept), np.array([prefix_length]))
     hidden_RTM, own = jax.jit(lambda prefix, t: model.forward(config, params, t, prefix=prefix))(prefix, tokens_RT)
     expected_RTM, whole = model.forward(config, params, whole_RT)
     np.testing.assert_allclose(hidden_RTM, expected_RTM[:, prefix_length:], atol=2e-5)
-    np.testing.assert_allclose(own.key_RKHS, whole.key_RKHS[..., prefix_length:], atol=2e-5)
+    np.testing.assert_allclose(own.key_RTKH, whole.key_RTKH[:, :, prefix_length:], atol=2e-5)  # of all layers
 
     packed_RT = np.concatenate([tokens_RT[r, :length] for r, length in enumerate(length_R)])[None]
     segment_RT = np.repeat(np.arange(3), length_R)[None]

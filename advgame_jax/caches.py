@@ -1,0 +1,78 @@
+"""What is kept of tokens: keys and values as they were computed, and as they are attended to, whole or in pages."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from advgame_jax import attention
+from advgame_jax.architecture import ModelConfig
+from advgame_jax.layers import Layers, each_layer
+from advgame_jax.matrices import Int8, quantise
+from advgame_jax.sharding import LOCAL, Layout
+
+
+class Kept(NamedTuple):
+  """Keys and values of one layer, as they were computed. Of all: `Layers` of it, as of `Cache`."""
+
+  key_RTKH: jax.Array
+  value_RTKH: jax.Array
+
+
+class Cache(NamedTuple):
+  """Keys and values of one layer, as few queries attend to them. Of all: `Layers` of it, its arrays with a leading L or
+  a tuple of L.
+
+  In pages both may be `Int8`, see `narrow`.
+  """
+
+  key_RKHS: jax.Array
+  value_RKSH: jax.Array
+
+
+def cache_of(kept: Kept) -> Cache:
+  """Of one layer."""
+  return Cache(attention.keys_of_cache(kept.key_RTKH), kept.value_RTKH.swapaxes(1, 2))
+
+
+def empty_pool(config: ModelConfig, stacked: bool, pages: int, page: int, dtype: Any, int8: bool = False) -> Layers:
+  """P pages of S tokens of every layer, all zeros."""
+  K, H = config.kv_heads, config.head_size
+
+  def blank(*layers: int) -> Cache:
+    cache = Cache(*(jnp.zeros((*layers, pages, K, *part), dtype) for part in ((H, page), (page, H))))
+    return narrow(cache) if int8 else cache
+
+  return blank(config.layers) if stacked else tuple(blank() for _ in range(config.layers))
+
+
+def no_tokens(config: ModelConfig, stacked: bool, rows: int, dtype: Any) -> Layers:
+  """What `model.decode` keeps of so many rows, all zeros."""
+  blank = lambda *layers: Kept(*(jnp.zeros((*layers, rows, 1, config.kv_heads, config.head_size), dtype),) * 2)
+  return blank(config.layers) if stacked else (blank(),) * config.layers
+
+
+@jax.named_scope("write")
+def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layout: Layout = LOCAL) -> Layers:
+  """The pool with each row's new token in its slot of its page; a page there is none of is written nowhere."""
+
+  def write(cache: Cache, new: Kept, page_R: jax.Array, slot_R: jax.Array) -> Cache:
+    put_key = lambda x, new: x.at[page_R, :, :, slot_R].set(new[..., 0], mode="drop")
+    put_value = lambda x, new: x.at[page_R, :, slot_R].set(new[:, :, 0], mode="drop")
+    return Cache(*map(jax.tree.map, (put_key, put_value), cache, for_pool(cache_of(new), cache)))
+
+  rows, heads, tokens = (layout.spec(axes) for axes in (("rows",), ("rows", "heads"), ("rows", None, "heads")))
+  written = layout.local(write, (heads, tokens, rows, rows), heads)
+  return each_layer(lambda cache, new: written(cache, new, page_R, slot_R), pool, new)
+
+
+def for_pool(new: Cache, pool: Cache) -> Cache:
+  """Keys and values as this pool of one layer has them."""
+  new = new._replace(value_RKSH=attention.finite(new.value_RKSH))
+  return narrow(new) if isinstance(pool.key_RKHS, Int8) else new
+
+
+def narrow(cache: Cache) -> Cache:
+  """In eight bits, a scale for each token and head."""
+  key, value = cache
+  return Cache(quantise(key, key.ndim - 2, 1), quantise(value, value.ndim - 1, 1))  # type: ignore[arg-type]
