@@ -35,6 +35,12 @@ def cache_of(kept: Kept) -> Cache:
   return Cache(attention.keys_of_cache(kept.key_RTKH), kept.value_RTKH.swapaxes(1, 2))
 
 
+def caches_of(kept: Layers, layout: Layout = LOCAL) -> Layers:
+  """Of every layer, split by rows and heads as what is kept of it."""
+  as_kept, heads = (layout.spec(axes) for axes in (("rows", None, "heads"), ("rows", "heads")))
+  return each_layer(layout.local(cache_of, (as_kept,), heads), kept)
+
+
 def empty_pool(config: ModelConfig, stacked: bool, pages: int, page: int, dtype: Any, int8: bool = False) -> Layers:
   """P pages of S tokens of every layer, all zeros."""
   K, H = config.kv_heads, config.head_size
@@ -47,7 +53,7 @@ def empty_pool(config: ModelConfig, stacked: bool, pages: int, page: int, dtype:
 
 
 def no_tokens(config: ModelConfig, stacked: bool, rows: int, dtype: Any) -> Layers:
-  """What `model.decode` keeps of so many rows, all zeros."""
+  """What `model.decode` gives of so many rows, all zeros."""
   blank = lambda *layers: Kept(*(jnp.zeros((*layers, rows, 1, config.kv_heads, config.head_size), dtype),) * 2)
   return blank(config.layers) if stacked else (blank(),) * config.layers
 
@@ -61,8 +67,8 @@ def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layou
     put_value = lambda x, new: x.at[page_R, :, slot_R].set(new[:, :, 0], mode="drop")
     return Cache(*map(jax.tree.map, (put_key, put_value), cache, for_pool(cache_of(new), cache)))
 
-  rows, heads, tokens = (layout.spec(axes) for axes in (("rows",), ("rows", "heads"), ("rows", None, "heads")))
-  written = layout.local(write, (heads, tokens, rows, rows), heads)
+  rows, heads, as_kept = (layout.spec(axes) for axes in (("rows",), ("rows", "heads"), ("rows", None, "heads")))
+  written = layout.local(write, (heads, as_kept, rows, rows), heads)
   return each_layer(lambda cache, new: written(cache, new, page_R, slot_R), pool, new)
 
 

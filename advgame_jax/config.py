@@ -46,7 +46,7 @@ class Sampling(Settings):
   slots: int = setting(0, "rows drawn at once, the others wait until some have finished; 0 is all", at_least=0)
   page: int = setting(32, "tokens of a page of the cache", at_least=1)
   cache: Literal["compute", "int8"] = setting(
-    "compute", "keys and values in the compute dtype (on CPUs in float32), or in eight bits a number"
+    "compute", "keys and values in the compute dtype (on CPUs by JAX before 0.11 in float32), or in eight bits a number"
   )
   prefill_tokens: int = setting(512, "prompts are read so many tokens at a time, on each part of the mesh", at_least=1)
 

@@ -286,7 +286,7 @@ class Generation:
 
   def _admit(self) -> None:
     """Reads prompts as long as some find slots and reading them now is worth it."""
-    reads = []
+    reads = []  # at the end, that the prompts' pool grows once
     while any(chosen := self._choose()):
       lengths = [[len(prompt.ids) for prompt in prompts] for prompts in chosen]
       shape = self.shapes.fitting(lengths)

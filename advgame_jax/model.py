@@ -39,7 +39,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Prefix(NamedTuple):
   """A text that all rows continue, padded on the right, read once for R/Q rows each."""
 
-  cache: Layers  # of Cache [Q, K, S, H]
+  cache: Layers  # of `Cache`, Q for R
   length_Q: jax.Array  # the same Q times
 
 
@@ -209,8 +209,8 @@ def forward(
     return on_devices(layer, x_RTM, _turn(turns, kind), kind, before, length_Q, place_RT, segment_RT, fork)
 
   step = layer_step if remat == "none" else jax.checkpoint(layer_step, policy=_KEPT[remat])
-  x_RTM, cache = _over_layers(config, step, x_RTM, params["layers"], prefix and prefix.cache)
-  return rms_norm(x_RTM, params["final_norm"], config.norm_epsilon, config.norm_offset), cache
+  x_RTM, kept = _over_layers(config, step, x_RTM, params["layers"], prefix and prefix.cache)
+  return rms_norm(x_RTM, params["final_norm"], config.norm_epsilon, config.norm_offset), kept
 
 
 def _layer_on_device(

@@ -26,10 +26,9 @@ from advgame_jax import (
 )
 from advgame_jax import config as config_lib
 from advgame_jax.architecture import ModelConfig
-from advgame_jax.caches import cache_of
+from advgame_jax.caches import caches_of
 from advgame_jax.drawn import Drawn, drawn_by_nobody
 from advgame_jax.engine import Engine, Load
-from advgame_jax.layers import each_layer
 from advgame_jax.model import Prefix
 from advgame_jax.scoring import Choice, Generator
 from advgame_jax.sharding import Layout
@@ -159,7 +158,7 @@ class LanguageModel:
   def _read(self) -> Callable[..., Any]:
     how = {"dtype": self.dtype, "layout": self.layout, "kernel": self.attention}
     kept = lambda params, tokens_QT: model.forward(self.model, params, tokens_QT, **how)[1]
-    return jax.jit(lambda params, tokens_QT: each_layer(cache_of, kept(params, tokens_QT)))
+    return jax.jit(lambda params, tokens_QT: caches_of(kept(params, tokens_QT), self.layout))
 
   @functools.cached_property
   def _next(self) -> Callable[..., jax.Array]:

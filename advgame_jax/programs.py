@@ -55,7 +55,7 @@ def compiled(
 ) -> tuple[Programs, Programs]:
   """The programs, which players of one architecture share, and where their outputs are. `int8`: what pools hold."""
   rows = sharding.rows_sharding(mesh, layout)
-  pools, kept = (tuple(by(mesh, layout, each) for each in stacked) for by in (_by_pages, _by_tokens))
+  pools, kept = (tuple(by(mesh, layout, each) for each in stacked) for by in (_by_pages, _as_kept))
 
   def blank_rows(R: int) -> Rows:
     hidden_RM = tuple(jnp.zeros((R, config.width), dtype) for _ in stacked)
@@ -136,6 +136,6 @@ def _by_pages(mesh: Mesh, layout: Layout, stacked: bool) -> NamedSharding:
   return NamedSharding(mesh, layout.spec((None, "rows", "heads") if stacked else ("rows", "heads")))
 
 
-def _by_tokens(mesh: Mesh, layout: Layout, stacked: bool) -> NamedSharding:
+def _as_kept(mesh: Mesh, layout: Layout, stacked: bool) -> NamedSharding:
   """Of what is kept of rows that were read."""
   return NamedSharding(mesh, layout.spec((None, "rows", None, "heads") if stacked else ("rows", None, "heads")))

@@ -194,14 +194,14 @@ def start(
 
   `key` is the same in every call of a generation: rows fold their prompt's number and their own into it.
   """
-  by_rows, by_heads, by_tokens = (layout.spec(axes) for axes in (("rows",), ("rows", "heads"), ("rows", None, "heads")))
+  by_rows, by_heads, by_kept = (layout.spec(axes) for axes in (("rows",), ("rows", "heads"), ("rows", None, "heads")))
 
   def keep(pool: Cache, kept: Kept, token_nS: jax.Array, page_n: jax.Array) -> Cache:
     pages = lambda x_XTKH: x_XTKH.reshape(-1, *x_XTKH.shape[2:])[token_nS]
     new = caches.for_pool(caches.cache_of(Kept(*map(pages, kept))), pool)
     return jax.tree.map(lambda x, new: x.at[page_n].set(new, mode="drop"), pool, new)
 
-  keep_pages = layout.local(keep, (by_heads, by_tokens, by_rows, by_rows), by_heads)
+  keep_pages = layout.local(keep, (by_heads, by_kept, by_rows, by_rows), by_heads)
   pages = (arrival.token_nS, arrival.page_n)
   prompts = tuple(each_layer(lambda pool, kept: keep_pages(pool, kept, *pages), *each) for each in zip(prompts, kept))
 
@@ -295,7 +295,7 @@ def _draw_next(
   """Draws each live row's next token [R]; and what is recorded of it, by the names of `Chunk`."""
   generator = Generator(tuple(member.params for member in members), tuple(share))
   logits_RV = scoring.mixed_logits(config, generator, rows.hidden_RM)
-  weight_RV, whole_R = scoring.behaviour_weights(logits_RV, choice)
+  weight_RV, whole_R = scoring.weigh(logits_RV, choice)
   uniform_R = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(rows.key_R, rows.count_R)
   token_R, total_R = draw(weight_RV, uniform_R)
   token_R = jnp.where(rows.live_R, token_R, 0)

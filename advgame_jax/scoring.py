@@ -99,19 +99,19 @@ def behaviour(logits_XV: jax.Array, choice: Choice) -> jax.Array:
   mass is at least `top_p` (Holtzman et al. 1904.09751), then to those of at least `min_p` × the likeliest (2407.01082):
   transformers' order. All tokens that tie with the last one kept are kept.
   """
-  weight_XV = behaviour_weights(logits_XV, choice).kept_XV
+  weight_XV = weigh(logits_XV, choice).kept_XV
   return weight_XV / jnp.sum(weight_XV, -1, keepdims=True)
 
 
-class Weights(NamedTuple):
-  """What tokens are drawn by: e^(logit / temperature), the greatest 1; at temperature 0 that of the likeliest alone."""
+class Weighed(NamedTuple):
+  """What tokens weigh in a draw: e^(logit / temperature), the greatest 1; at temperature 0 the likeliest alone."""
 
   kept_XV: jax.Array  # 0 where it is cut
   whole_X: jax.Array  # the sum before anything is cut
 
 
-def behaviour_weights(logits_XV: jax.Array, choice: Choice) -> Weights:
-  """`behaviour` times what makes its greatest value 1: cheaper by some passes over the vocabulary.
+def weigh(logits_XV: jax.Array, choice: Choice) -> Weighed:
+  """What is kept is `behaviour` times what makes its greatest value 1: cheaper by some passes over the vocabulary.
 
   What costs is decided by the settings as they come; each decision gives a number a row, so that no branch copies the
   vocabulary.
@@ -127,7 +127,7 @@ def behaviour_weights(logits_XV: jax.Array, choice: Choice) -> Weights:
   (whole_X,) = _sums(weight_XV)
   threshold = lambda: _threshold(weight_XV, whole_X[:, None], top_p, top_k, min_p)
   threshold_X1 = jax.lax.cond(soft & cuts, threshold, lambda: jnp.zeros((X, 1), jnp.float32))
-  return Weights(jnp.where(weight_XV >= threshold_X1, weight_XV, 0), whole_X)
+  return Weighed(jnp.where(weight_XV >= threshold_X1, weight_XV, 0), whole_X)
 
 
 def _threshold(
@@ -137,10 +137,16 @@ def _threshold(
   X = len(weight_XV)
   mass = lambda threshold_X1: jnp.where(weight_XV >= threshold_X1, weight_XV, 0)
   count = lambda threshold_X1: jnp.where(weight_XV >= threshold_X1, 1.0, 0)
-  least_X1 = jax.lax.cond(top_k > 0, lambda: _largest(X, count, top_k), lambda: jnp.zeros((X, 1), jnp.float32))
-  left_X1 = jax.lax.cond(top_k > 0, lambda: _sums(mass(least_X1))[0][:, None], lambda: whole_X1)
+
+  def of_top_k() -> tuple[jax.Array, jax.Array]:
+    least_X1 = _largest(X, count, top_k)
+    return least_X1, _sums(mass(least_X1))[0][:, None]
+
+  zeros_X1 = jnp.zeros((X, 1), jnp.float32)
+  least_X1, left_X1 = jax.lax.cond(top_k > 0, of_top_k, lambda: (zeros_X1, whole_X1))
   of_nucleus = lambda: _largest(X, lambda threshold_X1: mass(jnp.maximum(threshold_X1, least_X1)), top_p * left_X1)
-  return jnp.maximum(jax.lax.cond(top_p < 1, of_nucleus, lambda: least_X1), min_p)
+  # All three: by a nucleus of nearly everything, rounding may find no threshold.
+  return jnp.maximum(jnp.maximum(jax.lax.cond(top_p < 1, of_nucleus, lambda: zeros_X1), least_X1), min_p)
 
 
 def _largest(X: int, kept: Callable[[jax.Array], jax.Array], enough: jax.Array) -> jax.Array:
@@ -159,7 +165,7 @@ def _largest(X: int, kept: Callable[[jax.Array], jax.Array], enough: jax.Array) 
     return bits_X1
 
   bits_X1 = jax.lax.fori_loop(0, 15, try_digit, jnp.zeros((X, 1), jnp.int32))
-  return jax.lax.bitcast_convert_type(bits_X1, jnp.float32)
+  return jnp.minimum(jax.lax.bitcast_convert_type(bits_X1, jnp.float32), 1)  # all bits, where nothing is enough
 
 
 class Generator(NamedTuple):

@@ -178,9 +178,10 @@ def test_rows_do_not_depend_on_the_mesh(name, slots):
 
 def test_the_mesh_takes_stacked_layers_and_a_prefix_too():
   prefix_T = [9, 3, 77, 50, 4]
-  who = engine((2, 1, 2), "tensor")
+  who = engine((2, 1, 2), "tensor", temperature=1.0)
   continued = generate(who, stacked=True, prefixes=(read_prefix(who, prefix_T, 8, parts=2),))
-  assert_same(continued, generate(engine(prompt_buckets=(12,)), [prefix_T + ids for ids in PROMPTS]))
+  whole = generate(engine(prompt_buckets=(12,), temperature=1.0), [prefix_T + ids for ids in PROMPTS])
+  assert_same(continued, whole)
 
 
 @pytest.mark.usefixtures("pools_grow")
@@ -354,11 +355,11 @@ def ragged(count, seed=0):
 
 @functools.cache
 def warmed_up():
-  """An engine whose programs no other test has, compiled for loads of one sample a prompt; and its generator."""
-  who = engine(slots=8, stops="never", page=1, decode_chunk=3, prefill_tokens=56)
+  """An engine whose programs no other test has, compiled for loads of two samples a prompt; and its generator."""
+  who = engine(slots=14, page=1, decode_chunk=3, prefill_tokens=49)
   generator, compilations = Generator((weights(engine()),)), ledger.process_compilations()
   cold = compilations.count
-  who.warm_up(generator, 40, 1)
+  who.warm_up(generator, 40, 2)
   assert compilations.count > cold  # it counts
   return who, generator
 
@@ -373,23 +374,26 @@ def warm(pools_grow, compile_this_quickly):
   assert compilations.count == before
 
 
-def draw_one_each(warm, prompts, limit_Q):
+def draw_pairs(warm, prompts, limit_Q, stops_ZV=NEVER):
   who, generator = warm
-  who.generate(Load(generator, prompts, np.arange(len(prompts), dtype=np.uint32), 1, KEY, limit_Q=limit_Q))
+  load = Load(generator, prompts, np.arange(len(prompts), dtype=np.uint32), 2, KEY, limit_Q=limit_Q)
+  dataclasses.replace(who, stops_ZV=stops_ZV).generate(load)
 
 
 def test_a_ragged_load_compiles_nothing_after_the_warm_up(warm):
-  draw_one_each(warm, *ragged(40))
+  draw_pairs(warm, *ragged(40), STOPS)
 
 
 def test_the_last_rows_compile_nothing_however_long_they_are(warm):
-  draw_one_each(warm, [[3]] * 8, np.array([11] * 2 + [2] * 6))
+  shapes = warm[0].shapes(7, 2, prefix=False)
+  assert (shapes.few, shapes.own_pools[0]) == (4, 4 * 11)  # more than a quarter of the most
+  draw_pairs(warm, [[3]] * 7, np.array([11] * 2 + [2] * 5))
 
 
 def test_pools_of_prompts_compile_nothing_whichever_sizes_they_go_between(warm):
-  assert warm[0].shapes(16, 1, prefix=False).prompt_pools == [28, 42, 56]
-  for lengths, long in (([1] * 8 + [7] * 8, 0), ([5] * 8, 2)):  # from 28 pages to 56; from 42 to 28 with the last rows
-    draw_one_each(warm, [[3] * length for length in lengths], np.array([11] * long + [2] * (len(lengths) - long)))
+  assert warm[0].shapes(14, 2, prefix=False).prompt_pools == [25, 37, 49]
+  for lengths, long in (([1] * 7 + [7] * 7, 0), ([5] * 7, 2)):  # from 25 pages to 49; from 37 to 25 with the last rows
+    draw_pairs(warm, [[3] * length for length in lengths], np.array([11] * long + [2] * (len(lengths) - long)))
 
 
 def test_new_choices_and_keys_compile_nothing_and_draw_otherwise():
@@ -514,11 +518,12 @@ def watched(monkeypatch, *names):
 
 def test_joining_leaving_and_other_choices_compile_nothing_after_the_warm_up(greedy, warm):
   who, generator = warm
-  generation = who.open(generator, 8, 1, KEY)
+  generation = who.open(generator, 8, 2, KEY)
   joined(generation, [[0], [], [1, 2, 3, 4, 5, 6], [7]], [[], [], [2, 3]])
   generation.choose(Choice(temperature=0.0))
   drawn = joined(generation, [[q] for q in range(8)], [[], [], [], [], [], [3]])
-  expected = lists(greedy)
+  until_a_stop = lambda tokens: tokens[: next((i + 1 for i, token in enumerate(tokens) if token < 12), None)]
+  expected = {place: until_a_stop(tokens) for place, tokens in lists(greedy).items()}
   assert all(drawn[place] == expected[place] for place in drawn if place[0] != 3)
 
 
@@ -648,7 +653,7 @@ def test_a_row_that_is_not_finite_spoils_no_other():
   config = dataclasses.replace(CONFIG, tied=False)
   others = [q for q in range(1, 8) if PROMPTS[0][0] not in PROMPTS[q]]
   prompts = [PROMPTS[0], *(PROMPTS[q] for q in others)]
-  for changes in ({}, {"slots": 2}, {"cache": "int8"}):
+  for changes in ({}, {"temperature": 1.0}, {"slots": 2}, {"cache": "int8"}):
     who = dataclasses.replace(engine(**changes, stops="never"), model=config)
     draw = lambda params: who.generate(  # noqa: B023
       Load(Generator((layers.unstack(config, params),)), prompts, np.arange(len(prompts), dtype=np.uint32), 2, KEY)
@@ -665,7 +670,7 @@ def test_a_row_that_is_not_finite_spoils_no_other():
 
 def read_prefix(who, ids, slots, parts=1):
   _, kept = model.forward(CONFIG, PARAMS, np.tile(np.pad(np.array(ids, np.int32), (0, slots - len(ids))), (parts, 1)))
-  cache = layers.each_layer(caches.cache_of, kept)
+  cache = caches.caches_of(kept)
   rows = sharding.rows_sharding(who.mesh, who.layout)
   length_Q = jax.device_put(np.full(parts, len(ids), np.int32), rows)
   return Prefix(jax.device_put(cache, jax.NamedSharding(who.mesh, who.layout.spec((None, "rows", "heads")))), length_Q)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import caches, hf_config, layers, model, placement, session, sharding, update
+from advgame_jax import caches, hf_config, model, placement, session, sharding, update
 from advgame_jax import config as config_lib
 from advgame_jax.types import Players
 from advgame_jax.update import Recipe
@@ -71,7 +71,7 @@ def test_a_text_that_prompts_continue_is_kept_by_rows_and_heads(preset, sizes):
   where = golden.frozen.shardings(tiny.CONFIG, place.mesh, place.generate, int8=False)
   params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tiny.params(), where)
   kept = lambda params, tokens: model.forward(tiny.CONFIG, params, tokens, layout=place.generate)[1]
-  read = jax.jit(lambda params, tokens: layers.each_layer(caches.cache_of, kept(params, tokens)))
+  read = jax.jit(lambda params, tokens: caches.caches_of(kept(params, tokens), place.generate))
   with jax.set_mesh(place.mesh):
     cache = read.lower(params, tokens).compile(compiler_options=QUICK).output_shardings
   expected = jax.NamedSharding(place.mesh, place.generate.spec((None, "rows", "heads")))

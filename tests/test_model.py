@@ -84,7 +84,7 @@ def test_decode_step_by_step_equals_forward(stacked):
   Q, steps, page = 3, 4, 2
   config, length_R = tiny.CONFIG, np.array([5, 2, 6])
   params = tiny.params() if stacked else layers.unstack(tiny.CONFIG, tiny.params())
-  prompts = layers.each_layer(caches.cache_of, model.forward(config, params, jnp.asarray(TOKENS_RT[:, :6]))[1])
+  prompts = caches.caches_of(model.forward(config, params, jnp.asarray(TOKENS_RT[:, :6]))[1])
   new_RT = RNG.integers(0, config.vocab, (Q, steps)).astype(np.int32)
   places, zeros_R = np.arange(Q, dtype=np.int32)[:, None], np.zeros(Q, np.int32)
   read = Index(places, zeros_R, length_R, places)
@@ -181,7 +181,7 @@ def test_logits_are_float32_and_pools_match_caches(stacked):
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params())
   params = params if stacked else layers.unstack(tiny.CONFIG, params)
   hidden, kept = jax.eval_shape(lambda: model.forward(tiny.CONFIG, params, TOKENS_RT, dtype=jnp.bfloat16))
-  cache = jax.eval_shape(lambda kept: layers.each_layer(caches.cache_of, kept), kept)
+  cache = jax.eval_shape(caches.caches_of, kept)
   pool = caches.empty_pool(tiny.CONFIG, stacked, *TOKENS_RT.shape, jnp.bfloat16)
   assert hidden.dtype == jnp.bfloat16
   assert jax.eval_shape(lambda: model.logits(tiny.CONFIG, params, jnp.zeros(hidden.shape, hidden.dtype))).dtype == (
@@ -207,7 +207,7 @@ def test_rows_that_continue_a_prefix_are_whole_rows(window):
   for prefix_length in (5, 21):
     prefix_1T, length_R, tokens_RT, whole_RT = continued_rows(config, prefix_length, slots=24)
     _, kept = model.forward(config, params, prefix_1T)
-    prefix = Prefix(layers.each_layer(caches.cache_of, kept), np.array([prefix_length]))
+    prefix = Prefix(caches.caches_of(kept), np.array([prefix_length]))
     hidden_RTM, own = jax.jit(lambda prefix, t: model.forward(config, params, t, prefix=prefix))(prefix, tokens_RT)
     expected_RTM, whole = model.forward(config, params, whole_RT)
     np.testing.assert_allclose(hidden_RTM, expected_RTM[:, prefix_length:], atol=2e-5)

@@ -123,6 +123,12 @@ def test_cuts_are_transformers_one_after_the_other(top_k, top_p, min_p):
     np.testing.assert_allclose(density_V, expected_V, atol=1e-6)
 
 
+def test_a_nucleus_of_next_to_nothing_is_the_likeliest_token_and_one_of_nearly_everything_forgets_no_other_cut():
+  kept = lambda *choice: (np.asarray(behaviour(LOGITS_XV, Choice(*choice))) > 0).sum(-1)
+  np.testing.assert_array_equal(kept(1.0, 1e-50), kept(1.0, 1.0, 1))  # which is 0 in float32
+  np.testing.assert_array_equal(kept(1.0, np.nextafter(np.float32(1), np.float32(0)), 5), kept(1.0, 1.0, 5))
+
+
 def test_tokens_that_tie_with_the_last_of_the_likeliest_are_kept():
   density_V = np.array([0.1, 0.2, 0.25, 0.2, 0.25])
   kept = lambda k: int((np.asarray(behaviour(np.log(density_V)[None], Choice(top_k=k))) > 0).sum())
