@@ -145,7 +145,7 @@ def _threshold(
   zeros_X1 = jnp.zeros((X, 1), jnp.float32)
   least_X1, left_X1 = jax.lax.cond(top_k > 0, of_top_k, lambda: (zeros_X1, whole_X1))
   of_nucleus = lambda: _largest(X, lambda threshold_X1: mass(jnp.maximum(threshold_X1, least_X1)), top_p * left_X1)
-  # All three: by a nucleus of nearly everything, rounding may find no threshold.
+  # All three: in a nucleus of nearly everything, sums in another order may find no threshold.
   return jnp.maximum(jnp.maximum(jax.lax.cond(top_p < 1, of_nucleus, lambda: zeros_X1), least_X1), min_p)
 
 

@@ -123,10 +123,9 @@ def test_cuts_are_transformers_one_after_the_other(top_k, top_p, min_p):
     np.testing.assert_allclose(density_V, expected_V, atol=1e-6)
 
 
-def test_a_nucleus_of_next_to_nothing_is_the_likeliest_token_and_one_of_nearly_everything_forgets_no_other_cut():
-  kept = lambda *choice: (np.asarray(behaviour(LOGITS_XV, Choice(*choice))) > 0).sum(-1)
+def test_a_nucleus_of_next_to_nothing_is_the_likeliest_token():
+  kept = lambda *choice: np.asarray(behaviour(LOGITS_XV, Choice(*choice))) > 0
   np.testing.assert_array_equal(kept(1.0, 1e-50), kept(1.0, 1.0, 1))  # which is 0 in float32
-  np.testing.assert_array_equal(kept(1.0, np.nextafter(np.float32(1), np.float32(0)), 5)[:4], 5)
 
 
 def test_tokens_that_tie_with_the_last_of_the_likeliest_are_kept():
