@@ -295,15 +295,12 @@ def _draw_next(
   """Draws each live row's next token [R]; and what is recorded of it, by the names of `Chunk`."""
   generator = Generator(tuple(member.params for member in members), tuple(share))
   logits_RV = scoring.mixed_logits(config, generator, rows.hidden_RM)
-  weight_RV, whole_R = scoring.weigh(logits_RV, choice)
+  weight_RV = scoring.behaviour_weight(logits_RV, choice)
   uniform_R = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(rows.key_R, rows.count_R)
   token_R, total_R = draw(weight_RV, uniform_R)
   token_R = jnp.where(rows.live_R, token_R, 0)
-  log_weight_R = jnp.log(jnp.take_along_axis(weight_RV, token_R[:, None], 1)[:, 0])
-  behaviour_R = log_weight_R - jnp.log(total_R)
-  as_weighed = lambda: log_weight_R - jnp.log(whole_R)  # at temperature 1: cheaper by a pass over the vocabulary
-  plain = functools.partial(scoring.plain_logprob, logits_RV, token_R)
-  plain_R = jax.lax.cond(choice.temperature == 1, as_weighed, plain)
+  behaviour_R = jnp.log(jnp.take_along_axis(weight_RV, token_R[:, None], 1)[:, 0] / total_R)
+  plain_R = scoring.plain_logprob(logits_RV, token_R)
   stop_state_R = stops_ZV[rows.stop_state_R, token_R].astype(jnp.int32)
   count_R = rows.count_R + rows.live_R
   ends_R = (stop_state_R == stops_ZV.shape[0] - 1) | (count_R >= rows.limit_R)

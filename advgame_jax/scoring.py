@@ -99,19 +99,12 @@ def behaviour(logits_XV: jax.Array, choice: Choice) -> jax.Array:
   mass is at least `top_p` (Holtzman et al. 1904.09751), then to those of at least `min_p` × the likeliest (2407.01082):
   transformers' order. All tokens that tie with the last one kept are kept.
   """
-  weight_XV = weigh(logits_XV, choice).kept_XV
+  weight_XV = behaviour_weight(logits_XV, choice)
   return weight_XV / jnp.sum(weight_XV, -1, keepdims=True)
 
 
-class Weighed(NamedTuple):
-  """What tokens weigh in a draw: e^(logit / temperature), the greatest 1; at temperature 0 the likeliest alone."""
-
-  kept_XV: jax.Array  # 0 where it is cut
-  whole_X: jax.Array  # the sum before anything is cut
-
-
-def weigh(logits_XV: jax.Array, choice: Choice) -> Weighed:
-  """What is kept is `behaviour` times what makes its greatest value 1: cheaper by some passes over the vocabulary.
+def behaviour_weight(logits_XV: jax.Array, choice: Choice) -> jax.Array:
+  """`behaviour` times what makes its greatest value 1: cheaper by some passes over the vocabulary.
 
   What costs is decided by the settings as they come; each decision gives a number a row, so that no branch copies the
   vocabulary.
@@ -124,27 +117,20 @@ def weigh(logits_XV: jax.Array, choice: Choice) -> Weighed:
   first_X1 = jax.lax.cond(soft, lambda: jnp.zeros((X, 1), jnp.int32), first)
   heated_XV = jnp.exp((logits_XV - highest_X1) / jnp.where(soft, temperature, 1))
   weight_XV = jnp.where(soft, heated_XV, jnp.arange(V) == first_X1)
-  (whole_X,) = _sums(weight_XV)
-  threshold = lambda: _threshold(weight_XV, whole_X[:, None], top_p, top_k, min_p)
+  threshold = lambda: _threshold(weight_XV, top_p, top_k, min_p)
   threshold_X1 = jax.lax.cond(soft & cuts, threshold, lambda: jnp.zeros((X, 1), jnp.float32))
-  return Weighed(jnp.where(weight_XV >= threshold_X1, weight_XV, 0), whole_X)
+  return jnp.where(weight_XV >= threshold_X1, weight_XV, 0)
 
 
-def _threshold(
-  weight_XV: jax.Array, whole_X1: jax.Array, top_p: jax.Array, top_k: jax.Array, min_p: jax.Array
-) -> jax.Array:
+def _threshold(weight_XV: jax.Array, top_p: jax.Array, top_k: jax.Array, min_p: jax.Array) -> jax.Array:
   """The least weight that is kept, [X, 1], of weights whose greatest is 1."""
   X = len(weight_XV)
   mass = lambda threshold_X1: jnp.where(weight_XV >= threshold_X1, weight_XV, 0)
   count = lambda threshold_X1: jnp.where(weight_XV >= threshold_X1, 1.0, 0)
-
-  def of_top_k() -> tuple[jax.Array, jax.Array]:
-    least_X1 = _largest(X, count, top_k)
-    return least_X1, _sums(mass(least_X1))[0][:, None]
-
   zeros_X1 = jnp.zeros((X, 1), jnp.float32)
-  least_X1, left_X1 = jax.lax.cond(top_k > 0, of_top_k, lambda: (zeros_X1, whole_X1))
-  of_nucleus = lambda: _largest(X, lambda threshold_X1: mass(jnp.maximum(threshold_X1, least_X1)), top_p * left_X1)
+  least_X1 = jax.lax.cond(top_k > 0, lambda: _largest(X, count, top_k), lambda: zeros_X1)
+  left = lambda threshold_X1: mass(jnp.maximum(threshold_X1, least_X1))
+  of_nucleus = lambda: _largest(X, left, top_p * _sums(left(zeros_X1))[0][:, None])
   # All three: in a nucleus of nearly everything, sums in another order may find no threshold.
   return jnp.maximum(jnp.maximum(jax.lax.cond(top_p < 1, of_nucleus, lambda: zeros_X1), least_X1), min_p)
 
