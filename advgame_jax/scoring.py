@@ -151,7 +151,7 @@ def _largest(X: int, kept: Callable[[jax.Array], jax.Array], enough: jax.Array) 
     return bits_X1
 
   bits_X1 = jax.lax.fori_loop(0, 15, try_digit, jnp.zeros((X, 1), jnp.int32))
-  return jnp.minimum(jax.lax.bitcast_convert_type(bits_X1, jnp.float32), 1)  # all bits, where nothing is enough
+  return jnp.minimum(jax.lax.bitcast_convert_type(bits_X1, jnp.float32), 1)  # all bits are set where `enough` is 0
 
 
 class Generator(NamedTuple):
