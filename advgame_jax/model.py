@@ -292,7 +292,7 @@ def _over_layers(
   kinds = kinds_of_layers(config)
   if not one_by_one(layers):
     return jax.lax.scan(step, x, (layers, kinds, more))
-  given = []
+  given, step = [], jax.jit(step, inline=True)  # traced once for all layers
   for layer, kind, part in zip(layers, apart(kinds), more or [None] * len(layers)):
     x, kept = step(x, (layer, kind, part))
     given.append(kept)
