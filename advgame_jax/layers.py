@@ -23,8 +23,13 @@ def one_by_one(layers: Layers) -> bool:
 
 
 def each_layer(f: Callable[..., Any], *layers: Layers) -> Layers:
-  """`f` of what there is of each layer."""
-  return tuple(map(f, *layers)) if one_by_one(layers[0]) else jax.vmap(f)(*layers)
+  """`f` of what there is of each layer; traced once for all."""
+  return tuple(map(traced_once(f), *layers)) if one_by_one(layers[0]) else jax.vmap(f)(*layers)
+
+
+def traced_once(f: Callable[..., Any]) -> Callable[..., Any]:
+  """`f`, of which further calls of the same shapes copy into the program what the first one traced."""
+  return jax.jit(f, inline=True)
 
 
 def apart(stacked: Any) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.blockwise import ATTENDED
 from advgame_jax.caches import Cache, Kept
 from advgame_jax.fork import Fork
-from advgame_jax.layers import Layers, apart, one_by_one
+from advgame_jax.layers import Layers, apart, one_by_one, traced_once
 from advgame_jax.matrices import PRODUCT, Adapted, Int8, Transposed, cast, multiply, project
 from advgame_jax.rotary import Turn
 from advgame_jax.sharding import LOCAL, Layout
@@ -292,7 +292,7 @@ def _over_layers(
   kinds = kinds_of_layers(config)
   if not one_by_one(layers):
     return jax.lax.scan(step, x, (layers, kinds, more))
-  given, step = [], jax.jit(step, inline=True)  # traced once for all layers
+  given, step = [], traced_once(step)
   for layer, kind, part in zip(layers, apart(kinds), more or [None] * len(layers)):
     x, kept = step(x, (layer, kind, part))
     given.append(kept)

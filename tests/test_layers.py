@@ -34,6 +34,18 @@ def test_a_forward_pass_is_that_of_the_stack(config):
   np.testing.assert_allclose(forward(layers.unstack(config, params)), forward(params), atol=2e-5)
 
 
+@pytest.mark.parametrize("config", [tiny.CONFIG, EXPERTS], ids=["dense", "experts"])
+def test_layers_one_by_one_are_traced_once_for_all(config, monkeypatch):
+  """And their program calls nothing: it is that of layers traced one after the other."""
+  params, block, traced = layers.unstack(config, tiny.params(config)), model._block, []
+  monkeypatch.setattr(model, "_block", lambda *args: traced.append(args) or block(*args))
+  jaxpr = jax.make_jaxpr(lambda params: model.forward(config, params, np.ones((2, 5), np.int32)))(params)
+  assert len(traced) == 1 < config.layers
+  assert str(jaxpr).count(" exp ") >= config.layers and "layer_step" not in str(jaxpr)
+  jax.eval_shape(lambda *parts: layers.each_layer(lambda x: traced.append(x) or x, parts), *np.ones((3, 2)))
+  assert len(traced) == 2
+
+
 def test_only_plain_matrices_of_layers_are_transposed():
   transposed = lambda config, params: {
     name for name, x in layers.unstack(config, params)["layers"][0].items() if isinstance(x, Transposed)
