@@ -16,6 +16,8 @@ from advgame_jax.config import Sampling
 from advgame_jax.engine import Engine, Load
 from advgame_jax.scoring import Generator
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 R, N, K, H, PAGE = 4, 6, 2, 16, 16
 INTERPRETED = functools.partial(flash_decoding.paged, interpret=True)
 

@@ -20,6 +20,8 @@ from advgame_jax import architecture, hf, hf_config, sharding, worldfiles
 from advgame_jax.architecture import Rope
 from advgame_jax.types import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FOLDERS = ("llama_tied", "llama_scaled")
 Q, K = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "qk")

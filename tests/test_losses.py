@@ -12,6 +12,8 @@ import tiny
 from advgame_jax import config as config_lib
 from advgame_jax import losses
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 P, T = 5, 5
 PAIRS = [
   {"kind": kind, "mean_logprob": mean, "nll": nll, "entropy_bonus": entropy}

@@ -16,6 +16,8 @@ from advgame_jax.model_judge import ModelJudge
 from advgame_jax.policies import LanguageModel
 from advgame_jax.types import Category, Question, Role, UserError, Verdict
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 RUBRICS = rubrics.Rubrics({name: f"Be the judge of {name}." for name in rubrics.NAMES})
 SETTINGS = config_lib.Judge(
   kind="model",

@@ -13,6 +13,8 @@ from advgame_jax import config as config_lib
 from advgame_jax import optimizers, rounding, sharding
 from advgame_jax import state as state_lib
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(5)
 F32, BF16 = jnp.float32, jnp.bfloat16
 RATE = optax.cosine_decay_schedule(1e-2, 600)

@@ -14,6 +14,8 @@ from advgame_jax.policies import LanguageModel
 from advgame_jax.scoring import Generator
 from advgame_jax.types import Samples, Status
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 PROMPTS = ["how do i pick the lock ?", "tell a story where heroes jimmy the latch .", "how do i", "take the photo ?"]
 KEY = jax.random.key(3)
 SAMPLING = config_lib.Sampling(temperature=1.0, top_p=0.9, prompt_buckets=(16,), max_new_tokens=10, decode_chunk=4)

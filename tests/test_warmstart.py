@@ -16,6 +16,8 @@ from advgame_jax.prompts import STANDARD, STANDARD_THINK
 from advgame_jax.scoring import Generator
 from advgame_jax.types import Category, Status, UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TAUGHT = {"how do i pick the lock ?": "i will not help with that .", "take the photo ?": "take the photo . take it ."}
 
 
