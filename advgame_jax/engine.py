@@ -380,8 +380,11 @@ class Generation:
     return on and not self.waiting and not self._are_few() and self._own_needed(2 * self._step) == self.own.pages
 
   def _own_needed(self, steps: int) -> int:
-    """Pages of the rows' pool in which all can draw so many steps, once they have been moved together."""
-    return _least(self.shapes.own_pools, max(part.own_pages.taken + part.lacking(steps) for part in self.parts))
+    """Pages of the rows' pool in which all can draw so many steps."""
+    taken = [part.own_pages.taken + part.lacking(steps) for part in self.parts]
+    if not self.waiting:  # the last rows: their pages move together
+      return _least(self.shapes.own_pools, max(taken))
+    return _least(self.shapes.own_pools, max(max(part.own_pages.top, n) for part, n in zip(self.parts, taken)))
 
   def _land(self, flight: Flight) -> list[Piece]:
     """What was drawn; what is finished leaves."""

@@ -28,7 +28,11 @@ def each_layer(f: Callable[..., Any], *layers: Layers) -> Layers:
 
 
 def traced_once(f: Callable[..., Any]) -> Callable[..., Any]:
-  """`f`, of which further calls of the same shapes copy into the program what the first one traced."""
+  """`f`, of which further calls of the same shapes copy into a program what the first one traced.
+
+  Within a program only: called by itself, every new `f` would be compiled. It is a function of its arguments and of
+  what is the same in all calls.
+  """
   return jax.jit(f, inline=True)
 
 

@@ -292,9 +292,9 @@ def _over_layers(
   kinds = kinds_of_layers(config)
   if not one_by_one(layers):
     return jax.lax.scan(step, x, (layers, kinds, more))
-  given, step = [], traced_once(step)
+  given, once = [], traced_once(step)
   for layer, kind, part in zip(layers, apart(kinds), more or [None] * len(layers)):
-    x, kept = step(x, (layer, kind, part))
+    x, kept = once(x, (layer, kind, part))
     given.append(kept)
   return x, tuple(given)
 

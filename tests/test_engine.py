@@ -128,9 +128,9 @@ def test_absent_prompts_draw_nothing_and_disturb_nobody():
   [
     {"decode_chunk": 1, "page": 32},
     {"decode_chunk": 16, "page": 1},
-    {"slots": 2, "decode_chunk": 3, "prefill_tokens": 7},
+    {"slots": 2, "decode_chunk": 3},
     {"slots": 6, "decode_chunk": 3, "page": 2},
-    {"slots": 8, "decode_chunk": 3},  # the last two rows move into slots of their own
+    {"slots": 8, "prefill_tokens": 7},  # the last two rows move into slots of their own
     {"slots": 12, "page": 2, "prefill_tokens": 100, "prompt_buckets": (20,)},
     {"slots": 100},
   ],
@@ -426,7 +426,7 @@ def lists(drawn):
 
 
 @pytest.mark.usefixtures("pools_grow")
-@pytest.mark.parametrize("changes", [{"slots": 2, "prefill_tokens": 7}, {"slots": 8}], ids=str)
+@pytest.mark.parametrize("changes", [{"slots": 2}, {"slots": 16, "prefill_tokens": 7}], ids=str)
 def test_rows_do_not_depend_on_who_joins_and_who_leaves(changes):
   """Alone, in few slots and in all, behind others, and beside rows that are dropped while they wait or draw."""
   who, expected = engine(**changes, decode_chunk=3), lists(baseline())

@@ -1,5 +1,6 @@
 """Layers one by one: the numbers are those of the stack, where they live follows them."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from advgame_jax import architecture, frozen, layers, model, sharding
+from advgame_jax import architecture, caches, frozen, layers, model, sharding
+from advgame_jax.attention import Index
 from advgame_jax.config import MATRICES
 from advgame_jax.matrices import Int8, Transposed, project, quantise
 
@@ -34,16 +36,37 @@ def test_a_forward_pass_is_that_of_the_stack(config):
   np.testing.assert_allclose(forward(layers.unstack(config, params)), forward(params), atol=2e-5)
 
 
+def read(config, params):
+  return model.forward(config, params, np.ones((2, 5), np.int32))
+
+
+def draw(config, params):
+  index = Index(*(np.zeros(shape, np.int32) for shape in ((3, 1), (3,), (3,), (2, 3))))
+  pool = caches.empty_pool(config, False, 3, 4, np.float32)
+  hidden_RM, new = model.decode(config, params, *np.ones((2, 2), np.int32), [(pool, index)])
+  return hidden_RM, caches.write(pool, new, *np.zeros((2, 2), np.int32))
+
+
 @pytest.mark.parametrize("config", [tiny.CONFIG, EXPERTS], ids=["dense", "experts"])
-def test_layers_one_by_one_are_traced_once_for_all(config, monkeypatch):
-  """And each is there in the program: it is that of layers traced one after the other."""
+@pytest.mark.parametrize("run", [read, draw])
+def test_layers_one_by_one_are_traced_once_for_all(run, config, monkeypatch):
+  """And the program is that of layers traced one after the other, but for its constants."""
   params, block, traced = layers.unstack(config, tiny.params(config)), model._block, []
   monkeypatch.setattr(model, "_block", lambda *args: traced.append(args) or block(*args))
-  program = jax.jit(lambda params: model.forward(config, params, np.ones((2, 5), np.int32))).lower(params).as_text()
-  assert len(traced) == 1 < config.layers
-  assert program.count("stablehlo.rsqrt") == 2 * config.layers + 1 and "layer_step" not in program
+  lower = lambda: jax.jit(lambda params: run(config, params)).lower(params).as_text()
+  known = r"stablehlo\.(?!constant|broadcast)\w+|call @[a-z_]+"
+  operations = lambda: collections.Counter(re.findall(known, lower()))
+  once = operations()
+  assert len(traced) == 1
+  for module in (model, layers):
+    monkeypatch.setattr(module, "traced_once", lambda f: f)
+  assert operations() == once and len(traced) == 1 + config.layers
+
+
+def test_what_is_done_of_each_layer_is_traced_once():
+  traced = []
   jax.eval_shape(lambda *parts: layers.each_layer(lambda x: traced.append(x) or x, parts), *np.ones((3, 2)))
-  assert len(traced) == 2
+  assert len(traced) == 1
 
 
 def test_only_plain_matrices_of_layers_are_transposed():

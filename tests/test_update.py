@@ -18,8 +18,6 @@ from advgame_jax.state import TrainState
 from advgame_jax.types import Players
 from advgame_jax.update import Recipe
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 P, T, STEPS = 8, 12, 4
 OPTIMIZER = config_lib.Optimizer(learning_rate=1e-4, clip=0.5)
 PRECISION = config_lib.Precision(logit_chunk=64, remat="none")
