@@ -130,7 +130,7 @@ def test_absent_prompts_draw_nothing_and_disturb_nobody():
     {"decode_chunk": 16, "page": 1},
     {"slots": 2, "decode_chunk": 3},
     {"slots": 6, "decode_chunk": 3, "page": 2},
-    {"slots": 8, "prefill_tokens": 7},  # the last two rows move into slots of their own
+    {"slots": 8, "prefill_tokens": 7},  # who is left moves into two slots
     {"slots": 12, "page": 2, "prefill_tokens": 100, "prompt_buckets": (20,)},
     {"slots": 100},
   ],
