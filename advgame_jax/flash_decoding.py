@@ -1,7 +1,8 @@
-"""`attention.paged` as kernels for GPUs: what each page gives its readers, and what those make of it.
+"""`attention.paged` and `caches.write` as kernels for GPUs.
 
-Flash decoding (2311.01282) in Pallas: a program for each page and key head, then one for each row and query head. What
-XLA does in twenty small kernels a layer, mostly waiting for each other, these do in two.
+Flash decoding (2311.01282) in Pallas: a program for each page and key head, which says what the page gives its readers,
+then one for each row and query head, which joins what its pages gave. What XLA does in twenty small kernels a layer,
+mostly waiting for each other, these do in two; what it writes into pages by two a layer, one does for many layers.
 """
 
 import functools
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from advgame_jax import attention
+from advgame_jax import attention, caches
 from advgame_jax.attention import Pool
 from advgame_jax.blockwise import Rule, softcap
+from advgame_jax.caches import Cache, Kept
 from advgame_jax.matrices import Int8
 
 _LEAST = float(jnp.finfo(jnp.float32).min)
@@ -24,6 +26,7 @@ _LEAST_ROWS = 16  # of a product on tensor cores
 _MOST_ROWS = 128  # of queries of a page: those of more readers are a product for XLA
 _MOST_BYTES = 32 * 2**10  # of a page's keys: they and its values lie in a multiprocessor's shared memory
 _JOINED = 32  # pages that are joined at a time
+_WRITTEN = 16  # layers of a launch, whose arrays are its arguments: 4 KiB of them at most
 _EXACT = jax.lax.Precision.HIGHEST  # float32 is multiplied as such
 
 
@@ -203,3 +206,59 @@ def _given(
   highest_j = triton.load(highest_ref.at[at_j], mask=there_j, other=_LEAST)
   total_j = triton.load(total_ref.at[at_j], mask=there_j, other=0.0)
   return highest_j, total_j, triton.load(read_ref.at[at_jH], mask=there_j[:, None], other=0.0)
+
+
+def write(
+  pool: Sequence[Cache],
+  new: Sequence[Kept],
+  page_R: jax.Array,
+  slot_R: jax.Array,
+  *,
+  interpret: bool = False,
+) -> tuple[Cache, ...]:
+  """As `caches.write`, of layers one by one: in place, where nobody reads the pool before."""
+  written: list[Cache] = []
+  for first in range(0, len(pool), _WRITTEN):
+    layers = pool[first : first + _WRITTEN]
+    tokens = [_token(caches.cache_of(kept), cache) for kept, cache in zip(new[first:], layers)]
+    arrays, tree = jax.tree.flatten(layers)
+    new_RKX = [x.reshape(*x.shape[:2], -1) for x in jax.tree.leaves(tokens)]
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    put = pl.pallas_call(
+      functools.partial(_write_token, each=len(arrays) // len(layers)),
+      grid=(len(layers), *new_RKX[0].shape[:2]),
+      in_specs=[anywhere] * (2 + 2 * len(arrays)),
+      out_specs=[anywhere] * len(arrays),
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
+      input_output_aliases={2 + len(arrays) + i: i for i in range(len(arrays))},
+      compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
+      interpret=interpret,
+      name="write_tokens",
+    )
+    written += jax.tree.unflatten(tree, put(page_R, slot_R, *new_RKX, *arrays))
+  return tuple(written)
+
+
+def _token(new: Cache, pool: Cache) -> Cache:
+  """As `caches.for_pool`, but for what is not finite: that the kernel leaves out, which XLA would do layer by layer."""
+  return caches.for_pool(new, pool) if isinstance(pool.key_RKHS, Int8) else new
+
+
+def _write_token(page_ref: Any, slot_ref: Any, *refs: Any, each: int) -> None:
+  """Layer l, row r, key head k. `each`: arrays of a layer, the first half of keys."""
+  l, r, k = (pl.program_id(axis) for axis in range(3))
+  page, slot = page_ref[r], slot_ref[r]
+  count = len(refs) // 3
+  written = list(zip(refs[:count], refs[2 * count :]))  # between them the pool as it was
+  there = (page >= 0) & (page < refs[-1].shape[0])
+  for number, first in enumerate(range(0, count, each)):
+
+    @pl.when(there & (l == number))
+    def _(first: int = first) -> None:
+      for place, (new_ref, pool_ref) in enumerate(written[first : first + each]):
+        x = jnp.arange(new_ref.shape[2])
+        new_X = triton.load(new_ref.at[r, k, x])
+        if place < each // 2:
+          triton.store(pool_ref.at[page, k, x, slot], new_X)
+        else:
+          triton.store(pool_ref.at[page, k, slot, x], attention.finite(new_X))

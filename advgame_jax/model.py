@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import attention, experts, flash_decoding, kernels, rotary
+from advgame_jax import attention, caches, experts, flash_decoding, kernels, rotary
 from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.blockwise import ATTENDED
 from advgame_jax.caches import Cache, Kept
@@ -348,40 +348,62 @@ def decode(
 ) -> tuple[jax.Array, Layers]:
   """One token a row → hidden states [R, M], and the token's keys and values: `Layers` of `Kept`.
 
-  Nothing is written here: see `caches.write`. Parameters are already in the compute dtype.
+  Nothing is written here: see `write`. Parameters are already in the compute dtype.
 
   Args:
     place_R: int32, the token's.
     pools: of `caches.empty_pool`'s form, and who reads their pages. Each part of the rows has its own pages.
     kernel: of `attention.causal`; by any but "xla", pages are read by the platform's own kernels if there are any.
   """
-  paged = flash_decoding.paged if kernels.by_pages(kernel, jax.default_backend(), config.head_size) else attention.paged
+  paged = flash_decoding.paged if _by_kernels(config, kernel) else attention.paged
   x_RTM = layout.constrain(embed(config, params, token_R[:, None], layout), "rows", "tokens", None)
   turns = rotary.turns_of_ropes(config, place_R[:, None])
   rule, indices = attention_rules(config)[0], [index for _, index in pools]  # the window is the layer's
   rows, heads = layout.spec(("rows",)), layout.spec(("rows", "heads"))
 
-  def read(query: Any, key: Any, value: Any, place: Any, caches: Any, indices: Any, window: Any) -> jax.Array:
-    pools = [attention.Pool(cache.key_RKHS, cache.value_RKSH, index) for cache, index in zip(caches, indices)]
+  def read(query: Any, key: Any, value: Any, place: Any, pools: Any, indices: Any, window: Any) -> jax.Array:
+    pools = [attention.Pool(cache.key_RKHS, cache.value_RKSH, index) for cache, index in zip(pools, indices)]
     return paged(query, key, value, place, pools, rule, window)
 
   read = layout.local(read, (heads, heads, heads, rows, heads, rows, jax.P()), heads)
 
   def layer_step(x_RTM: jax.Array, inputs: Any) -> tuple[jax.Array, Kept]:
-    layer, kind, caches = inputs
+    layer, kind, of_layer = inputs
     kept: list[jax.Array] = []
 
     def attend(query_R1NH: jax.Array, key_R1KH: jax.Array, value_R1KH: jax.Array) -> jax.Array:
       kept.extend((key_R1KH, value_R1KH))
       new = (query_R1NH[:, 0], key_R1KH[:, 0], value_R1KH[:, 0])
-      return read(*new, place_R, caches, indices, kind.window)[:, None]
+      return read(*new, place_R, of_layer, indices, kind.window)[:, None]
 
     return _block(config, layout, layer, x_RTM, _turn(turns, kind), attend), Kept(*kept)
 
-  of_all = [cache for cache, _ in pools]
-  caches = tuple(zip(*of_all)) if one_by_one(params["layers"]) else tuple(of_all)
-  x_RTM, new = _over_layers(config, layer_step, x_RTM, params["layers"], caches)
+  of_all = tuple(cache for cache, _ in pools)
+  by_layer = tuple(zip(*of_all)) if one_by_one(params["layers"]) else of_all
+  x_RTM, new = _over_layers(config, layer_step, x_RTM, params["layers"], by_layer)
   return rms_norm(x_RTM[:, 0], params["final_norm"], config.norm_epsilon, config.norm_offset), new
+
+
+def write(
+  config: ModelConfig,
+  pool: Layers,
+  new: Layers,
+  page_R: jax.Array,
+  slot_R: jax.Array,
+  *,
+  layout: Layout = LOCAL,
+  kernel: str = "auto",
+) -> Layers:
+  """The pool with what `decode` gave of each row's token in its slot of its page, as `caches.write` has it."""
+  if not (_by_kernels(config, kernel) and one_by_one(pool)):
+    return caches.write(pool, new, page_R, slot_R, layout)
+  rows, heads, as_kept = (layout.spec(axes) for axes in (("rows",), ("rows", "heads"), ("rows", None, "heads")))
+  with jax.named_scope("write"):
+    return layout.local(flash_decoding.write, (heads, as_kept, rows, rows), heads)(pool, new, page_R, slot_R)
+
+
+def _by_kernels(config: ModelConfig, kernel: str) -> bool:
+  return kernels.by_pages(kernel, jax.default_backend(), config.head_size)
 
 
 def head(params: Params) -> jax.Array:

@@ -1,6 +1,7 @@
 """The jitted programs of generation: `sampler`, for a model on a mesh and the sizes of its pages and chunks."""
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,11 @@ from advgame_jax.architecture import ModelConfig
 from advgame_jax.layers import Layers
 from advgame_jax.sampler import Member, Rows
 from advgame_jax.sharding import Layout
+
+# What XLA puts into CUDA graphs by default, and branches and loops: else the card waits, token by token, for the host,
+# which learns from it whether anybody draws on.
+_GRAPHS = "xla_gpu_enable_command_buffer"
+_RECORDED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 
 class Programs(NamedTuple):
@@ -39,6 +45,12 @@ def cache_dtype(mesh: Mesh, dtype: Any) -> Any:
   """
   widens = mesh.devices.flat[0].platform == "cpu" and jax.__version_info__ < (0, 11)
   return np.dtype(np.float32 if widens else dtype)
+
+
+def graph_options(platform: str) -> dict[str, str]:
+  """The compiler's, by which a loop is one CUDA graph; none where XLA_FLAGS says what graphs hold."""
+  ours = platform == "gpu" and _GRAPHS not in os.environ.get("XLA_FLAGS", "")
+  return {_GRAPHS: _RECORDED} if ours else {}
 
 
 @functools.lru_cache(maxsize=16)  # more than a run has; a process of many runs frees those of the first
@@ -84,14 +96,14 @@ def compiled(
   resize = functools.partial(sampler.resize, layout=layout)
   whole = sharding.replicated(mesh)
   stack, layer = (_by_pages(mesh, layout, each) for each in (True, False))
-  advanced = (rows, pools, whole)
+  advanced, by_graph = (rows, pools, whole), graph_options(mesh.devices.flat[0].platform)
   where = Programs(rows, pools, (rows, kept), (rows, pools), advanced, stack, layer, rows, rows, whole, None)  # type: ignore[arg-type]
   jitted = Programs(
     blank_rows=jax.jit(blank_rows, static_argnums=0, out_shardings=where.blank_rows),
     blank_pools=jax.jit(blank_pools, static_argnums=0, out_shardings=where.blank_pools),
     read=jax.jit(read, out_shardings=where.read),
     start=jax.jit(start, donate_argnums=(0, 1), out_shardings=where.start),
-    advance=jax.jit(advance, donate_argnums=(3, 5), out_shardings=where.advance),
+    advance=jax.jit(advance, donate_argnums=(3, 5), out_shardings=where.advance, compiler_options=by_graph),
     resize_stack=jax.jit(jax.vmap(resize, (0, None)), out_shardings=stack),
     resize_layer=jax.jit(resize, out_shardings=layer),
     gather=jax.jit(functools.partial(sampler.gather, layout=layout), out_shardings=where.gather),

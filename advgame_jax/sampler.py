@@ -249,12 +249,13 @@ def advance(
   S, nowhere_R = jax.tree.leaves(members[0].own)[0].shape[-1], jnp.full(R, len(own.start_P))
   empty_Rk = jnp.zeros((R, steps), jnp.float32)
   chunk = Chunk(empty_Rk.astype(jnp.int32), empty_Rk, empty_Rk, rows.count_R, rows.live_R, jnp.zeros(R, bool))
+  write = functools.partial(model.write, config, layout=layout, kernel=kernel)
 
   def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
     i, rows, pools, new, (page_R, slot_R), chunk = carry
     # A token is written by the step after its own, before anything is read: with what is read before it is written, XLA
     # would write into a copy of the pool.
-    pools = [caches.write(*each, page_R, slot_R, layout) for each in zip(pools, new)]
+    pools = [write(*each, page_R, slot_R) for each in zip(pools, new)]
     drawn, token_R, columns = _draw_next(config, members, share, rows, choice, stops_ZV)
     put = jax.lax.dynamic_update_index_in_dim
     chunk = chunk._replace(**{name: put(getattr(chunk, name), x, i, 1) for name, x in columns.items()})
@@ -272,7 +273,7 @@ def advance(
   carry = (jnp.int32(0), rows, pools, new, (nowhere_R, jnp.zeros(R, jnp.int32)), chunk)
   going = lambda carry: (carry[0] < steps) & jnp.any(carry[1].live_R)
   _, rows, pools, new, (page_R, slot_R), chunk = jax.lax.while_loop(going, step, carry)
-  pools = tuple(caches.write(*each, page_R, slot_R, layout) for each in zip(pools, new))
+  pools = tuple(write(*each, page_R, slot_R) for each in zip(pools, new))
   stopped_R = rows.stop_state_R == stops_ZV.shape[0] - 1
   return rows, pools, chunk._replace(count_R=rows.count_R, live_R=rows.live_R, stopped_R=stopped_R)
 

@@ -67,8 +67,8 @@ class Shapes:
     return places
 
   def fits(self, lengths: Sequence[int]) -> bool:
-    """Whether some shape takes these prompts together."""
-    return any(len(self.pack(lengths, shape)) == len(lengths) for shape in self.rows)
+    """Whether some shape takes these prompts together; the largest is the likeliest."""
+    return any(len(self.pack(lengths, shape)) == len(lengths) for shape in reversed(self.rows))
 
   def fitting(self, lengths_of_parts: Sequence[Sequence[int]]) -> tuple[int, int]:
     """The least shape that takes the prompts of every part; some shape does."""

@@ -588,6 +588,16 @@ def test_bfloat16_draws_nearly_what_float32_says(cache, prefix_T):
   np.testing.assert_allclose(drawn_RT[inside_RT], np.asarray(scored_RT)[mask_RT], atol=0.1)
 
 
+def test_a_loop_is_one_graph_on_gpus_unless_flags_say_what_graphs_hold(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_some=1")
+  options = programs.graph_options("gpu")
+  assert "WHILE" in options["xla_gpu_enable_command_buffer"].split(",")
+  assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # XLA knows every name
+  assert programs.graph_options("cpu") == programs.graph_options("tpu") == {}
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer=FUSION")
+  assert programs.graph_options("gpu") == {}
+
+
 def test_caches_are_as_computed_but_float32_on_cpus_by_an_old_jax():
   narrow = np.dtype("bfloat16")
   who = Engine(CONFIG, SAMPLING, tiny.mesh(), sharding.LOCAL, narrow, "auto", NEVER)

@@ -102,6 +102,13 @@ def test_pages_of_nobody_are_not_read():
   assert np.isfinite(read(own)[1]).all() and np.isnan(read(nobody)[1]).all()  # interpreted, what nobody wrote is NaN
 
 
+def lowered(f, *args):
+  """For a GPU."""
+  card = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=card)):
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize(
   "dtype, int8, softcap", [("bfloat16", False, 0.0), ("float32", False, 30.0), ("bfloat16", True, 0.0)]
 )
@@ -112,11 +119,43 @@ def test_kernels_are_lowered_for_gpus(dtype, int8, softcap):
   more_RJ = jnp.pad(pools[0].readers.entry_RJ, ((0, 0), (0, 60)), constant_values=-1)  # three blocks of pages
   pools[0] = pools[0]._replace(readers=pools[0].readers._replace(entry_RJ=more_RJ))
   rule = attention.Rule(1.0, softcap=softcap)
-  run = jax.jit(functools.partial(flash_decoding.paged, rule=rule, window=jnp.int32(9)))
-  card = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=card)):
-    text = run.trace(*new, pools).lower(lowering_platforms=("cuda",)).as_text()
+  text = lowered(functools.partial(flash_decoding.paged, rule=rule, window=jnp.int32(9)), *new, pools)
   assert text.count("xla.gpu.triton") == 2  # what reads both pools, and what joins them
+
+
+def tokens_and_pool(dtype, int8, count=3):
+  """A pool of five pages, and a token for each of four rows, the last of which has no page."""
+  rng = np.random.default_rng(5)
+  config = dataclasses.replace(tiny.CONFIG, head_size=H, kv_heads=K, layers=count)
+  fill = lambda x: jnp.asarray(rng.normal(size=x.shape) * 9, x.dtype)
+  pool = jax.tree.map(fill, caches.empty_pool(config, False, 5, PAGE, dtype, int8))
+  new = jax.tree.map(fill, tuple(caches.Kept(*each) for each in caches.no_tokens(config, False, R, dtype)))
+  spoilt = new[-1]._replace(value_RTKH=new[-1].value_RTKH.at[2, 0, 1, 3].set(jnp.nan))
+  return pool, (*new[:-1], spoilt), jnp.array([3, 0, 4, 5]), jnp.array([0, PAGE - 1, 7, 1])
+
+
+@pytest.mark.parametrize("dtype, int8", [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_tokens_are_written_where_they_plainly_are(dtype, int8, monkeypatch):
+  monkeypatch.setattr(flash_decoding, "_WRITTEN", 2)  # the third layer in a launch of its own
+  pool, *token = tokens_and_pool(jnp.dtype(dtype), int8)
+  plain, kernel = caches.write(pool, *token), flash_decoding.write(pool, *token, interpret=True)
+  jax.tree.map(np.testing.assert_array_equal, kernel, plain)
+  changed = jax.tree.map(lambda after, before: (after != before).any(tuple(range(1, after.ndim))), plain, pool)
+  assert all(np.flatnonzero(page).tolist() == [0, 3, 4] for page in jax.tree.leaves(changed))
+
+
+def test_a_page_below_the_first_is_none():
+  pool, new, _, slot_R = tokens_and_pool(jnp.float32, False)
+  written = flash_decoding.write(pool, new, jnp.full(R, -1), slot_R, interpret=True)
+  jax.tree.map(np.testing.assert_array_equal, written, pool)
+
+
+def test_one_launch_writes_many_layers():
+  def launches(count):
+    text = lowered(flash_decoding.write, *tokens_and_pool(jnp.bfloat16, False, count))
+    return text.count("xla.gpu.triton")
+
+  assert [launches(count) for count in (1, 16, 17)] == [1, 1, 2]
 
 
 def test_who_reads_pages_by_kernels():
@@ -143,6 +182,7 @@ def test_a_generation_by_kernels_draws_the_plain_one_s_tokens(mesh, layout):
   with (
     mock.patch.object(kernels, "by_pages", lambda *_: True),
     mock.patch.object(flash_decoding, "paged", INTERPRETED),
+    mock.patch.object(flash_decoding, "write", functools.partial(flash_decoding.write, interpret=True)),
   ):
     drawn = draw("auto")
   np.testing.assert_array_equal(drawn.tokens_RT, plain.tokens_RT)

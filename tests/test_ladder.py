@@ -51,6 +51,7 @@ CHAINS = (
   "blockwise → kernels → attention → flash_decoding → model",
   "blockwise → flash_decoding",
   "matrices → flash_decoding",
+  "caches → flash_decoding",
   "kernels → model",
   "architecture → layers → model",
   "layers → sampler",
