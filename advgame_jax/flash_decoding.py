@@ -26,7 +26,7 @@ _LEAST_ROWS = 16  # of a product on tensor cores
 _MOST_ROWS = 128  # of queries of a page: those of more readers are a product for XLA
 _MOST_BYTES = 32 * 2**10  # of a page's keys: they and its values lie in a multiprocessor's shared memory
 _JOINED = 32  # pages that are joined at a time
-_WRITTEN = 16  # layers of a launch, whose arrays are its arguments: 4 KiB of them at most
+_LAYERS_A_LAUNCH = 16  # a branch for each, and three pointers for each of its arrays, of at most 4 KiB
 _EXACT = jax.lax.Precision.HIGHEST  # float32 is multiplied as such
 
 
@@ -216,10 +216,10 @@ def write(
   *,
   interpret: bool = False,
 ) -> tuple[Cache, ...]:
-  """As `caches.write`, of layers one by one: in place, where nobody reads the pool before."""
+  """As `caches.write`, of layers one by one: in place, unless the program still reads the pool as it was."""
   written: list[Cache] = []
-  for first in range(0, len(pool), _WRITTEN):
-    layers = pool[first : first + _WRITTEN]
+  for first in range(0, len(pool), _LAYERS_A_LAUNCH):
+    layers = pool[first : first + _LAYERS_A_LAUNCH]
     tokens = [_token(caches.cache_of(kept), cache) for kept, cache in zip(new[first:], layers)]
     arrays, tree = jax.tree.flatten(layers)
     new_RKX = [x.reshape(*x.shape[:2], -1) for x in jax.tree.leaves(tokens)]
@@ -240,7 +240,9 @@ def write(
 
 
 def _token(new: Cache, pool: Cache) -> Cache:
-  """As `caches.for_pool`, but for what is not finite: that the kernel leaves out, which XLA would do layer by layer."""
+  """As `caches.for_pool`, except that values may be infinite or NaN: the kernel replaces those, where XLA would need a
+  launch for each layer.
+  """
   return caches.for_pool(new, pool) if isinstance(pool.key_RKHS, Int8) else new
 
 
@@ -249,16 +251,16 @@ def _write_token(page_ref: Any, slot_ref: Any, *refs: Any, each: int) -> None:
   l, r, k = (pl.program_id(axis) for axis in range(3))
   page, slot = page_ref[r], slot_ref[r]
   count = len(refs) // 3
-  written = list(zip(refs[:count], refs[2 * count :]))  # between them the pool as it was
+  pairs = list(zip(refs[:count], refs[2 * count :]))  # between them is the pool as it was, the same memory
   there = (page >= 0) & (page < refs[-1].shape[0])
   for number, first in enumerate(range(0, count, each)):
 
     @pl.when(there & (l == number))
     def _(first: int = first) -> None:
-      for place, (new_ref, pool_ref) in enumerate(written[first : first + each]):
+      for array, (new_ref, pool_ref) in enumerate(pairs[first : first + each]):
         x = jnp.arange(new_ref.shape[2])
         new_X = triton.load(new_ref.at[r, k, x])
-        if place < each // 2:
-          triton.store(pool_ref.at[page, k, x, slot], new_X)
+        if array < each // 2:
+          triton.store(pool_ref.at[page, k, x, slot], new_X.astype(pool_ref.dtype))
         else:
-          triton.store(pool_ref.at[page, k, slot, x], attention.finite(new_X))
+          triton.store(pool_ref.at[page, k, slot, x], attention.finite(new_X).astype(pool_ref.dtype))

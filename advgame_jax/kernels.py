@@ -43,7 +43,7 @@ def resolve(
 
 
 def by_pages(implementation: str, platform: str, head_size: int) -> bool:
-  """Whether rows attend to pages by `flash_decoding`, and not by `attention.paged`: heads must be powers of two."""
+  """Whether pages are read and written by `flash_decoding`, and not by XLA alone: heads must be powers of two."""
   return implementation != "xla" and platform == "gpu" and head_size >= 16 and head_size & (head_size - 1) == 0
 
 

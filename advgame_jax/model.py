@@ -394,7 +394,13 @@ def write(
   layout: Layout = LOCAL,
   kernel: str = "auto",
 ) -> Layers:
-  """The pool with what `decode` gave of each row's token in its slot of its page, as `caches.write` has it."""
+  """`caches.write`, by the platform's own kernel if there is one: the pool with what `decode` gave of each row's token.
+
+  Args:
+    page_R: int32; a page there is none of is written nowhere.
+    slot_R: int32, in the page.
+    kernel: as in `decode`.
+  """
   if not (_by_kernels(config, kernel) and one_by_one(pool)):
     return caches.write(pool, new, page_R, slot_R, layout)
   rows, heads, as_kept = (layout.spec(axes) for axes in (("rows",), ("rows", "heads"), ("rows", None, "heads")))

@@ -16,9 +16,8 @@ from advgame_jax.layers import Layers
 from advgame_jax.sampler import Member, Rows
 from advgame_jax.sharding import Layout
 
-# What XLA puts into CUDA graphs by default, and branches and loops: else the card waits, token by token, for the host,
-# which learns from it whether anybody draws on.
 _GRAPHS = "xla_gpu_enable_command_buffer"
+# XLA's default of JAX 0.10 to 0.12 for one device, and loops.
 _RECORDED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 
@@ -47,10 +46,15 @@ def cache_dtype(mesh: Mesh, dtype: Any) -> Any:
   return np.dtype(np.float32 if widens else dtype)
 
 
-def graph_options(platform: str) -> dict[str, str]:
-  """The compiler's, by which a loop is one CUDA graph; none where XLA_FLAGS says what graphs hold."""
-  ours = platform == "gpu" and _GRAPHS not in os.environ.get("XLA_FLAGS", "")
-  return {_GRAPHS: _RECORDED} if ours else {}
+def graph_options(platform: str, devices: int) -> dict[str, str]:
+  """The compiler's, by which a loop on one GPU is one CUDA graph; else the card asks the host after every turn whether
+  there is another.
+
+  None where XLA_FLAGS, which XLA reads once, says what graphs hold; by a JAX whose default is not known, which a later
+  one may refuse; and on several devices, whose collectives XLA puts into no graph.
+  """
+  ours = platform == "gpu" and devices == 1 and _GRAPHS not in os.environ.get("XLA_FLAGS", "")
+  return {_GRAPHS: _RECORDED} if ours and (0, 10) <= jax.__version_info__ < (0, 13) else {}
 
 
 @functools.lru_cache(maxsize=16)  # more than a run has; a process of many runs frees those of the first
@@ -96,7 +100,7 @@ def compiled(
   resize = functools.partial(sampler.resize, layout=layout)
   whole = sharding.replicated(mesh)
   stack, layer = (_by_pages(mesh, layout, each) for each in (True, False))
-  advanced, by_graph = (rows, pools, whole), graph_options(mesh.devices.flat[0].platform)
+  advanced, by_graph = (rows, pools, whole), graph_options(mesh.devices.flat[0].platform, mesh.size)
   where = Programs(rows, pools, (rows, kept), (rows, pools), advanced, stack, layer, rows, rows, whole, None)  # type: ignore[arg-type]
   jitted = Programs(
     blank_rows=jax.jit(blank_rows, static_argnums=0, out_shardings=where.blank_rows),

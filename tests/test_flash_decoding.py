@@ -1,4 +1,4 @@
-"""The kernels that read pages on GPUs, interpreted, against the plain form; and that they compile for them."""
+"""The kernels that read and write pages on GPUs, interpreted, against the plain form; and that they are compiled."""
 
 import dataclasses
 import functools
@@ -130,16 +130,20 @@ def tokens_and_pool(dtype, int8, count=3):
   fill = lambda x: jnp.asarray(rng.normal(size=x.shape) * 9, x.dtype)
   pool = jax.tree.map(fill, caches.empty_pool(config, False, 5, PAGE, dtype, int8))
   new = jax.tree.map(fill, tuple(caches.Kept(*each) for each in caches.no_tokens(config, False, R, dtype)))
-  spoilt = new[-1]._replace(value_RTKH=new[-1].value_RTKH.at[2, 0, 1, 3].set(jnp.nan))
+  spoil = lambda x: x if int8 and x is new[-1].key_RTKH else x.at[2, 0, 1, 3].set(jnp.nan)
+  spoilt = caches.Kept(*map(spoil, new[-1]))
   return pool, (*new[:-1], spoilt), jnp.array([3, 0, 4, 5]), jnp.array([0, PAGE - 1, 7, 1])
 
 
-@pytest.mark.parametrize("dtype, int8", [("float32", False), ("bfloat16", False), ("float32", True)])
+@pytest.mark.parametrize(
+  "dtype, int8", [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)]
+)
 def test_tokens_are_written_where_they_plainly_are(dtype, int8, monkeypatch):
-  monkeypatch.setattr(flash_decoding, "_WRITTEN", 2)  # the third layer in a launch of its own
+  monkeypatch.setattr(flash_decoding, "_LAYERS_A_LAUNCH", 2)  # the third layer in a launch of its own
   pool, *token = tokens_and_pool(jnp.dtype(dtype), int8)
   plain, kernel = caches.write(pool, *token), flash_decoding.write(pool, *token, interpret=True)
-  jax.tree.map(np.testing.assert_array_equal, kernel, plain)
+  wide = lambda x: np.asarray(x, np.float32)  # of narrower numbers numpy takes no NaN for another
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(wide(x), wide(y)), kernel, plain)
   changed = jax.tree.map(lambda after, before: (after != before).any(tuple(range(1, after.ndim))), plain, pool)
   assert all(np.flatnonzero(page).tolist() == [0, 3, 4] for page in jax.tree.leaves(changed))
 
@@ -150,10 +154,10 @@ def test_a_page_below_the_first_is_none():
   jax.tree.map(np.testing.assert_array_equal, written, pool)
 
 
-def test_one_launch_writes_many_layers():
+@pytest.mark.parametrize("dtype, int8", [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_one_launch_writes_many_layers(dtype, int8):
   def launches(count):
-    text = lowered(flash_decoding.write, *tokens_and_pool(jnp.bfloat16, False, count))
-    return text.count("xla.gpu.triton")
+    return lowered(flash_decoding.write, *tokens_and_pool(jnp.dtype(dtype), int8, count)).count("xla.gpu.triton")
 
   assert [launches(count) for count in (1, 16, 17)] == [1, 1, 2]
 
@@ -179,11 +183,12 @@ def test_a_generation_by_kernels_draws_the_plain_one_s_tokens(mesh, layout):
     return who.generate(Load(Generator((weights,)), prompts, np.arange(4, dtype=np.uint32), 2, jax.random.key(1)))
 
   plain = draw("xla")
+  paged, write = mock.Mock(wraps=INTERPRETED), mock.Mock(wraps=functools.partial(flash_decoding.write, interpret=True))
   with (
     mock.patch.object(kernels, "by_pages", lambda *_: True),
-    mock.patch.object(flash_decoding, "paged", INTERPRETED),
-    mock.patch.object(flash_decoding, "write", functools.partial(flash_decoding.write, interpret=True)),
+    mock.patch.multiple(flash_decoding, paged=paged, write=write),
   ):
     drawn = draw("auto")
+  assert paged.called and write.called
   np.testing.assert_array_equal(drawn.tokens_RT, plain.tokens_RT)
   np.testing.assert_allclose(drawn.plain_logprob_RT, plain.plain_logprob_RT, atol=1e-5)
