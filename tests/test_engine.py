@@ -141,6 +141,19 @@ def test_rows_do_not_depend_on_slots_pages_chunks_or_buckets(changes):
 
 
 @pytest.mark.usefixtures("pools_grow")
+def test_a_shorter_prompt_is_read_before_one_that_does_not_fit(monkeypatch):
+  """Sixteen tokens at a time; who waited longest is read first nevertheless."""
+  reads, read = [], engine_lib.Generation._read
+  lengths = lambda chosen: [len(prompt.ids) for prompts in chosen for prompt in prompts]
+  note = lambda self, chosen, shape: (reads.append(lengths(chosen)), read(self, chosen, shape))
+  prompts = [RNG.integers(1, CONFIG.vocab, length).tolist() for length in (7, 6, 7, 4, 3, 2)]
+  expected = generate(engine(prefill_tokens=7), prompts)
+  monkeypatch.setattr(engine_lib.Generation, "_read", note)
+  drawn = generate(prompts=prompts)
+  assert reads == [[7, 6, 3], [7, 4, 2]]
+  assert_same(drawn, expected)
+
+
 def test_rows_do_not_depend_on_how_prompts_are_read(monkeypatch):
   """Several in a row, or each in its own: as kernels without packed rows want it."""
   shapes = Engine.shapes
@@ -588,14 +601,25 @@ def test_bfloat16_draws_nearly_what_float32_says(cache, prefix_T):
   np.testing.assert_allclose(drawn_RT[inside_RT], np.asarray(scored_RT)[mask_RT], atol=0.1)
 
 
-def test_a_loop_is_one_graph_on_gpus_unless_flags_say_what_graphs_hold(monkeypatch):
+def test_a_loop_is_one_graph_on_one_gpu_unless_flags_say_what_graphs_hold(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_some=1")
-  options = programs.graph_options("gpu")
+  options = programs.graph_options("gpu", 1)
   assert "WHILE" in options["xla_gpu_enable_command_buffer"].split(",")
   assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # XLA knows every name
-  assert programs.graph_options("cpu") == programs.graph_options("tpu") == {}
+  assert programs.graph_options("cpu", 1) == programs.graph_options("tpu", 1) == programs.graph_options("gpu", 2) == {}
+  with monkeypatch.context() as other:
+    other.setattr(jax, "__version_info__", (0, 13, 0))
+    assert programs.graph_options("gpu", 1) == {}
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer=FUSION")
-  assert programs.graph_options("gpu") == {}
+  assert programs.graph_options("gpu", 1) == {}
+
+
+def test_drawing_is_compiled_so(monkeypatch):
+  monkeypatch.setattr(programs, "graph_options", lambda platform, devices: {"xla_gpu_enable_command_buffer": "NOTHING"})
+  who = engine(page=5)  # whose programs nobody has
+  with pytest.raises(jax.errors.JaxRuntimeError, match="NOTHING"):
+    generate(who)
+  programs.compiled.cache_clear()
 
 
 def test_caches_are_as_computed_but_float32_on_cpus_by_an_old_jax():
