@@ -35,7 +35,6 @@ from advgame_jax.slots import Part, Prompt, Row, Shapes
 from advgame_jax.types import UserError
 
 _NONE = 2**30  # a slot or a page that there is none of
-_AHEAD = 32  # prompts that are looked at for one read
 _ROWS = (0.25, 0.5, 0.75, 1.0)  # of the longest packed row, or of the most rows of one prompt each
 SMALL = 2**23  # bytes of weights and pages, up to which a smaller shape saves less than it takes to compile
 
@@ -291,7 +290,8 @@ class Generation:
     while any(chosen := self._choose()):
       lengths = [[len(prompt.ids) for prompt in prompts] for prompts in chosen]
       shape = self.shapes.fitting(lengths)
-      # Reading costs the whole shape: its unused part is weighed against slots empty until then and for the next steps.
+      # Reading costs the whole shape: what of it would be empty is weighed against slots that stand empty, until then
+      # and for the next steps.
       unused = shape[0] * shape[1] * len(self.parts) - sum(map(sum, lengths))
       empty = self.idle + self._step * sum(len(part.free) for part in self.parts)
       if self.live and empty * self.slot_cost < unused:
@@ -299,7 +299,7 @@ class Generation:
       self.idle = 0
       for part, prompts in zip(self.parts, chosen):
         for prompt in prompts:
-          self.waiting.remove(prompt)
+          self.waiting.popleft()
           part.admit(prompt)
       reads.append((chosen, shape))
     self._resize_prompts(_least(self.shapes.prompt_pools, max(part.prompt_pages.top for part in self.parts)))
@@ -307,19 +307,19 @@ class Generation:
       self._read(*read)
 
   def _choose(self) -> list[list[Prompt]]:
-    """The first that wait, for the parts in turn, who find slots and can be read at once: others are passed over."""
+    """The next that wait, for the parts in turn, as many as find slots and can be read at once."""
     chosen: list[list[Prompt]] = [[] for _ in self.parts]
     room = [len(part.free) // self.group for part in self.parts]
     pages = [self.shapes.prompt_pools[-1] - part.prompt_pages.taken for part in self.parts]
-    for prompt in itertools.islice(self.waiting, _AHEAD):
-      part, needed = int(np.argmax(room)), self.shapes.pages_of(len(prompt.ids))
-      if not room[part] or pages[part] < needed:
-        break
+    for prompt in self.waiting:
+      part = int(np.argmax(room))
       lengths = [len(other.ids) for other in [*chosen[part], prompt]]
+      pages[part] -= self.shapes.pages_of(len(prompt.ids))
       enough = len(lengths) > 1 and sum(lengths) > self.engine.sampling.prefill_tokens
-      if not enough and self.shapes.fits(lengths):
-        chosen[part].append(prompt)
-        room[part], pages[part] = room[part] - 1, pages[part] - needed
+      if enough or not room[part] or pages[part] < 0 or not self.shapes.fits(lengths):
+        break
+      chosen[part].append(prompt)
+      room[part] -= 1
     return chosen
 
   def _read(self, chosen: list[list[Prompt]], shape: tuple[int, int]) -> None:

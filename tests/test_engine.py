@@ -141,19 +141,6 @@ def test_rows_do_not_depend_on_slots_pages_chunks_or_buckets(changes):
 
 
 @pytest.mark.usefixtures("pools_grow")
-def test_a_shorter_prompt_is_read_before_one_that_does_not_fit(monkeypatch):
-  """Sixteen tokens at a time; who waited longest is read first nevertheless."""
-  reads, read = [], engine_lib.Generation._read
-  lengths = lambda chosen: [len(prompt.ids) for prompts in chosen for prompt in prompts]
-  note = lambda self, chosen, shape: (reads.append(lengths(chosen)), read(self, chosen, shape))
-  prompts = [RNG.integers(1, CONFIG.vocab, length).tolist() for length in (7, 6, 7, 4, 3, 2)]
-  expected = generate(engine(prefill_tokens=7), prompts)
-  monkeypatch.setattr(engine_lib.Generation, "_read", note)
-  drawn = generate(prompts=prompts)
-  assert reads == [[7, 6, 3], [7, 4, 2]]
-  assert_same(drawn, expected)
-
-
 def test_rows_do_not_depend_on_how_prompts_are_read(monkeypatch):
   """Several in a row, or each in its own: as kernels without packed rows want it."""
   shapes = Engine.shapes
