@@ -1,4 +1,4 @@
-"""What the benchmarks that run peers share: peers' processes, the machine's speed, least times, settings, state."""
+"""What benchmarks share: peers' processes, the machine's speed, least times, settings, state."""
 
 import functools
 import json
@@ -65,3 +65,10 @@ def machine(dtype: str = "float32") -> tuple[float, float]:
   multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
   product, read = least_seconds(multiply, square, square), least_seconds(jax.jit(jnp.sum), line)
   return 2 * 2048**3 / product, line.nbytes / read
+
+
+def copying(count: int, times: int = 20) -> float:
+  """Bytes/s read and written by copies of so many float32, one after the other."""
+  line = jnp.ones(count)
+  copies = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: y + 1, x))
+  return times * 2 * line.nbytes / least_seconds(copies, line)

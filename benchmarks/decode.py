@@ -50,11 +50,9 @@ GB, TIMES = 1e9, 20
 
 def machine() -> tuple[float, float]:
   """FLOP/s of products of two 8,192² matrices, bytes/s of copies of 2 GiB, read and written; one after the other."""
-  square, line = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16) / 90, jnp.ones(1 << 29, jnp.float32)
-  repeat = lambda f, x: jax.lax.fori_loop(0, TIMES, lambda _, y: f(x, y), x)
-  product = beside.least_seconds(jax.jit(lambda x: repeat(jnp.matmul, x)), square) / TIMES
-  copy = beside.least_seconds(jax.jit(lambda x: repeat(lambda _, y: y + 1, x)), line) / TIMES
-  return 2 * 8192**3 / product, 2 * line.nbytes / copy
+  square = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16) / 90
+  products = jax.jit(lambda x: jax.lax.fori_loop(0, TIMES, lambda _, y: x @ y, x))
+  return TIMES * 2 * 8192**3 / beside.least_seconds(products, square), beside.copying(1 << 29, TIMES)
 
 
 def weights(config: ModelConfig) -> Any:

@@ -44,16 +44,9 @@ def index(rows: int, first: int, length: int, page: int) -> Index:
 
 def random_pools(config: ModelConfig, pages: int, page: int, seed: int) -> tuple[Cache, ...]:
   """Of every layer."""
-  normal = jax.jit(lambda key, like: jax.tree.map(lambda x: jax.random.normal(key, x.shape, x.dtype), like))
-  blank = caches.empty_pool(config, False, pages, page, jnp.bfloat16)
-  return tuple(normal(jax.random.fold_in(jax.random.key(seed), number), each) for number, each in enumerate(blank))
-
-
-def copy_speed() -> float:
-  """Bytes/s of copies of 1 GiB, read and written."""
-  line = jnp.ones(1 << (28 if jax.default_backend() == "gpu" else 20))
-  turns = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: y + 1, x))
-  return 20 * 2 * line.nbytes / beside.least_seconds(turns, line)
+  layers = jax.eval_shape(lambda: caches.empty_pool(config, False, pages, page, jnp.bfloat16))
+  normal = jax.jit(lambda key: jax.tree.map(lambda x: jax.random.normal(key, x.shape, x.dtype), layers[0]))
+  return tuple(map(normal, jax.random.split(jax.random.key(seed), len(layers))))
 
 
 def attending(config: ModelConfig, rows: int, page: int, bandwidth: float) -> str:
@@ -61,7 +54,7 @@ def attending(config: ModelConfig, rows: int, page: int, bandwidth: float) -> st
   R, N, K, H = rows, config.heads, config.kv_heads, config.head_size
   indices = index(R, 0, PROMPT.value, page), index(R, PROMPT.value, OWN.value, page)
   stores = [random_pools(config, len(each.start_P), page, seed) for seed, each in enumerate(indices)]
-  layers = [[Pool(*cache, each) for cache, each in zip(caches_, indices)] for caches_ in zip(*stores)]
+  layers = [[Pool(*cache, each) for cache, each in zip(of_layer, indices)] for of_layer in zip(*stores)]
   query_RNH, key_RKH, value_RKH = (
     jax.random.normal(jax.random.key(n), (R, heads, H), jnp.bfloat16) for n, heads in ((7, N), (8, K), (9, K))
   )
@@ -103,7 +96,7 @@ def writing(config: ModelConfig, rows: int, page: int) -> str:
 
 
 def main(_: Sequence[str]) -> None:
-  bandwidth = copy_speed()
+  bandwidth = beside.copying(1 << (29 if jax.default_backend() == "gpu" else 26))
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, bfloat16; {bandwidth / 1e9:.0f} GB/s measured; µs")
   print("| | rows | page | attention of a layer | XLA's | floor | of it | error | all layers' tokens | XLA's | |")
   print("|---|" + 10 * "---|")

@@ -606,7 +606,6 @@ def test_drawing_is_compiled_so(monkeypatch):
   who = engine(page=5)  # whose programs nobody has
   with pytest.raises(jax.errors.JaxRuntimeError, match="NOTHING"):
     generate(who)
-  programs.compiled.cache_clear()
 
 
 def test_caches_are_as_computed_but_float32_on_cpus_by_an_old_jax():
