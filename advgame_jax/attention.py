@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import blockwise, kernels
+from advgame_jax import amx, blockwise, kernels
 from advgame_jax.blockwise import Rule as Rule
 from advgame_jax.blockwise import softcap as softcap
 from advgame_jax.matrices import Int8, apart
@@ -48,8 +48,13 @@ def causal(
     return kernels.splash(query_RTNH, key_RTKH, value_RTKH, rule, segment_RT, layout=layout)
   if chosen == "cudnn":
     return kernels.cudnn(query_RTNH, key_RTKH, value_RTKH, rule)
+  if segment_RT is None:
+    return blockwise.causal(query_RTNH, key_RTKH, value_RTKH, rule)
   # A row that is not finite stays so by its own queries, and spoils no other segment.
-  return blockwise.causal(query_RTNH, key_RTKH, finite(value_RTKH) if packed else value_RTKH, rule, segment_RT)
+  packed_rows = (query_RTNH, key_RTKH, finite(value_RTKH))
+  if amx.attends(query_RTNH):
+    return amx.causal(*packed_rows, segment_RT, scale=rule.scale, softcap=rule.softcap, window=rule.window)
+  return blockwise.causal(*packed_rows, rule, segment_RT)
 
 
 def keys_of_cache(key_RTKH: jax.Array) -> jax.Array:
@@ -205,6 +210,10 @@ def paged(
     place_R: int32, of the new token.
     window: int32, tokens; it takes the place of the rule's.
   """
+  if amx.reads(query_RNH, [pool[:2] for pool in pools]):
+    pages = [_pages(pool) for pool in pools]
+    new = (query_RNH, key_RKH, value_RKH, place_R)
+    return amx.paged(*new, pages, window, scale=rule.scale, softcap=rule.softcap)
   R, N, H = query_RNH.shape
   K = key_RKH.shape[1]
   query_RKnH = query_RNH.reshape(R, K, N // K, H)
@@ -223,6 +232,12 @@ def paged(
     total_RKn += jnp.sum(weight_RKnJ * total_RKnJ, -1)
     output_RKnH += jnp.einsum("RKnJ,RKnJH->RKnH", weight_RKnJ, read_RKnJH, precision=jax.lax.Precision.HIGHEST)
   return (output_RKnH / total_RKn[..., None]).reshape(R, N, H).astype(query_RNH.dtype)
+
+
+def _pages(pool: Pool) -> amx.Pages:
+  index = pool.readers
+  page_RJ = jnp.where(index.entry_RJ < 0, -1, index.entry_RJ // index.reader_PG.shape[1])
+  return amx.Pages(pool.key_PKHS, pool.value_PKSH, index.start_P, index.end_P, page_RJ)  # type: ignore[arg-type]
 
 
 def read_pages(

@@ -2,15 +2,16 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from advgame_jax import amx
 from advgame_jax.types import Params
 
-_TURNED = 64  # rows, at most, of a product whose matrix is the left one on a CPU
 PRODUCT = "product"  # of narrow numbers: what a policy of `jax.checkpoint` may keep
 
 
@@ -58,6 +59,22 @@ def project(x: jax.Array, matrix: Matrix, inputs: int = 1) -> jax.Array:
   return multiply(x.reshape(-1, size), flat, contracted).reshape(*before, *outputs)
 
 
+def project_each(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
+  """`project` of one x by each matrix: at once, where a kernel of CPUs does that."""
+  plainly = lambda x, *matrices: [project(x, matrix) for matrix in matrices]
+  flat = [matrix.weight.reshape(-1, x.shape[-1]) for matrix in matrices if isinstance(matrix, Transposed)]
+  if len(flat) < len(matrices) or not amx.multiplies(x, *flat):
+    return plainly(x, *matrices)
+
+  def at_once(x: jax.Array, *matrices: Transposed) -> list[jax.Array]:
+    flat = [matrix.weight.reshape(-1, x.shape[-1]) for matrix in matrices]
+    products = amx.multiply(x.reshape(-1, x.shape[-1]), *flat, dtype=x.dtype)
+    outputs = [matrix.weight.shape[:-1] for matrix in matrices]
+    return [product.reshape(*x.shape[:-1], *each) for product, each in zip(products, outputs)]
+
+  return jax.lax.platform_dependent(x, *matrices, cpu=at_once, default=plainly)
+
+
 def multiply(x_XI: jax.Array, matrix: jax.Array, contracted: int = 0, dtype: Any = None) -> jax.Array:
   """x · matrix → [X, O], sums in float32, then rounded to `dtype`; None is x's.
 
@@ -79,9 +96,7 @@ def _multiply_narrow(contracted: int, dtype: jnp.dtype, x_XI: jax.Array, matrix:
 
 def _forward(contracted: int, dtype: jnp.dtype, x_XI: jax.Array, matrix: jax.Array) -> tuple[jax.Array, Any]:
   # Not by way of the function itself, into which `jax.checkpoint` does not look for what it is to keep.
-  # Logits, in float32, are many: to turn them costs more than it saves.
-  few = contracted and len(x_XI) <= _TURNED and dtype == x_XI.dtype
-  product_XO = _turned(x_XI, matrix) if few else _dot(x_XI, matrix, ((1,), (contracted,)), dtype)
+  product_XO = _dot(x_XI, matrix, ((1,), (contracted,)), dtype)
   return checkpoint_name(product_XO, PRODUCT), (x_XI, matrix)
 
 
@@ -110,18 +125,10 @@ def _dot(left: jax.Array, right: jax.Array, axes: Any, dtype: Any) -> jax.Array:
     jax.lax.dot_general, dimension_numbers=(axes, ((), ())), preferred_element_type=sums
   )
   rounded = lambda *pair: into(jnp.float32)(*pair).astype(dtype)
-  return jax.lax.platform_dependent(left, right, cpu=rounded, default=into(dtype))
-
-
-def _turned(x_XI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
-  """x · matrixᵀ of x's dtype. A CPU with AMX reads the matrix as it lies if it is the left one."""
-
-  def on_cpu(x_XI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
-    product_OX = jax.lax.dot_general(matrix_OI, x_XI, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(product_OX).T.astype(x_XI.dtype)  # else XLA would change their sides again
-
-  plain = functools.partial(_dot, axes=((1,), (1,)), dtype=x_XI.dtype)
-  return jax.lax.platform_dependent(x_XI, matrix_OI, cpu=on_cpu, default=plain)
+  by_rows = axes == ((1,), (1,)) and amx.multiplies(left, right)
+  by_kernel = lambda left, right: amx.multiply(left, right, dtype=dtype)[0]
+  on_cpu = by_kernel if by_rows else rounded
+  return jax.lax.platform_dependent(left, right, cpu=on_cpu, default=into(dtype))
 
 
 def quantise(weight: jax.Array, stacked: int, inputs: int) -> Int8:

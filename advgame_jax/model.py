@@ -17,7 +17,7 @@ from advgame_jax.blockwise import ATTENDED
 from advgame_jax.caches import Cache, Kept
 from advgame_jax.fork import Fork
 from advgame_jax.layers import Layers, apart, one_by_one, traced_once
-from advgame_jax.matrices import PRODUCT, Adapted, Int8, Transposed, cast, multiply, project
+from advgame_jax.matrices import PRODUCT, Adapted, Int8, Transposed, cast, multiply, project, project_each
 from advgame_jax.rotary import Turn
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
@@ -74,7 +74,16 @@ def _norm(config: ModelConfig, layer: Params, name: str, x: jax.Array) -> jax.Ar
 
 
 def _linear(layer: Params, name: str, x: jax.Array, inputs: int = 1) -> jax.Array:
-  product = project(x, layer[name], inputs)
+  return _with_bias(layer, name, project(x, layer[name], inputs))
+
+
+def _linears(layer: Params, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
+  """Several of one input."""
+  products = project_each(x, [layer[name] for name in names])
+  return [_with_bias(layer, name, product) for name, product in zip(names, products)]
+
+
+def _with_bias(layer: Params, name: str, product: jax.Array) -> jax.Array:
   return product + layer[f"{name}_bias"] if f"{name}_bias" in layer else product
 
 
@@ -89,9 +98,10 @@ def _block(
   """One layer; `turn` gives queries and keys their positions."""
   with jax.named_scope("attention"):
     y_RTM = _norm(config, layer, "attention_norm", x_RTM)
-    query_RTNH = rotary.rotate(_norm(config, layer, "query_norm", _linear(layer, "query", y_RTM)), turn)
-    key_RTKH = rotary.rotate(_norm(config, layer, "key_norm", _linear(layer, "key", y_RTM)), turn)
-    attended_RTNH = attend(query_RTNH, key_RTKH, _linear(layer, "value", y_RTM))
+    query_RTNH, key_RTKH, value_RTKH = _linears(layer, ("query", "key", "value"), y_RTM)
+    query_RTNH = rotary.rotate(_norm(config, layer, "query_norm", query_RTNH), turn)
+    key_RTKH = rotary.rotate(_norm(config, layer, "key_norm", key_RTKH), turn)
+    attended_RTNH = attend(query_RTNH, key_RTKH, value_RTKH)
     x_RTM += _norm(config, layer, "attention_out_norm", _linear(layer, "output", attended_RTNH, inputs=2))
   with jax.named_scope("mlp"):
     y_RTM = _norm(config, layer, "mlp_norm", x_RTM)
@@ -103,7 +113,8 @@ def _feed_forward(config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax
   activate = _ACTIVATIONS[config.activation]
   if config.experts:
     return experts.mix(config, layout, layer, x_RTM, activate)
-  return _linear(layer, "down", activate(_linear(layer, "gate", x_RTM)) * _linear(layer, "up", x_RTM))
+  gate_RTF, up_RTF = _linears(layer, ("gate", "up"), x_RTM)
+  return _linear(layer, "down", activate(gate_RTF) * up_RTF)
 
 
 @jax.named_scope("embed")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advgame_jax import caches, model, scoring
+from advgame_jax import amx, caches, model, scoring
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index
 from advgame_jax.caches import Cache, Kept
@@ -296,7 +296,8 @@ def _draw_next(
   """Draws each live row's next token [R]; and what is recorded of it, by the names of `Chunk`."""
   generator = Generator(tuple(member.params for member in members), tuple(share))
   logits_RV = scoring.mixed_logits(config, generator, rows.hidden_RM)
-  weight_RV = scoring.behaviour_weight(logits_RV, choice)
+  weigh = amx.weigh if amx.weighs(rows.hidden_RM[0], logits_RV.shape[1]) else scoring.behaviour_weight
+  weight_RV = weigh(logits_RV, choice)
   uniform_R = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(rows.key_R, rows.count_R)
   token_R, total_R = draw(weight_RV, uniform_R)
   token_R = jnp.where(rows.live_R, token_R, 0)

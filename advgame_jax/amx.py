@@ -1,0 +1,179 @@
+"""The sampler's products and attention in bfloat16 by kernels for CPUs with AMX.
+
+XLA's own take twice as long and more, in many more steps. `amx.cc` has them in C++ against XLA's foreign function
+interface (`jax.ffi`): the compiler that is here compiles it once for each jaxlib, into the user's cache. Without a
+compiler, Linux or AMX, or with several devices, over which XLA cannot split them, everything is XLA's as before. They
+have no gradients.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+_SOURCE = pathlib.Path(__file__).with_name("amx.cc")
+_FLAGS = (
+  "-O3 -std=c++17 -shared -fPIC -w -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mamx-tile -mamx-bf16"
+)
+_NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}
+_KERNELS = ("products", "paged", "causal", "weigh")
+_SECONDS = 300  # at most, of compiling
+_TILE, _MOST_HEAD = 32, 256
+
+
+class Pages(NamedTuple):
+  """P pages of S tokens of one layer, and which of them each row reads: see `attention.Index`."""
+
+  key_PKHS: jax.Array
+  value_PKSH: jax.Array
+  start_P: jax.Array
+  end_P: jax.Array
+  page_RJ: jax.Array  # int32, −1 where there is no more
+
+
+def there() -> bool:
+  """Whether this process has one device, a CPU that the kernels run on."""
+  return jax.default_backend() == "cpu" and jax.device_count() == 1 and loaded()
+
+
+@functools.cache
+def loaded() -> bool:
+  """Whether the kernels are known to XLA, compiled if need be."""
+  if _NEEDED - _processor():
+    return False
+  compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
+  if not compiler[0]:
+    log.info("no C++ compiler is here: bfloat16 is left to XLA, which generates half as fast on this CPU")
+    return False
+  try:
+    library = ctypes.CDLL(str(_compiled(compiler)))
+  except (OSError, subprocess.SubprocessError) as error:
+    said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+    log.warning("amx.cc cannot be compiled (%s): bfloat16 is left to XLA", said[0] if said else error)
+    return False
+  if library.advgame_amx_permitted():
+    return False
+  for name in _KERNELS:
+    jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(library, _target(name))), platform="cpu")
+  return True
+
+
+def _target(name: str) -> str:
+  return f"advgame_amx_{name}"
+
+
+def _processor() -> set[str]:
+  """What Linux says that this processor can do."""
+  said = pathlib.Path("/proc/cpuinfo")
+  lines = said.read_text().splitlines() if said.exists() else []
+  return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def _compiled(compiler: Sequence[str]) -> pathlib.Path:
+  """The library, in the user's cache."""
+  made_of = (_SOURCE.read_text(), jaxlib.__version__, *compiler, _FLAGS)
+  name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+  folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "advgame_jax"
+  library = folder / f"amx-{name}.so"
+  if library.exists():
+    return library
+  folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+  with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    unfinished = pathlib.Path(scratch) / library.name
+    command = [*compiler, *_FLAGS.split(), "-isystem", jax.ffi.include_dir(), str(_SOURCE), "-o", str(unfinished)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+    unfinished.replace(library)  # whole or not at all, whoever else compiles it
+  return library
+
+
+def multiplies(x_XI: Any, *matrices_OI: Any) -> bool:
+  """Whether `multiply` takes these."""
+  narrow = all(x.dtype == jnp.bfloat16 for x in (x_XI, *matrices_OI))
+  return narrow and not any(size % _TILE for matrix_OI in matrices_OI for size in matrix_OI.shape) and there()
+
+
+def multiply(x_XI: jax.Array, *matrices_OI: jax.Array, dtype: Any) -> Sequence[jax.Array]:
+  """x · matrixᵀ → [X, O] of each matrix, sums in float32, rounded to `dtype`, bfloat16 or float32."""
+  results = [jax.ShapeDtypeStruct((len(x_XI), len(matrix_OI)), dtype) for matrix_OI in matrices_OI]
+  return jax.ffi.ffi_call(_target("products"), results, vmap_method="sequential")(x_XI, *matrices_OI)
+
+
+def reads(query_RNH: Any, pools: Sequence[tuple[Any, Any]]) -> bool:
+  """Whether `paged` takes these queries and pools of keys [P, K, H, S] and values, all of one dtype."""
+  dtypes = {getattr(x, "dtype", None) for pool in pools for x in pool}
+  narrow = query_RNH.dtype == jnp.bfloat16 and dtypes in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)})
+  return narrow and not any(key.shape[3] % 16 for key, _ in pools) and _head(query_RNH.shape[-1]) and there()
+
+
+def paged(
+  query_RNH: jax.Array,
+  key_RKH: jax.Array,
+  value_RKH: jax.Array,
+  place_R: jax.Array,
+  pools: Sequence[Pages],
+  window: jax.Array,
+  *,
+  scale: float,
+  softcap: float,
+) -> jax.Array:
+  """As `attention.paged` → [R, N, H]: a row reads its own pages, one after the other, softmax and sums in float32."""
+  call = jax.ffi.ffi_call(_target("paged"), jax.ShapeDtypeStruct(query_RNH.shape, query_RNH.dtype))
+  arrays = [x for pages in pools for x in pages]
+  how = {"scale": np.float32(scale), "softcap": np.float32(softcap)}
+  return call(query_RNH, key_RKH, value_RKH, place_R, window, *arrays, **how)
+
+
+def attends(query_RTNH: Any) -> bool:
+  """Whether `causal` takes these queries."""
+  return query_RTNH.dtype == jnp.bfloat16 and _head(query_RTNH.shape[-1]) and there()
+
+
+def causal(
+  query_RTNH: jax.Array,
+  key_RTKH: jax.Array,
+  value_RTKH: jax.Array,
+  segment_RT: jax.Array,
+  *,
+  scale: float,
+  softcap: float,
+  window: int,
+) -> jax.Array:
+  """As `attention.causal` of packed rows → [R, T, N, H]; values are finite."""
+  call = jax.ffi.ffi_call(_target("causal"), jax.ShapeDtypeStruct(query_RTNH.shape, query_RTNH.dtype))
+  how = {
+    "scale": np.float32(scale),
+    "softcap": np.float32(softcap),
+    "window": np.int32(window or np.iinfo(np.int32).max),
+  }
+  return call(query_RTNH, key_RTKH, value_RTKH, segment_RT, **how)
+
+
+def weighs(hidden_RM: Any, vocabulary: int) -> bool:
+  """Whether `weigh` takes the logits of such hidden states: only of models that compute in bfloat16."""
+  return hidden_RM.dtype == jnp.bfloat16 and vocabulary % 16 == 0 and there()
+
+
+def weigh(logits_RV: jax.Array, choice: Sequence[Any]) -> jax.Array:
+  """As `scoring.behaviour_weight` → [R, V], a row at a time, which stays in the caches."""
+  how = jnp.stack([jnp.asarray(x, jnp.float32) for x in choice])
+  return jax.ffi.ffi_call(_target("weigh"), jax.ShapeDtypeStruct(logits_RV.shape, jnp.float32))(logits_RV, how)
+
+
+def _head(size: int) -> bool:
+  """Whether queries of this size are read."""
+  return size % _TILE == 0 and size <= _MOST_HEAD
