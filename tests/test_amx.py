@@ -1,0 +1,151 @@
+"""The kernels for CPUs with AMX against XLA's forms, on the processors that have it."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advgame_jax import amx, attention, blockwise, matrices, scoring
+from advgame_jax.attention import Index, Pool
+
+needs_amx = pytest.mark.skipif(not amx.loaded(), reason="needs Linux, a CPU with AMX, and a C++ compiler")
+NARROW, WIDE = jnp.bfloat16, jnp.float32
+
+
+@pytest.fixture
+def one_cpu(monkeypatch):
+  """As in a process of one device: by fake ones all is XLA's."""
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def normal(seed: int, *shape: int, dtype=NARROW) -> jax.Array:
+  return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def wide(x: jax.Array) -> np.ndarray:
+  return np.asarray(x, np.float32)
+
+
+def rounded(x: np.ndarray) -> float:
+  """How far off what is rounded to bfloat16 may be: half a unit of its last place, and the order of sums."""
+  return float(np.abs(x).max()) * 2**-8
+
+
+@needs_amx
+@pytest.mark.parametrize("X", [1, 16, 17, 33, 64, 65, 300])
+@pytest.mark.parametrize("dtype", [NARROW, WIDE])
+def test_products_are_those_of_float32_rounded_once(X, dtype, one_cpu):
+  x, outputs = normal(0, X, 96), (32, 192, 64)
+  parts = [normal(i, size, 96) for i, size in enumerate(outputs, 1)]
+  assert amx.multiplies(x, *parts)
+  products = jax.jit(lambda x, *parts: amx.multiply(x, *parts, dtype=dtype))(x, *parts)
+  for part, product in zip(parts, products):
+    expected = wide(x) @ wide(part).T
+    assert product.dtype == dtype
+    np.testing.assert_allclose(wide(product), expected, atol=rounded(expected) if dtype == NARROW else 1e-4)
+
+
+@needs_amx
+def test_a_row_s_product_is_the_same_bits_in_any_company(one_cpu):
+  x, matrix = normal(0, 300, 64), normal(1, 64, 64)
+  multiply = jax.jit(lambda x: amx.multiply(x, matrix, dtype=WIDE)[0])
+  whole = np.asarray(multiply(x))
+  for first, end in ((0, 1), (3, 40), (250, 300)):
+    np.testing.assert_array_equal(np.asarray(multiply(x[first:end])), whole[first:end])
+
+
+@needs_amx
+@pytest.mark.parametrize(("T", "N", "K", "H", "window", "cap"), [
+  (150, 9, 3, 64, 0, 0.0), (70, 4, 4, 32, 20, 0.0), (37, 8, 2, 128, 0, 5.0), (16, 2, 1, 256, 7, 0.0),
+])  # fmt: skip
+def test_packed_rows_are_attended_to_as_by_xla(T, N, K, H, window, cap, one_cpu):
+  query, key, value = (normal(seed, 2, T, heads, H) for seed, heads in enumerate((N, K, K)))
+  segment = jnp.cumsum((jax.random.uniform(jax.random.key(3), (2, T)) < 0.05).astype(jnp.int32), -1)
+  rule = blockwise.Rule(H**-0.5, cap, window)
+  assert amx.attends(query)
+  read = jax.jit(lambda *args: attention.causal(*args[:3], rule, segment_RT=args[3]))(query, key, value, segment)
+  expected = wide(blockwise.causal(*(x.astype(WIDE) for x in (query, key, value)), rule, segment))
+  np.testing.assert_allclose(wide(read), expected, atol=2 * rounded(expected))  # weights are rounded, too
+
+
+@needs_amx
+@pytest.mark.parametrize(("N", "K", "window", "cap", "kept"), [
+  (9, 3, 1000, 0.0, NARROW), (7, 1, 1000, 0.0, NARROW), (4, 4, 20, 0.0, NARROW), (4, 2, 9, 5.0, WIDE),
+])  # fmt: skip
+def test_pages_are_read_as_by_xla(N, K, window, cap, kept, one_cpu, monkeypatch):
+  R, H, rng = 5, 64, np.random.default_rng(0)
+  query, key, value = normal(0, R, N, H), normal(1, R, K, H), normal(2, R, K, H)
+  place = jnp.array([3, 40, 64, 17, 90], jnp.int32)
+
+  def pool(S: int, G: int, P: int, first: np.ndarray, end: np.ndarray) -> Pool:
+    """Pages in any order; row r reads those of its number // G, from its first page on."""
+    owner, number = np.divmod(np.arange(P), P // -(-R // G))
+    start = first[owner] + number * S
+    reader = np.minimum(owner[:, None] * G + np.arange(G), R - 1)
+    entry = [[r % G + G * p for p in range(P) if owner[p] == r // G] for r in range(R)]
+    order = rng.permuted(np.array(entry), axis=1)
+    keys = normal(S, P, K, H, S, dtype=kept), normal(S + 1, P, K, S, H, dtype=kept)
+    ints = [jnp.asarray(x, jnp.int32) for x in (reader, start, end[owner], np.where(order % 5 == 4, -1, order))]
+    return Pool(*keys, Index(*ints))
+
+  prompts = pool(32, 2, 6, np.array([0, 0, 0]), np.array([3, 40, 9]))
+  own = pool(16, 1, 20, np.array([3, 3, 40, 9, 9]), np.asarray(place))
+  rule = blockwise.Rule(H**-0.5, cap)
+  args = (query, key, value, place, [prompts, own], rule, jnp.int32(window))
+  assert amx.reads(query, [pool[:2] for pool in args[4]])
+  read = wide(attention.paged(*args))
+  monkeypatch.setattr(amx, "reads", lambda *_: False)
+  widened = [
+    part._replace(key_PKHS=part.key_PKHS.astype(WIDE), value_PKSH=part.value_PKSH.astype(WIDE)) for part in args[4]
+  ]
+  expected = wide(attention.paged(*(x.astype(WIDE) for x in args[:3]), place, widened, *args[5:]))
+  np.testing.assert_allclose(read, expected, atol=rounded(expected))
+
+
+@needs_amx
+@pytest.mark.parametrize("choice", [
+  (1, 1, 0, 0), (1, 0.9, 0, 0), (0.7, 0.9, 50, 0), (1.3, 1, 20, 0), (1, 1, 0, 0.05), (0, 1, 0, 0), (1, 0.5, 7, 0.1),
+  (1, 0, 0, 0),
+])  # fmt: skip
+def test_weights_are_those_that_tokens_are_scored_by(choice, one_cpu):
+  logits = 4 * normal(0, 5, 4096, dtype=WIDE)
+  logits = logits.at[0, jnp.array([9, 7])].set(logits.max() + 1).at[1, :40].set(-jnp.inf)
+  assert amx.weighs(normal(0, 5, 32), 4096) and not amx.weighs(normal(0, 5, 32, dtype=WIDE), 4096)
+  weights, expected = (np.asarray(f(logits, scoring.Choice(*choice))) for f in (amx.weigh, scoring.behaviour_weight))
+  np.testing.assert_array_equal(weights > 0, expected > 0)
+  np.testing.assert_allclose(weights, expected, rtol=1e-6)
+
+
+def test_what_kernels_cannot_do_is_left_to_xla(one_cpu):
+  odd, fine = normal(0, 4, 64), normal(1, 32, 64)
+  assert not amx.multiplies(odd, normal(1, 33, 64)) and not amx.multiplies(odd.astype(WIDE), fine)
+  assert not amx.attends(normal(0, 1, 4, 2, 48)) and not amx.attends(normal(0, 1, 4, 2, 512))
+  narrow = (normal(0, 3, 2, 64, 8), normal(0, 3, 2, 8, 64))
+  assert not amx.reads(normal(0, 4, 2, 64), [narrow]) and not amx.weighs(odd, 1001)
+  product = matrices.multiply(odd, normal(1, 33, 64), 1)
+  assert product.shape == (4, 33)
+
+
+def test_several_devices_are_left_to_xla():
+  assert jax.device_count() == 8 and not amx.there()
+
+
+@pytest.mark.parametrize(
+  ("compiler", "said"), [("false", "amx.cc cannot be compiled"), ("/no/such/compiler", "cannot be compiled")]
+)
+def test_without_a_compiler_that_works_all_is_xla_s(compiler, said, tmp_path):
+  script = """
+import logging, jax.numpy as jnp
+logging.basicConfig()
+from advgame_jax import amx, matrices
+amx._processor = lambda: amx._NEEDED
+print(amx.there(), matrices.multiply(jnp.ones((2, 32), jnp.bfloat16), jnp.ones((64, 32), jnp.bfloat16), 1)[0, 0])
+"""
+  alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  environment = alone | {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path)}
+  run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+  assert run.stdout.split() == ["False", "32"] and said in run.stderr
