@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advgame_jax import amx, attention, blockwise, matrices, scoring
+from advgame_jax import amx, architecture, attention, blockwise, layers, matrices, programs, scoring, sharding
+from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index, Pool
+from advgame_jax.config import Sampling
+from advgame_jax.engine import Engine, Load
+from advgame_jax.scoring import Generator
 
 needs_amx = pytest.mark.skipif(not amx.loaded(), reason="needs Linux, a CPU with AMX, and a C++ compiler")
 NARROW, WIDE = jnp.bfloat16, jnp.float32
@@ -18,8 +22,11 @@ NARROW, WIDE = jnp.bfloat16, jnp.float32
 
 @pytest.fixture
 def one_cpu(monkeypatch):
-  """As in a process of one device: by fake ones all is XLA's."""
+  """As in a process of one device: by fake ones all is XLA's. Nobody else gets the programs."""
   monkeypatch.setattr(jax, "device_count", lambda: 1)
+  programs.compiled.cache_clear()
+  yield
+  programs.compiled.cache_clear()
 
 
 def normal(seed: int, *shape: int, dtype=NARROW) -> jax.Array:
@@ -118,6 +125,36 @@ def test_weights_are_those_that_tokens_are_scored_by(choice, one_cpu):
   weights, expected = (np.asarray(f(logits, scoring.Choice(*choice))) for f in (amx.weigh, scoring.behaviour_weight))
   np.testing.assert_array_equal(weights > 0, expected > 0)
   np.testing.assert_allclose(weights, expected, rtol=1e-6)
+
+
+@needs_amx
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_a_generation_by_kernels_says_what_float32_says_in_any_slots(top_p, one_cpu, monkeypatch):
+  config = ModelConfig(
+    vocab=256, width=64, layers=2, heads=4, kv_heads=2, head_size=32, feed_forward=96, tied=True, max_positions=256
+  )
+  params, rng = layers.unstack(config, architecture.init(config, jax.random.key(0))), np.random.default_rng(0)
+  prompts = [rng.integers(0, 256, length).tolist() for length in (5, 40, 17, 33, 64, 9)]
+  mesh, never = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1]), np.zeros((2, 256), np.int16)
+
+  def drawn(slots: int, dtype: str = "bfloat16"):
+    how = {"temperature": 1.0, "top_p": top_p, "max_new_tokens": 20, "prompt_buckets": (64,), "slots": slots}
+    engine = Engine(config, Sampling(**how), mesh, sharding.LOCAL, jnp.dtype(dtype), "auto", never)
+    generator = Generator((matrices.cast(params, dtype),))
+    return engine.generate(Load(generator, prompts, np.arange(6, dtype=np.uint32), 2, jax.random.key(1)))
+
+  called, call = set(), jax.ffi.ffi_call
+  monkeypatch.setattr(jax.ffi, "ffi_call", lambda name, *args, **how: called.add(name) or call(name, *args, **how))
+  few, many = drawn(4), drawn(12)
+  assert called == set(map(amx._target, amx._KERNELS))
+  np.testing.assert_array_equal(few.tokens_RT, many.tokens_RT)
+  np.testing.assert_array_equal(few.plain_logprob_RT, many.plain_logprob_RT)
+  for r, tokens in enumerate(many.tokens_RT):
+    row = jnp.array([*prompts[r // 2], *tokens])[None]
+    mask = jnp.arange(row.shape[1])[None] >= len(prompts[r // 2])
+    stacked = architecture.init(config, jax.random.key(0))
+    scored = np.asarray(scoring.score(config, stacked, row, mask))[np.asarray(mask)]
+    np.testing.assert_allclose(many.plain_logprob_RT[r], scored, atol=0.1)
 
 
 def test_what_kernels_cannot_do_is_left_to_xla(one_cpu):
