@@ -1,4 +1,4 @@
-// The sampler's products and attention in bfloat16 for CPUs with AMX; amx.py says what each computes.
+// The sampler's products, attention and draw in bfloat16 for CPUs with AMX; amx.py says what each computes.
 //
 // A tile holds 16 rows of 64 bytes. Tiles multiply a left one, 16 rows of 32 inputs, by a right one that holds its 32
 // inputs in pairs: [16 pairs, 16 columns, 2]. Sums are float32, in the same order whatever else is computed beside them.
@@ -34,6 +34,7 @@ constexpr int kFewRows = 64;        // of x at most: then threads share out the 
 constexpr int kRows = 128;          // of x that a thread takes at a time
 constexpr int kParts = 8;           // of a matrix, that threads take in turn
 constexpr int kAhead = 1;           // panels of 32 outputs that are asked for early
+constexpr int kBlock = 128;         // words of the vocabulary: the first level of a draw
 constexpr int kQueries = 4;         // heads that read a page together
 constexpr float kLeast = -3.0e38f;  // of what is not seen
 
@@ -547,7 +548,7 @@ float Largest(const float* weights, int V, float least, float enough, bool count
       sums[digit - 1] = _mm512_setzero_ps();
     }
     for (int v = 0; v < V; v += 16) {
-      const __m512 weight = _mm512_load_ps(weights + v);
+      const __m512 weight = _mm512_loadu_ps(weights + v);
       for (int i = 0; i < 3; ++i) {
         const __mmask16 kept = _mm512_cmp_ps_mask(weight, thresholds[i], _CMP_GE_OQ);
         sums[i] = _mm512_mask_add_ps(sums[i], kept, sums[i], counted ? one : weight);
@@ -564,45 +565,85 @@ float Largest(const float* weights, int V, float least, float enough, bool count
 float Sum(const float* weights, int V, float least) {
   __m512 sum = _mm512_setzero_ps();
   for (int v = 0; v < V; v += 16) {
-    const __m512 weight = _mm512_load_ps(weights + v);
+    const __m512 weight = _mm512_loadu_ps(weights + v);
     sum = _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(weight, _mm512_set1_ps(least), _CMP_GE_OQ), sum, weight);
   }
   return _mm512_reduce_add_ps(sum);
 }
 
-// One row of logits → weights of which the greatest is 1, 0 for what is cut off. V is a multiple of 16.
-void WeighRow(const float* logits, int V, float temperature, float top_p, float top_k, float min_p, float* weights) {
-  __m512 highest = _mm512_set1_ps(-INFINITY);
-  for (int v = 0; v < V; v += 16) highest = _mm512_max_ps(highest, _mm512_load_ps(logits + v));
-  const float most = _mm512_reduce_max_ps(highest);
-  if (temperature <= 0) {
+struct Choice {
+  float temperature, top_p, top_k, min_p;
+};
+
+// Of one row of logits: the weights that a token is drawn by, the greatest 1 and 0 what is cut off; and the logarithm of
+// the sum of exp(logit) over the whole vocabulary.
+float Weigh(const float* logits, int V, const Choice& choice, float* weights) {
+  __m512 greatest = _mm512_set1_ps(-INFINITY), all = _mm512_setzero_ps();
+  for (int v = 0; v < V; v += 16) greatest = _mm512_max_ps(greatest, _mm512_loadu_ps(logits + v));
+  const float most = _mm512_reduce_max_ps(greatest);
+  const bool heated = choice.temperature > 0 && choice.temperature != 1;
+  const __m512 scale = _mm512_set1_ps(heated ? 1 / choice.temperature : 1);
+  for (int v = 0; v < V; v += 16) {
+    const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(logits + v), _mm512_set1_ps(most)), plain = Exp(below);
+    all = _mm512_add_ps(all, plain);
+    _mm512_storeu_ps(weights + v, heated ? Exp(_mm512_mul_ps(below, scale)) : plain);
+  }
+  const float log_total = most + std::log(_mm512_reduce_add_ps(all));
+  if (choice.temperature <= 0) {
     std::fill_n(weights, V, 0.0f);
     const float* first = std::find(logits, logits + V, most);
     if (first < logits + V) weights[first - logits] = 1;
-    return;
+    return log_total;
   }
-  const __m512 scale = _mm512_set1_ps(1 / temperature);
+  if (choice.top_k <= 0 && choice.top_p >= 1 && choice.min_p <= 0) return log_total;
+  const float least = choice.top_k > 0 ? Largest(weights, V, 0, choice.top_k, true) : 0;
+  const float enough = choice.top_p * Sum(weights, V, least);
+  const float nucleus = choice.top_p < 1 ? Largest(weights, V, least, enough, false) : 0;
+  const __m512 threshold = _mm512_set1_ps(std::max({nucleus, least, choice.min_p}));
   for (int v = 0; v < V; v += 16) {
-    const __m512 below = _mm512_sub_ps(_mm512_load_ps(logits + v), _mm512_set1_ps(most));
-    _mm512_store_ps(weights + v, Exp(_mm512_mul_ps(below, scale)));
+    const __m512 weight = _mm512_loadu_ps(weights + v);
+    const __mmask16 kept = _mm512_cmp_ps_mask(weight, threshold, _CMP_GE_OQ);
+    _mm512_storeu_ps(weights + v, _mm512_maskz_mov_ps(kept, weight));
   }
-  if (top_k <= 0 && top_p >= 1 && min_p <= 0) return;
-  const float least = top_k > 0 ? Largest(weights, V, 0, top_k, true) : 0;
-  const float nucleus = top_p < 1 ? Largest(weights, V, least, top_p * Sum(weights, V, least), false) : 0;
-  const __m512 threshold = _mm512_set1_ps(std::max({nucleus, least, min_p}));
-  for (int v = 0; v < V; v += 16) {
-    const __m512 weight = _mm512_load_ps(weights + v);
-    _mm512_store_ps(weights + v, _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(weight, threshold, _CMP_GE_OQ), weight));
-  }
+  return log_total;
 }
 
-ffi::Error Weigh(ffi::ThreadPool pool, Float32 logits, Float32 choice, ffi::Result<Float32> weights) {
+// The first index of positive mass whose cumulative mass exceeds the target, else the last of positive mass; the target
+// becomes what is left of it there.
+int Quantile(const float* masses, int n, float& target) {
+  int index = 0;
+  float before = 0, sum = 0;
+  for (int i = 0; i < n; sum += masses[i++]) {
+    if (masses[i] <= 0) continue;
+    index = i, before = sum;
+    if (sum + masses[i] > target) break;
+  }
+  target -= before;
+  return index;
+}
+
+ffi::Error Draw(ffi::ThreadPool pool, Float32 logits, Float32 choice, Float32 uniform, ffi::Result<Int32> token,
+                ffi::Result<Float32> behaviour, ffi::Result<Float32> plain) {
   const int R = logits.dimensions()[0], V = logits.dimensions()[1];
-  const float *x = logits.typed_data(), *how = choice.typed_data();
-  float* y = weights->typed_data();
+  const float *x = logits.typed_data(), *how = choice.typed_data(), *quantile = uniform.typed_data();
+  int32_t* drawn = token->typed_data();
+  float *of_behaviour = behaviour->typed_data(), *of_all = plain->typed_data();
   Each(pool, R, [=](int r) {
-    const size_t at = static_cast<size_t>(r) * V;
-    WeighRow(x + at, V, how[0], how[1], how[2], how[3], y + at);
+    static thread_local std::vector<float> weights, masses;
+    weights.resize(V), masses.clear();
+    const float* mine = x + static_cast<size_t>(r) * V;
+    const float log_total = Weigh(mine, V, {how[0], how[1], how[2], how[3]}, weights.data());
+    float total = 0;
+    for (int v = 0; v < V; v += kBlock) {
+      masses.push_back(Sum(&weights[v], std::min(kBlock, V - v), 0));
+      total += masses.back();
+    }
+    float target = quantile[r] * total;
+    const int first = Quantile(masses.data(), masses.size(), target) * kBlock;
+    const int chosen = first + Quantile(&weights[first], std::min(kBlock, V - first), target);
+    drawn[r] = chosen;
+    of_behaviour[r] = std::log(weights[chosen] / total);
+    of_all[r] = mine[chosen] - log_total;
   });
   return ffi::Error::Success();
 }
@@ -640,5 +681,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_causal, Causal,
                                   .Arg<Int32>()
                                   .Ret<Narrow>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_weigh, Weigh,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Float32>().Arg<Float32>().Ret<Float32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_draw, Draw,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Float32>()
+                                  .Arg<Float32>()
+                                  .Arg<Float32>()
+                                  .Ret<Int32>()
+                                  .Ret<Float32>()
+                                  .Ret<Float32>());

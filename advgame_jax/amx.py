@@ -1,4 +1,4 @@
-"""The sampler's products and attention in bfloat16 by kernels for CPUs with AMX.
+"""The sampler's products, attention and draw in bfloat16 by kernels for CPUs with AMX.
 
 XLA's own take twice as long and more, in many more steps. `amx.cc` has them in C++ against XLA's foreign function
 interface (`jax.ffi`): the compiler that is here compiles it once for each jaxlib, into the user's cache. Without a
@@ -31,7 +31,7 @@ _FLAGS = (
   "-O3 -std=c++17 -shared -fPIC -w -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mamx-tile -mamx-bf16"
 )
 _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}
-_KERNELS = ("products", "paged", "causal", "weigh")
+_KERNELS = ("products", "paged", "causal", "draw")
 _SECONDS = 300  # at most, of compiling
 _TILE, _MOST_HEAD = 32, 256
 
@@ -163,15 +163,20 @@ def causal(
   return call(query_RTNH, key_RTKH, value_RTKH, segment_RT, **how)
 
 
-def weighs(hidden_RM: Any, vocabulary: int) -> bool:
-  """Whether `weigh` takes the logits of such hidden states: only of models that compute in bfloat16."""
+def draws(hidden_RM: Any, vocabulary: int) -> bool:
+  """Whether `draw` takes the logits of such hidden states: only of models that compute in bfloat16."""
   return hidden_RM.dtype == jnp.bfloat16 and vocabulary % 16 == 0 and there()
 
 
-def weigh(logits_RV: jax.Array, choice: Sequence[Any]) -> jax.Array:
-  """As `scoring.behaviour_weight` → [R, V], a row at a time, which stays in the caches."""
-  how = jnp.stack([jnp.asarray(x, jnp.float32) for x in choice])
-  return jax.ffi.ffi_call(_target("weigh"), jax.ShapeDtypeStruct(logits_RV.shape, jnp.float32))(logits_RV, how)
+def draw(logits_RV: jax.Array, choice: Sequence[Any], uniform_R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The token at a quantile of `scoring.behaviour_weight`, and its log-probabilities, nats: of that density, and plain.
+
+  A row at a time, whose weights never leave the caches.
+  """
+  R, how = len(logits_RV), jnp.stack([jnp.asarray(x, jnp.float32) for x in choice])
+  results = [jax.ShapeDtypeStruct((R,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
+  token_R, behaviour_R, plain_R = jax.ffi.ffi_call(_target("draw"), results)(logits_RV, how, uniform_R)
+  return token_R, behaviour_R, plain_R
 
 
 def _head(size: int) -> bool:

@@ -296,13 +296,16 @@ def _draw_next(
   """Draws each live row's next token [R]; and what is recorded of it, by the names of `Chunk`."""
   generator = Generator(tuple(member.params for member in members), tuple(share))
   logits_RV = scoring.mixed_logits(config, generator, rows.hidden_RM)
-  weigh = amx.weigh if amx.weighs(rows.hidden_RM[0], logits_RV.shape[1]) else scoring.behaviour_weight
-  weight_RV = weigh(logits_RV, choice)
   uniform_R = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(rows.key_R, rows.count_R)
-  token_R, total_R = draw(weight_RV, uniform_R)
-  token_R = jnp.where(rows.live_R, token_R, 0)
-  behaviour_R = jnp.log(jnp.take_along_axis(weight_RV, token_R[:, None], 1)[:, 0] / total_R)
-  plain_R = scoring.plain_logprob(logits_RV, token_R)
+  if amx.draws(rows.hidden_RM[0], logits_RV.shape[1]):
+    token_R, behaviour_R, plain_R = amx.draw(logits_RV, choice, uniform_R)
+    token_R = jnp.where(rows.live_R, token_R, 0)
+  else:
+    weight_RV = scoring.behaviour_weight(logits_RV, choice)
+    token_R, total_R = draw(weight_RV, uniform_R)
+    token_R = jnp.where(rows.live_R, token_R, 0)
+    behaviour_R = jnp.log(jnp.take_along_axis(weight_RV, token_R[:, None], 1)[:, 0] / total_R)
+    plain_R = scoring.plain_logprob(logits_RV, token_R)
   stop_state_R = stops_ZV[rows.stop_state_R, token_R].astype(jnp.int32)
   count_R = rows.count_R + rows.live_R
   ends_R = (stop_state_R == stops_ZV.shape[0] - 1) | (count_R >= rows.limit_R)

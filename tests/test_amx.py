@@ -118,13 +118,20 @@ def test_pages_are_read_as_by_xla(N, K, window, cap, kept, one_cpu, monkeypatch)
   (1, 1, 0, 0), (1, 0.9, 0, 0), (0.7, 0.9, 50, 0), (1.3, 1, 20, 0), (1, 1, 0, 0.05), (0, 1, 0, 0), (1, 0.5, 7, 0.1),
   (1, 0, 0, 0),
 ])  # fmt: skip
-def test_weights_are_those_that_tokens_are_scored_by(choice, one_cpu):
-  logits = 4 * normal(0, 5, 4096, dtype=WIDE)
+def test_tokens_lie_at_their_quantiles_of_the_density_that_they_are_scored_by(choice, one_cpu):
+  logits = 4 * normal(0, 300, 4112, dtype=WIDE)
   logits = logits.at[0, jnp.array([9, 7])].set(logits.max() + 1).at[1, :40].set(-jnp.inf)
-  assert amx.weighs(normal(0, 5, 32), 4096) and not amx.weighs(normal(0, 5, 32, dtype=WIDE), 4096)
-  weights, expected = (np.asarray(f(logits, scoring.Choice(*choice))) for f in (amx.weigh, scoring.behaviour_weight))
-  np.testing.assert_array_equal(weights > 0, expected > 0)
-  np.testing.assert_allclose(weights, expected, rtol=1e-6)
+  uniform = jax.random.uniform(jax.random.key(1), (300,)).at[2].set(0).at[3].set(1 - 2**-24)
+  assert amx.draws(normal(0, 300, 32), 4112) and not amx.draws(normal(0, 300, 32, dtype=WIDE), 4112)
+  token, behaviour, plain = map(np.asarray, amx.draw(logits, scoring.Choice(*choice), uniform))
+  density = np.asarray(scoring.behaviour_weight(logits, scoring.Choice(*choice)), np.float64)
+  density /= density.sum(-1, keepdims=True)
+  own = density[np.arange(300), token]
+  before = np.cumsum(density, -1)[np.arange(300), token] - own
+  assert (own > 0).all() and len(set(token.tolist())) > 100
+  assert (before - 1e-6 <= uniform).all() and (uniform <= before + own + 1e-6).all()
+  np.testing.assert_allclose(behaviour, np.log(own), atol=1e-5)
+  np.testing.assert_allclose(plain, scoring.plain_logprob(logits, token), atol=1e-5)
 
 
 @needs_amx
@@ -162,7 +169,7 @@ def test_what_kernels_cannot_do_is_left_to_xla(one_cpu):
   assert not amx.multiplies(odd, normal(1, 33, 64)) and not amx.multiplies(odd.astype(WIDE), fine)
   assert not amx.attends(normal(0, 1, 4, 2, 48)) and not amx.attends(normal(0, 1, 4, 2, 512))
   narrow = (normal(0, 3, 2, 64, 8), normal(0, 3, 2, 8, 64))
-  assert not amx.reads(normal(0, 4, 2, 64), [narrow]) and not amx.weighs(odd, 1001)
+  assert not amx.reads(normal(0, 4, 2, 64), [narrow]) and not amx.draws(odd, 1001)
   product = matrices.multiply(odd, normal(1, 33, 64), 1)
   assert product.shape == (4, 33)
 
