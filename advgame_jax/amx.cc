@@ -1,7 +1,7 @@
 // The sampler's products, attention and draw in bfloat16 for CPUs with AMX; amx.py says what each computes.
 //
-// A tile holds 16 rows of 64 bytes. Tiles multiply a left one, 16 rows of 32 inputs, by a right one that holds its 32
-// inputs in pairs: [16 pairs, 16 columns, 2]. Sums are float32, in the same order whatever else is computed beside them.
+// A tile holds 16 rows of 64 bytes. A left one, 16 rows of 32 inputs, is multiplied by a right one that holds its 32
+// inputs in pairs: [16 pairs, 16 columns, 2]. Sums are float32, in the same order whatever is computed beside them.
 
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -31,14 +31,15 @@ constexpr int kTile = 16;           // rows of a tile, or columns
 constexpr int kPanel = 32;          // outputs that are computed together
 constexpr int kInputs = 32;         // that a product of two tiles adds up
 constexpr int kFewRows = 64;        // of x at most: then threads share out the matrix's rows, else x's
-constexpr int kRows = 128;          // of x that a thread takes at a time
-constexpr int kParts = 8;           // of a matrix, that threads take in turn
+constexpr int kRows = 128;          // of x, at most, that a thread takes at a time
+constexpr int kParts = 8;           // of matrices, at least, that threads take in turn
 constexpr int kAhead = 1;           // panels of 32 outputs that are asked for early
 constexpr int kBlock = 128;         // words of the vocabulary: the first level of a draw
 constexpr int kQueries = 4;         // heads that read a page together
-constexpr float kLeast = -3.0e38f;  // of what is not seen
+constexpr float kLeast = -3.0e38f;  // the logit of a token that is not seen
 
-// What was stored is in memory from here on: compilers do not know that tiles are loaded from there.
+// What was stored is in memory from here on. Compilers do not know that tiles are loaded from there: between a store
+// and the next tile that is loaded there must be this, or a new `Tiles`.
 void Stored() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
 // A thread's tiles, all of them whole.
@@ -59,6 +60,8 @@ class Tiles {
 };
 
 // f(0), …, f(n - 1) by the threads there are. Whoever is free takes the next: this waits for nobody who has not begun.
+// A helper may come when all is done and keep its copy of f, which holds what it needs by value, for longer; and f
+// calls no `Each`, since its thread's buffers are taken.
 template <class F>
 void Each(ffi::ThreadPool& pool, int n, F f) {
   struct Progress {
@@ -95,10 +98,10 @@ void Store(bfloat16* to, __m512 x) {
 
 void Store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
 
-// Of numbers not greater than 0, to 2e-7 of it (the polynomial of Cephes); below -87 it is 0.
+// Of numbers not greater than 0, to 2e-7 of it (the polynomial of Cephes); below -87 it is 0, of NaN NaN.
 __m512 Exp(__m512 x) {
   auto all = [](float y) { return _mm512_set1_ps(y); };
-  const __mmask16 there = _mm512_cmp_ps_mask(x, all(-87.0f), _CMP_GE_OQ);
+  const __mmask16 there = _mm512_cmp_ps_mask(x, all(-87.0f), _CMP_NLT_UQ);
   __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, all(1.44269504f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, all(-2.12194440e-4f), _mm512_fnmadd_ps(n, all(0.693359375f), x));
   __m512 p = all(1.9875691500e-4f);
@@ -250,10 +253,12 @@ ffi::Error Products(ffi::ThreadPool pool, Narrow x, ffi::RemainingArgs matrices,
     factors->push_back({static_cast<const bfloat16*>(matrix.untyped_data()), static_cast<int>(matrix.dimensions()[0]),
                         product->untyped_data(), product->element_type() == ffi::F32});
   }
+  const int threads = std::max<int>(1, pool.num_threads());
   if (X > kFewRows) {
-    Each(pool, Ceil(X, kRows), [=](int part) {
+    const int each = std::min(kRows, Ceil(Ceil(X, threads), 2 * kTile) * 2 * kTile);
+    Each(pool, Ceil(X, each), [=](int part) {
       static thread_local std::vector<bfloat16> right;
-      const int first = part * kRows, count = std::min(kRows, X - first);
+      const int first = part * each, count = std::min(each, X - first);
       right.resize(static_cast<size_t>(Ceil(count, kTile)) * kTile * I);
       PackRows(rows + static_cast<size_t>(first) * I, count, I, I, right.data());
       for (const Factor& factor : *factors) Multiply(right.data(), factor, first, count, I, 0, factor.O);
@@ -264,7 +269,7 @@ ffi::Error Products(ffi::ThreadPool pool, Narrow x, ffi::RemainingArgs matrices,
   PackRows(rows, X, I, I, right->data());
   int panels = 0;
   for (const Factor& factor : *factors) panels += factor.O / kPanel;
-  const int each = Ceil(panels, kParts);
+  const int each = Ceil(panels, std::max(kParts, 2 * threads));
   Each(pool, Ceil(panels, each), [=](int part) {
     int first = part * each, end = first + each;  // panels, counted from each matrix's first
     for (const Factor& factor : *factors) {
@@ -390,10 +395,12 @@ void ReadByAll(ffi::ThreadPool& pool, const bfloat16* query, const bfloat16* key
         const int p = pages.page[static_cast<size_t>(r) * pages.J + j];
         if (p < 0) continue;
         const int start = pages.start[p], oldest = window > place[r] ? 0 : place[r] - window + 1;
-        const int first = std::max(0, oldest - start), end = std::min({pages.S, std::min(pages.end[p], place[r]) - start});
+        const int first = std::max(0, oldest - start);
+        const int end = std::min(pages.S, std::min(pages.end[p], place[r]) - start);
         if (first >= end) continue;
         const size_t at = (static_cast<size_t>(p) * K + k) * H * pages.S;
-        seen.push_back({static_cast<const T*>(pages.key) + at, static_cast<const T*>(pages.value) + at, first, end, pages.S, room});
+        auto *keys = static_cast<const T*>(pages.key) + at, *values = static_cast<const T*>(pages.value) + at;
+        seen.push_back({keys, values, first, end, pages.S, room});
         room += pages.S;
       }
     }
@@ -435,8 +442,8 @@ ffi::Error Paged(ffi::ThreadPool pool, float scale, float softcap, Narrow query,
 }
 
 // Queries of 16 tokens from `begin` on, one head, to the keys and values of `base` and later in right tiles.
-void ReadBlock(const bfloat16* query, size_t stride, const bfloat16* keys, const bfloat16* values, const int32_t* segment,
-               int begin, int base, int first, int T, int H, int window, Rule rule, bfloat16* output) {
+void ReadBlock(const bfloat16* query, size_t stride, const bfloat16* keys, const bfloat16* values,
+               const int32_t* segment, int begin, int base, int first, int T, int H, int window, Rule rule, bfloat16* output) {
   static thread_local std::vector<float> logits;
   static thread_local std::vector<bfloat16> weights;
   const int from = first / kInputs * kInputs, width = Ceil(begin + kTile - from, kInputs) * kInputs;
@@ -504,7 +511,8 @@ ffi::Error Causal(ffi::ThreadPool pool, float scale, float softcap, int32_t wind
   auto* read = reinterpret_cast<bfloat16*>(output->untyped_data());
   Each(pool, R * K * parts, [=](int part) {
     static thread_local std::vector<bfloat16> key_tiles, value_tiles;
-    const int r = part / (K * parts), k = part / parts % K, begin = part % parts * each, end = std::min(T, begin + each);
+    const int r = part / (K * parts), k = part / parts % K;
+    const int begin = part % parts * each, end = std::min(T, begin + each);
     const int32_t* mine = segments + static_cast<size_t>(r) * T;
     // The first token of the same segment as one of those from `t` on, of which a window leaves the newest.
     auto first_seen = [=](int t, int end) {
@@ -575,8 +583,8 @@ struct Choice {
   float temperature, top_p, top_k, min_p;
 };
 
-// Of one row of logits: the weights that a token is drawn by, the greatest 1 and 0 what is cut off; and the logarithm of
-// the sum of exp(logit) over the whole vocabulary.
+// Of one row of logits: the weights that a token is drawn by, the greatest 1 and 0 what is cut off; and the logarithm
+// of the sum of exp(logit) over the whole vocabulary.
 float Weigh(const float* logits, int V, const Choice& choice, float* weights) {
   __m512 greatest = _mm512_set1_ps(-INFINITY), all = _mm512_setzero_ps();
   for (int v = 0; v < V; v += 16) greatest = _mm512_max_ps(greatest, _mm512_loadu_ps(logits + v));
@@ -597,8 +605,8 @@ float Weigh(const float* logits, int V, const Choice& choice, float* weights) {
   }
   if (choice.top_k <= 0 && choice.top_p >= 1 && choice.min_p <= 0) return log_total;
   const float least = choice.top_k > 0 ? Largest(weights, V, 0, choice.top_k, true) : 0;
-  const float enough = choice.top_p * Sum(weights, V, least);
-  const float nucleus = choice.top_p < 1 ? Largest(weights, V, least, enough, false) : 0;
+  auto nucleus_of = [&] { return Largest(weights, V, least, choice.top_p * Sum(weights, V, least), false); };
+  const float nucleus = choice.top_p < 1 ? nucleus_of() : 0;
   const __m512 threshold = _mm512_set1_ps(std::max({nucleus, least, choice.min_p}));
   for (int v = 0; v < V; v += 16) {
     const __m512 weight = _mm512_loadu_ps(weights + v);
@@ -642,7 +650,7 @@ ffi::Error Draw(ffi::ThreadPool pool, Float32 logits, Float32 choice, Float32 un
     const int first = Quantile(masses.data(), masses.size(), target) * kBlock;
     const int chosen = first + Quantile(&weights[first], std::min(kBlock, V - first), target);
     drawn[r] = chosen;
-    of_behaviour[r] = std::log(weights[chosen] / total);
+    of_behaviour[r] = std::isnan(log_total) ? log_total : std::log(weights[chosen] / total);
     of_all[r] = mine[chosen] - log_total;
   });
   return ffi::Error::Success();

@@ -1,9 +1,10 @@
-"""The sampler's products, attention and draw in bfloat16 by kernels for CPUs with AMX.
+"""Products, attention and the draw in bfloat16 by kernels for CPUs with AMX.
 
 XLA's own take twice as long and more, in many more steps. `amx.cc` has them in C++ against XLA's foreign function
-interface (`jax.ffi`): the compiler that is here compiles it once for each jaxlib, into the user's cache. Without a
-compiler, Linux or AMX, or with several devices, over which XLA cannot split them, everything is XLA's as before. They
-have no gradients.
+interface (`jax.ffi`): the compiler that is here (`CXX`, else c++ or g++) compiles it once for each jaxlib, into the
+user's cache (`XDG_CACHE_HOME`, else ~/.cache). Without a compiler, Linux or AMX, or with several devices, over which
+XLA cannot split them, everything is XLA's. They have no gradients: of what learns, only products go through them, by
+their own rule, the backward pass's too.
 """
 
 import ctypes
@@ -62,11 +63,13 @@ def loaded() -> bool:
     return False
   try:
     library = ctypes.CDLL(str(_compiled(compiler)))
-  except (OSError, subprocess.SubprocessError) as error:
-    said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-    log.warning("amx.cc cannot be compiled (%s): bfloat16 is left to XLA", said[0] if said else error)
+  except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # the second where nobody has a home
+    lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines() or [repr(error)]
+    said = next((line for line in lines if "error" in line), lines[0])
+    log.warning("amx.cc cannot be compiled, or loaded (%s): bfloat16 is left to XLA", said)
     return False
   if library.advgame_amx_permitted():
+    log.info("Linux does not let this process use AMX: bfloat16 is left to XLA")
     return False
   for name in _KERNELS:
     jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(library, _target(name))), platform="cpu")
@@ -86,8 +89,8 @@ def _processor() -> set[str]:
 
 def _compiled(compiler: Sequence[str]) -> pathlib.Path:
   """The library, in the user's cache."""
-  made_of = (_SOURCE.read_text(), jaxlib.__version__, *compiler, _FLAGS)
-  name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+  made_of = "\0".join((jaxlib.__version__, *compiler, _FLAGS)).encode()
+  name = hashlib.sha256(_SOURCE.read_bytes() + made_of).hexdigest()[:16]
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "advgame_jax"
   library = folder / f"amx-{name}.so"
   if library.exists():
@@ -104,7 +107,8 @@ def _compiled(compiler: Sequence[str]) -> pathlib.Path:
 def multiplies(x_XI: Any, *matrices_OI: Any) -> bool:
   """Whether `multiply` takes these."""
   narrow = all(x.dtype == jnp.bfloat16 for x in (x_XI, *matrices_OI))
-  return narrow and not any(size % _TILE for matrix_OI in matrices_OI for size in matrix_OI.shape) and there()
+  fits = lambda size: size > 0 and size % _TILE == 0
+  return narrow and all(fits(size) for matrix_OI in matrices_OI for size in matrix_OI.shape) and there()
 
 
 def multiply(x_XI: jax.Array, *matrices_OI: jax.Array, dtype: Any) -> Sequence[jax.Array]:
@@ -168,15 +172,18 @@ def draws(hidden_RM: Any, vocabulary: int) -> bool:
   return hidden_RM.dtype == jnp.bfloat16 and vocabulary % 16 == 0 and there()
 
 
-def draw(logits_RV: jax.Array, choice: Sequence[Any], uniform_R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The token at a quantile of `scoring.behaviour_weight`, and its log-probabilities, nats: of that density, and plain.
+def draw(
+  logits_RV: jax.Array, choice: Sequence[Any], uniform_R: jax.Array, live_R: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The token at a quantile of `scoring.behaviour_weight`, 0 of rows that are not live; its log-probabilities, nats, by
+  that density and by all of the softmax.
 
   A row at a time, whose weights never leave the caches.
   """
   R, how = len(logits_RV), jnp.stack([jnp.asarray(x, jnp.float32) for x in choice])
   results = [jax.ShapeDtypeStruct((R,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
   token_R, behaviour_R, plain_R = jax.ffi.ffi_call(_target("draw"), results)(logits_RV, how, uniform_R)
-  return token_R, behaviour_R, plain_R
+  return jnp.where(live_R, token_R, 0), behaviour_R, plain_R
 
 
 def _head(size: int) -> bool:

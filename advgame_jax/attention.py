@@ -4,7 +4,7 @@ pool.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def causal(
 
   Args:
     implementation: a `kernels.Implementation`; "auto" is resolved for the default backend.
-    segment_RT: int32; a token attends only within its own segment of a packed row.
+    segment_RT: int32; a token attends only within its own segment of a packed row. By `amx` without gradients.
     layout: how rows and heads lie on the mesh; only a kernel that XLA cannot split ("splash") reads it.
 
   Raises:
@@ -51,10 +51,12 @@ def causal(
   if segment_RT is None:
     return blockwise.causal(query_RTNH, key_RTKH, value_RTKH, rule)
   # A row that is not finite stays so by its own queries, and spoils no other segment.
-  packed_rows = (query_RTNH, key_RTKH, finite(value_RTKH))
-  if amx.attends(query_RTNH):
-    return amx.causal(*packed_rows, segment_RT, scale=rule.scale, softcap=rule.softcap, window=rule.window)
-  return blockwise.causal(*packed_rows, rule, segment_RT)
+  packed_rows = (query_RTNH, key_RTKH, finite(value_RTKH), segment_RT)
+  plainly = lambda query, key, value, segment: blockwise.causal(query, key, value, rule, segment)
+  if not amx.attends(query_RTNH):
+    return plainly(*packed_rows)
+  by_kernel = functools.partial(amx.causal, scale=rule.scale, softcap=rule.softcap, window=rule.window)
+  return jax.lax.platform_dependent(*packed_rows, cpu=by_kernel, default=plainly)
 
 
 def keys_of_cache(key_RTKH: jax.Array) -> jax.Array:
@@ -210,10 +212,27 @@ def paged(
     place_R: int32, of the new token.
     window: int32, tokens; it takes the place of the rule's.
   """
-  if amx.reads(query_RNH, [pool[:2] for pool in pools]):
-    pages = [_pages(pool) for pool in pools]
-    new = (query_RNH, key_RKH, value_RKH, place_R)
+  arrays = (query_RNH, key_RKH, value_RKH, place_R, pools, window)
+  plainly = functools.partial(_paged, rule)
+  if not amx.reads(query_RNH, [pool[:2] for pool in pools]):
+    return plainly(*arrays)
+
+  def by_kernel(query_RNH: Any, key_RKH: Any, value_RKH: Any, place_R: Any, pools: Any, window: Any) -> jax.Array:
+    new, pages = (query_RNH, key_RKH, value_RKH, place_R), [_pages(pool) for pool in pools]
     return amx.paged(*new, pages, window, scale=rule.scale, softcap=rule.softcap)
+
+  return jax.lax.platform_dependent(*arrays, cpu=by_kernel, default=plainly)
+
+
+def _paged(
+  rule: Rule,
+  query_RNH: jax.Array,
+  key_RKH: jax.Array,
+  value_RKH: jax.Array,
+  place_R: jax.Array,
+  pools: Sequence[Pool],
+  window: jax.Array,
+) -> jax.Array:
   R, N, H = query_RNH.shape
   K = key_RKH.shape[1]
   query_RKnH = query_RNH.reshape(R, K, N // K, H)

@@ -60,19 +60,18 @@ def project(x: jax.Array, matrix: Matrix, inputs: int = 1) -> jax.Array:
 
 
 def project_each(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
-  """`project` of one x by each matrix: at once, where a kernel of CPUs does that."""
+  """`project` of one x by each matrix; transposed ones at once, without gradients, where `amx` can."""
   plainly = lambda x, *matrices: [project(x, matrix) for matrix in matrices]
-  flat = [matrix.weight.reshape(-1, x.shape[-1]) for matrix in matrices if isinstance(matrix, Transposed)]
-  if len(flat) < len(matrices) or not amx.multiplies(x, *flat):
+  if not all(isinstance(matrix, Transposed) for matrix in matrices):
     return plainly(x, *matrices)
-
-  def at_once(x: jax.Array, *matrices: Transposed) -> list[jax.Array]:
-    flat = [matrix.weight.reshape(-1, x.shape[-1]) for matrix in matrices]
-    products = amx.multiply(x.reshape(-1, x.shape[-1]), *flat, dtype=x.dtype)
-    outputs = [matrix.weight.shape[:-1] for matrix in matrices]
-    return [product.reshape(*x.shape[:-1], *each) for product, each in zip(products, outputs)]
-
-  return jax.lax.platform_dependent(x, *matrices, cpu=at_once, default=plainly)
+  flat = [matrix.weight.reshape(-1, x.shape[-1]) for matrix in matrices]  # type: ignore[union-attr]
+  if not amx.multiplies(x, *flat):
+    return plainly(x, *matrices)
+  reshape = lambda product, matrix: product.reshape(*x.shape[:-1], *matrix.weight.shape[:-1])
+  plain = lambda x_XI, *flat: [multiply(x_XI, matrix_OI, 1) for matrix_OI in flat]
+  by_kernel = functools.partial(amx.multiply, dtype=x.dtype)
+  products = jax.lax.platform_dependent(x.reshape(-1, x.shape[-1]), *flat, cpu=by_kernel, default=plain)
+  return list(map(reshape, products, matrices))
 
 
 def multiply(x_XI: jax.Array, matrix: jax.Array, contracted: int = 0, dtype: Any = None) -> jax.Array:

@@ -297,15 +297,7 @@ def _draw_next(
   generator = Generator(tuple(member.params for member in members), tuple(share))
   logits_RV = scoring.mixed_logits(config, generator, rows.hidden_RM)
   uniform_R = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(rows.key_R, rows.count_R)
-  if amx.draws(rows.hidden_RM[0], logits_RV.shape[1]):
-    token_R, behaviour_R, plain_R = amx.draw(logits_RV, choice, uniform_R)
-    token_R = jnp.where(rows.live_R, token_R, 0)
-  else:
-    weight_RV = scoring.behaviour_weight(logits_RV, choice)
-    token_R, total_R = draw(weight_RV, uniform_R)
-    token_R = jnp.where(rows.live_R, token_R, 0)
-    behaviour_R = jnp.log(jnp.take_along_axis(weight_RV, token_R[:, None], 1)[:, 0] / total_R)
-    plain_R = scoring.plain_logprob(logits_RV, token_R)
+  token_R, behaviour_R, plain_R = _choose(rows.hidden_RM[0], logits_RV, choice, uniform_R, rows.live_R)
   stop_state_R = stops_ZV[rows.stop_state_R, token_R].astype(jnp.int32)
   count_R = rows.count_R + rows.live_R
   ends_R = (stop_state_R == stops_ZV.shape[0] - 1) | (count_R >= rows.limit_R)
@@ -317,6 +309,24 @@ def _draw_next(
   )
   columns = {"tokens_Rk": token_R, "behaviour_logprob_Rk": behaviour_R, "plain_logprob_Rk": plain_R}
   return drawn, token_R, columns
+
+
+def _choose(hidden_RM: jax.Array, *args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """As `_choose_plainly`, by a kernel where `amx` has one for such a model."""
+  if not amx.draws(hidden_RM, args[0].shape[1]):
+    return _choose_plainly(*args)
+  return jax.lax.platform_dependent(*args, cpu=amx.draw, default=_choose_plainly)
+
+
+def _choose_plainly(
+  logits_RV: jax.Array, choice: Choice, uniform_R: jax.Array, live_R: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Tokens, 0 of rows that are not live, and their log-probabilities: of the density they are drawn from, and plain."""
+  weight_RV = scoring.behaviour_weight(logits_RV, choice)
+  token_R, total_R = draw(weight_RV, uniform_R)
+  token_R = jnp.where(live_R, token_R, 0)
+  behaviour_R = jnp.log(jnp.take_along_axis(weight_RV, token_R[:, None], 1)[:, 0] / total_R)
+  return token_R, behaviour_R, scoring.plain_logprob(logits_RV, token_R)
 
 
 def resize(pages: jax.Array, page_P: jax.Array, layout: Layout = LOCAL) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advgame_jax import amx, architecture, attention, blockwise, layers, matrices, programs, scoring, sharding
+from advgame_jax import amx, architecture, attention, blockwise, layers, matrices, programs, sampler, scoring, sharding
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index, Pool
 from advgame_jax.config import Sampling
@@ -123,7 +123,12 @@ def test_tokens_lie_at_their_quantiles_of_the_density_that_they_are_scored_by(ch
   logits = logits.at[0, jnp.array([9, 7])].set(logits.max() + 1).at[1, :40].set(-jnp.inf)
   uniform = jax.random.uniform(jax.random.key(1), (300,)).at[2].set(0).at[3].set(1 - 2**-24)
   assert amx.draws(normal(0, 300, 32), 4112) and not amx.draws(normal(0, 300, 32, dtype=WIDE), 4112)
-  token, behaviour, plain = map(np.asarray, amx.draw(logits, scoring.Choice(*choice), uniform))
+  live = jnp.arange(300) != 5
+  token, behaviour, plain = map(
+    np.asarray, amx.draw(logits.at[6, 77].set(jnp.nan), scoring.Choice(*choice), uniform, live)
+  )
+  assert token[5] == 0 and np.isnan(behaviour[6]) and np.isnan(plain[6])
+  token, behaviour, plain = map(np.asarray, amx.draw(logits, scoring.Choice(*choice), uniform, live | True))
   density = np.asarray(scoring.behaviour_weight(logits, scoring.Choice(*choice)), np.float64)
   density /= density.sum(-1, keepdims=True)
   own = density[np.arange(300), token]
@@ -135,8 +140,7 @@ def test_tokens_lie_at_their_quantiles_of_the_density_that_they_are_scored_by(ch
 
 
 @needs_amx
-@pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_a_generation_by_kernels_says_what_float32_says_in_any_slots(top_p, one_cpu, monkeypatch):
+def test_a_generation_by_kernels_says_what_float32_says_in_any_slots(one_cpu, monkeypatch):
   config = ModelConfig(
     vocab=256, width=64, layers=2, heads=4, kv_heads=2, head_size=32, feed_forward=96, tied=True, max_positions=256
   )
@@ -145,7 +149,7 @@ def test_a_generation_by_kernels_says_what_float32_says_in_any_slots(top_p, one_
   mesh, never = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1]), np.zeros((2, 256), np.int16)
 
   def drawn(slots: int, dtype: str = "bfloat16"):
-    how = {"temperature": 1.0, "top_p": top_p, "max_new_tokens": 20, "prompt_buckets": (64,), "slots": slots}
+    how = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 20, "prompt_buckets": (64,), "slots": slots}
     engine = Engine(config, Sampling(**how), mesh, sharding.LOCAL, jnp.dtype(dtype), "auto", never)
     generator = Generator((matrices.cast(params, dtype),))
     return engine.generate(Load(generator, prompts, np.arange(6, dtype=np.uint32), 2, jax.random.key(1)))
@@ -162,6 +166,49 @@ def test_a_generation_by_kernels_says_what_float32_says_in_any_slots(top_p, one_
     stacked = architecture.init(config, jax.random.key(0))
     scored = np.asarray(scoring.score(config, stacked, row, mask))[np.asarray(mask)]
     np.testing.assert_allclose(many.plain_logprob_RT[r], scored, atol=0.1)
+
+
+@needs_amx
+def test_what_is_not_a_number_stays_so_and_spoils_no_other_segment(one_cpu):
+  query, key, value = (normal(seed, 1, 40, heads, 32) for seed, heads in enumerate((4, 2, 2)))
+  segment, rule = (jnp.arange(40) // 20)[None], blockwise.Rule(0.2)
+  fine = wide(attention.causal(query, key, value, rule, segment_RT=segment))
+  spoilt = wide(attention.causal(query, key.at[0, 5].set(jnp.nan), value, rule, segment_RT=segment))
+  assert np.isnan(spoilt[0, 5:20]).all()
+  np.testing.assert_array_equal(np.delete(spoilt[0], slice(5, 20), 0), np.delete(fine[0], slice(5, 20), 0))
+
+
+@needs_amx
+def test_a_gradient_through_the_kernels_is_float32_s_rounded(one_cpu):
+  x, cotangent = normal(0, 40, 64), normal(2, 40, 96)
+  for contracted, matrix in ((0, normal(1, 64, 96)), (1, normal(1, 96, 64))):
+    _, back = jax.vjp(lambda x, matrix, c=contracted: matrices.multiply(x, matrix, c), x, matrix)
+    plain = wide(matrix) if contracted else wide(matrix).T
+    for slope, expected in zip(back(cotangent), (wide(cotangent) @ plain, wide(cotangent).T @ wide(x))):
+      expected = expected if slope.shape == expected.shape else expected.T
+      np.testing.assert_allclose(wide(slope), expected, atol=rounded(expected))
+
+
+@needs_amx
+@pytest.mark.parametrize(("platform", "called"), [("cpu", 4), ("cuda", 0), ("tpu", 0)])
+def test_programs_for_other_platforms_have_no_kernel_of_this_one(platform, called, one_cpu):
+  """As plans for machines that are not there lower them."""
+  x, matrix = normal(0, 2, 64), matrices.Transposed(normal(1, 64, 64))
+  query, key, segment = normal(2, 1, 32, 2, 32), normal(3, 1, 32, 1, 32), jnp.zeros((1, 32), jnp.int32)
+  zeros, pages = jnp.zeros((2, 1), jnp.int32), (normal(4, 2, 1, 32, 16), normal(5, 2, 1, 16, 32))
+  pool, rule = Pool(*pages, Index(zeros, zeros[:, 0], zeros[:, 0], zeros)), blockwise.Rule(1)
+
+  def everything(x, query, key):
+    new = (query[0, :2], key[0, :2], key[0, :2], zeros[:, 0])
+    return (
+      matrices.project_each(x, [matrix, matrix]),
+      attention.causal(query, key, key, rule, segment_RT=segment),
+      attention.paged(*new, [pool], rule, jnp.int32(9)),
+      sampler._choose(x, jnp.ones((2, 256)), scoring.Choice(), jnp.ones(2), jnp.ones(2, bool)),
+    )
+
+  text = jax.jit(everything).trace(x, query, key).lower(lowering_platforms=(platform,)).as_text()
+  assert len({name for name in map(amx._target, amx._KERNELS) if name in text}) == called
 
 
 def test_what_kernels_cannot_do_is_left_to_xla(one_cpu):
