@@ -443,7 +443,8 @@ ffi::Error Paged(ffi::ThreadPool pool, float scale, float softcap, Narrow query,
 
 // Queries of 16 tokens from `begin` on, one head, to the keys and values of `base` and later in right tiles.
 void ReadBlock(const bfloat16* query, size_t stride, const bfloat16* keys, const bfloat16* values,
-               const int32_t* segment, int begin, int base, int first, int T, int H, int window, Rule rule, bfloat16* output) {
+               const int32_t* segment, int begin, int base, int first, int T, int H, int window, Rule rule,
+               bfloat16* output) {
   static thread_local std::vector<float> logits;
   static thread_local std::vector<bfloat16> weights;
   const int from = first / kInputs * kInputs, width = Ceil(begin + kTile - from, kInputs) * kInputs;
