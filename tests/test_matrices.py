@@ -92,16 +92,6 @@ def compiled(f, *arguments):
   return jax.jit(f).lower(*arguments).compile().as_text()
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
-def test_of_few_rows_the_matrix_is_the_left_one():
-  """Not of many, nor of logits, which would have to be turned."""
-  matrix_OI = drawn(0, 48, 24)
-  turned = lambda rows, dtype=BF16: (
-    f"f32[48,{rows}]" in compiled(lambda x_XI: matrices.multiply(x_XI, matrix_OI, 1, dtype), drawn(1, rows, 24))
-  )
-  assert turned(matrices._TURNED) and not turned(8, F32) and not turned(matrices._TURNED + 1)
-
-
 def test_gradients_of_scores_in_bfloat16_point_where_float32_points():
   rng = np.random.default_rng(3)
   tokens_RT = jnp.asarray(rng.integers(0, tiny.CONFIG.vocab, (4, 48)), jnp.int32)
