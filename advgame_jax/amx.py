@@ -1,10 +1,9 @@
-"""Products, attention and the draw in bfloat16 by kernels for CPUs with AMX.
+"""What a model computes in bfloat16, by kernels for CPUs with AMX.
 
-XLA's own take twice as long and more, in many more steps. `amx.cc` has them in C++ against XLA's foreign function
-interface (`jax.ffi`): the compiler that is here (`CXX`, else c++ or g++) compiles it once for each jaxlib, into the
+XLA's own take twice as long and more, in many more steps. `cpp` has them in C++ against XLA's foreign function
+interface (`jax.ffi`): the compiler that is here (`CXX`, else c++ or g++) compiles them once for each jaxlib, into the
 user's cache (`XDG_CACHE_HOME`, else ~/.cache). Without a compiler, Linux or AMX, or with several devices, over which
-XLA cannot split them, everything is XLA's. They have no gradients: of what learns, only products go through them, by
-their own rule, the backward pass's too.
+XLA cannot split them, everything is XLA's. Gradients are XLA's too, but for those of products, which are products.
 """
 
 import ctypes
@@ -17,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,12 +26,12 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-_SOURCE = pathlib.Path(__file__).with_name("amx.cc")
+_SOURCES = pathlib.Path(__file__).with_name("cpp")
 _FLAGS = (
   "-O3 -std=c++17 -shared -fPIC -w -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mamx-tile -mamx-bf16"
 )
 _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}
-_KERNELS = ("products", "paged", "causal", "draw")
+_KERNELS = ("products", "paged", "causal", "draw", "norm", "rotate", "gate", "write")
 _SECONDS = 300  # at most, of compiling
 _TILE, _MOST_HEAD = 32, 256
 
@@ -66,7 +65,7 @@ def loaded() -> bool:
   except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # the second where nobody has a home
     lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines() or [repr(error)]
     said = next((line for line in lines if "error" in line), lines[0])
-    log.warning("amx.cc cannot be compiled, or loaded (%s): bfloat16 is left to XLA", said)
+    log.warning("the kernels for AMX cannot be compiled, or loaded (%s): bfloat16 is left to XLA", said)
     return False
   if library.advgame_amx_permitted():
     log.info("Linux does not let this process use AMX: bfloat16 is left to XLA")
@@ -90,7 +89,8 @@ def _processor() -> set[str]:
 def _compiled(compiler: Sequence[str]) -> pathlib.Path:
   """The library, in the user's cache."""
   made_of = "\0".join((jaxlib.__version__, *compiler, _FLAGS)).encode()
-  name = hashlib.sha256(_SOURCE.read_bytes() + made_of).hexdigest()[:16]
+  sources = b"\0".join(path.read_bytes() for path in sorted(_SOURCES.iterdir()))
+  name = hashlib.sha256(sources + made_of).hexdigest()[:16]
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "advgame_jax"
   library = folder / f"amx-{name}.so"
   if library.exists():
@@ -98,10 +98,20 @@ def _compiled(compiler: Sequence[str]) -> pathlib.Path:
   folder.mkdir(parents=True, exist_ok=True, mode=0o700)
   with tempfile.TemporaryDirectory(dir=folder) as scratch:
     unfinished = pathlib.Path(scratch) / library.name
-    command = [*compiler, *_FLAGS.split(), "-isystem", jax.ffi.include_dir(), str(_SOURCE), "-o", str(unfinished)]
+    source, headers = str(_SOURCES / "amx.cc"), jax.ffi.include_dir()
+    command = [*compiler, *_FLAGS.split(), "-isystem", headers, source, "-o", str(unfinished)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
     unfinished.replace(library)  # whole or not at all, whoever else compiles it
   return library
+
+
+def either(fits: bool, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+  """The kernel, in programs for this CPU, if it fits; else what it stands for, whose gradients it has."""
+  if not fits:
+    return plain
+  value = jax.custom_vjp(lambda *args: jax.lax.platform_dependent(*args, cpu=kernel, default=plain))
+  value.defvjp(lambda *args: (value(*args), args), lambda args, slope: jax.vjp(plain, *args)[1](slope))
+  return value
 
 
 def multiplies(x_XI: Any, *matrices_OI: Any) -> bool:
@@ -121,7 +131,7 @@ def reads(query_RNH: Any, pools: Sequence[tuple[Any, Any]]) -> bool:
   """Whether `paged` takes these queries and pools of keys [P, K, H, S] and values, all of one dtype."""
   dtypes = {getattr(x, "dtype", None) for pool in pools for x in pool}
   narrow = query_RNH.dtype == jnp.bfloat16 and dtypes in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)})
-  return narrow and not any(key.shape[3] % 16 for key, _ in pools) and _head(query_RNH.shape[-1]) and there()
+  return narrow and all(_lanes(key.shape[3]) for key, _ in pools) and _head(query_RNH.shape[-1]) and there()
 
 
 def paged(
@@ -136,10 +146,9 @@ def paged(
   softcap: float,
 ) -> jax.Array:
   """As `attention.paged` → [R, N, H]: a row reads its own pages, one after the other, softmax and sums in float32."""
-  call = jax.ffi.ffi_call(_target("paged"), jax.ShapeDtypeStruct(query_RNH.shape, query_RNH.dtype))
   arrays = [x for pages in pools for x in pages]
   how = {"scale": np.float32(scale), "softcap": np.float32(softcap)}
-  return call(query_RNH, key_RKH, value_RKH, place_R, window, *arrays, **how)
+  return _call("paged", query_RNH)(query_RNH, key_RKH, value_RKH, place_R, window, *arrays, **how)
 
 
 def attends(query_RTNH: Any) -> bool:
@@ -158,13 +167,12 @@ def causal(
   window: int,
 ) -> jax.Array:
   """As `attention.causal` of packed rows → [R, T, N, H]; values are finite."""
-  call = jax.ffi.ffi_call(_target("causal"), jax.ShapeDtypeStruct(query_RTNH.shape, query_RTNH.dtype))
   how = {
     "scale": np.float32(scale),
     "softcap": np.float32(softcap),
     "window": np.int32(window or np.iinfo(np.int32).max),
   }
-  return call(query_RTNH, key_RTKH, value_RTKH, segment_RT, **how)
+  return _call("causal", query_RTNH)(query_RTNH, key_RTKH, value_RTKH, segment_RT, **how)
 
 
 def draws(hidden_RM: Any, vocabulary: int) -> bool:
@@ -184,6 +192,63 @@ def draw(
   results = [jax.ShapeDtypeStruct((R,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
   token_R, behaviour_R, plain_R = jax.ffi.ffi_call(_target("draw"), results)(logits_RV, how, uniform_R)
   return jnp.where(live_R, token_R, 0), behaviour_R, plain_R
+
+
+def normalises(x: Any, scale: Any) -> bool:
+  """Whether `norm` takes these."""
+  return x.dtype == scale.dtype == jnp.bfloat16 and _lanes(scale.size) and there()
+
+
+def norm(x: jax.Array, scale: jax.Array, *, epsilon: float, offset: float) -> jax.Array:
+  """As `model.rms_norm`."""
+  how = {"epsilon": np.float32(epsilon), "offset": np.float32(offset)}
+  return _call("norm", x)(x, scale, **how)
+
+
+def rotates(x_RTNH: Any, pairs: int) -> bool:
+  """Whether `rotate` takes these, of which so many pairs of numbers are turned."""
+  return x_RTNH.dtype == jnp.bfloat16 and _lanes(pairs) and there()
+
+
+def rotate(x_RTNH: jax.Array, cos_RT1h: jax.Array, sin_RT1h: jax.Array) -> jax.Array:
+  """As `rotary.rotate`."""
+  return _call("rotate", x_RTNH)(x_RTNH, cos_RT1h, sin_RT1h)
+
+
+def gates(gate: Any, up: Any) -> bool:
+  """Whether `gate` takes these."""
+  return gate.dtype == up.dtype == jnp.bfloat16 and _lanes(gate.size) and there()
+
+
+def gate(gate: jax.Array, up: jax.Array, *, gelu: bool) -> jax.Array:
+  """The activation of the one, SiLU or the approximate GELU, times the other; rounded once."""
+  return _call("gate", gate)(gate, up, gelu=np.bool_(gelu))
+
+
+def writes(pool: Any, new: Any) -> bool:
+  """Whether `write` takes these, whose layers are one by one and hold bfloat16 or float32."""
+  dtypes, new_dtypes = ({x.dtype for x in jax.tree.leaves(x)} for x in (pool, new))
+  narrow = new_dtypes == {jnp.dtype(jnp.bfloat16)} and dtypes in (new_dtypes, {jnp.dtype(jnp.float32)})
+  return narrow and type(pool) is tuple and all(_lanes(key_PKHS.shape[2]) for key_PKHS, _ in pool) and there()
+
+
+def write(pool: Any, new: Any, page_R: jax.Array, slot_R: jax.Array) -> Any:
+  """As `caches.write`, of all layers at once and into the pool itself."""
+  arrays, tree = jax.tree.flatten(pool)
+  results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+  itself = {2 + place: place for place in range(len(arrays))}
+  call = jax.ffi.ffi_call(_target("write"), results, input_output_aliases=itself)
+  return jax.tree.unflatten(tree, call(page_R, slot_R, *arrays, *jax.tree.leaves(new)))
+
+
+def _call(name: str, like: jax.Array) -> Callable[..., Any]:
+  """A kernel whose result is of this form."""
+  return jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(like.shape, like.dtype), vmap_method="sequential")
+
+
+def _lanes(size: int) -> bool:
+  """Whether it is whole vectors."""
+  return size > 0 and size % 16 == 0
 
 
 def _head(size: int) -> bool:

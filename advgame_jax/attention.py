@@ -35,7 +35,7 @@ def causal(
 
   Args:
     implementation: a `kernels.Implementation`; "auto" is resolved for the default backend.
-    segment_RT: int32; a token attends only within its own segment of a packed row. By `amx` without gradients.
+    segment_RT: int32; a token attends only within its own segment of a packed row.
     layout: how rows and heads lie on the mesh; only a kernel that XLA cannot split ("splash") reads it.
 
   Raises:
@@ -51,12 +51,10 @@ def causal(
   if segment_RT is None:
     return blockwise.causal(query_RTNH, key_RTKH, value_RTKH, rule)
   # A row that is not finite stays so by its own queries, and spoils no other segment.
-  packed_rows = (query_RTNH, key_RTKH, finite(value_RTKH), segment_RT)
-  plainly = lambda query, key, value, segment: blockwise.causal(query, key, value, rule, segment)
-  if not amx.attends(query_RTNH):
-    return plainly(*packed_rows)
-  by_kernel = functools.partial(amx.causal, scale=rule.scale, softcap=rule.softcap, window=rule.window)
-  return jax.lax.platform_dependent(*packed_rows, cpu=by_kernel, default=plainly)
+  plain = lambda query, key, value, segment: blockwise.causal(query, key, value, rule, segment)
+  kernel = functools.partial(amx.causal, scale=rule.scale, softcap=rule.softcap, window=rule.window)
+  read = amx.either(amx.attends(query_RTNH), kernel, plain)
+  return read(query_RTNH, key_RTKH, finite(value_RTKH), segment_RT)
 
 
 def keys_of_cache(key_RTKH: jax.Array) -> jax.Array:
@@ -212,16 +210,13 @@ def paged(
     place_R: int32, of the new token.
     window: int32, tokens; it takes the place of the rule's.
   """
-  arrays = (query_RNH, key_RKH, value_RKH, place_R, pools, window)
-  plainly = functools.partial(_paged, rule)
-  if not amx.reads(query_RNH, [pool[:2] for pool in pools]):
-    return plainly(*arrays)
 
-  def by_kernel(query_RNH: Any, key_RKH: Any, value_RKH: Any, place_R: Any, pools: Any, window: Any) -> jax.Array:
+  def kernel(query_RNH: Any, key_RKH: Any, value_RKH: Any, place_R: Any, pools: Any, window: Any) -> jax.Array:
     new, pages = (query_RNH, key_RKH, value_RKH, place_R), [_pages(pool) for pool in pools]
     return amx.paged(*new, pages, window, scale=rule.scale, softcap=rule.softcap)
 
-  return jax.lax.platform_dependent(*arrays, cpu=by_kernel, default=plainly)
+  read = amx.either(amx.reads(query_RNH, [pool[:2] for pool in pools]), kernel, functools.partial(_paged, rule))
+  return read(query_RNH, key_RKH, value_RKH, place_R, pools, window)
 
 
 def _paged(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import attention
+from advgame_jax import amx, attention
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.layers import Layers, each_layer
 from advgame_jax.matrices import Int8, quantise
@@ -68,8 +68,12 @@ def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layou
     return Cache(*map(jax.tree.map, (put_key, put_value), cache, for_pool(cache_of(new), cache)))
 
   rows, heads, as_kept = (layout.spec(axes) for axes in (("rows",), ("rows", "heads"), ("rows", None, "heads")))
-  written = layout.local(write, (heads, as_kept, rows, rows), heads)
-  return each_layer(lambda cache, new: written(cache, new, page_R, slot_R), pool, new)
+  of_layer = layout.local(write, (heads, as_kept, rows, rows), heads)
+
+  def of_layers(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array) -> Layers:
+    return each_layer(lambda cache, new: of_layer(cache, new, page_R, slot_R), pool, new)
+
+  return amx.either(amx.writes(pool, new), amx.write, of_layers)(pool, new, page_R, slot_R)
 
 
 def for_pool(new: Cache, pool: Cache) -> Cache:

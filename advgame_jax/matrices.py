@@ -60,17 +60,14 @@ def project(x: jax.Array, matrix: Matrix, inputs: int = 1) -> jax.Array:
 
 
 def project_each(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
-  """`project` of one x by each matrix; transposed ones at once, without gradients, where `amx` can."""
-  plainly = lambda x, *matrices: [project(x, matrix) for matrix in matrices]
+  """`project` of one x by each matrix; transposed ones at once where `amx` can."""
   if not all(isinstance(matrix, Transposed) for matrix in matrices):
-    return plainly(x, *matrices)
-  flat = [matrix.weight.reshape(-1, x.shape[-1]) for matrix in matrices]  # type: ignore[union-attr]
-  if not amx.multiplies(x, *flat):
-    return plainly(x, *matrices)
-  reshape = lambda product, matrix: product.reshape(*x.shape[:-1], *matrix.weight.shape[:-1])
+    return [project(x, matrix) for matrix in matrices]
+  I, flat = x.shape[-1], [matrix.weight.reshape(-1, x.shape[-1]) for matrix in matrices]  # type: ignore[union-attr]
   plain = lambda x_XI, *flat: [multiply(x_XI, matrix_OI, 1) for matrix_OI in flat]
-  by_kernel = functools.partial(amx.multiply, dtype=x.dtype)
-  products = jax.lax.platform_dependent(x.reshape(-1, x.shape[-1]), *flat, cpu=by_kernel, default=plain)
+  kernel = functools.partial(amx.multiply, dtype=x.dtype)
+  products = amx.either(amx.multiplies(x, *flat), kernel, plain)(x.reshape(-1, I), *flat)
+  reshape = lambda product, matrix: product.reshape(*x.shape[:-1], *matrix.weight.shape[:-1])
   return list(map(reshape, products, matrices))
 
 
@@ -125,8 +122,8 @@ def _dot(left: jax.Array, right: jax.Array, axes: Any, dtype: Any) -> jax.Array:
   )
   rounded = lambda *pair: into(jnp.float32)(*pair).astype(dtype)
   by_rows = axes == ((1,), (1,)) and amx.multiplies(left, right)
-  by_kernel = lambda left, right: amx.multiply(left, right, dtype=dtype)[0]
-  on_cpu = by_kernel if by_rows else rounded
+  kernel = lambda left, right: amx.multiply(left, right, dtype=dtype)[0]
+  on_cpu = kernel if by_rows else rounded
   return jax.lax.platform_dependent(left, right, cpu=on_cpu, default=into(dtype))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import attention, caches, experts, flash_decoding, kernels, rotary
+from advgame_jax import amx, attention, caches, experts, flash_decoding, kernels, rotary
 from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.blockwise import ATTENDED
 from advgame_jax.caches import Cache, Kept
@@ -63,6 +63,11 @@ def kinds_of_layers(config: ModelConfig) -> Kind:
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, offset: float = 0.0) -> jax.Array:
   """Root-mean-square normalisation over the dimensions that the scale has, in float32."""
+  kernel, plain = (functools.partial(f, epsilon=epsilon, offset=offset) for f in (amx.norm, _rms_norm))
+  return amx.either(amx.normalises(x, scale), kernel, plain)(x, scale)
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float, offset: float) -> jax.Array:
   wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
   wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axes, keepdims=True) + epsilon)
   return (wide * (scale.astype(jnp.float32) + offset)).astype(x.dtype)
@@ -114,7 +119,9 @@ def _feed_forward(config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax
   if config.experts:
     return experts.mix(config, layout, layer, x_RTM, activate)
   gate_RTF, up_RTF = _linears(layer, ("gate", "up"), x_RTM)
-  return _linear(layer, "down", activate(gate_RTF) * up_RTF)
+  kernel = functools.partial(amx.gate, gelu=config.activation == "gelu_tanh")
+  gated = amx.either(amx.gates(gate_RTF, up_RTF), kernel, lambda gate, up: activate(gate) * up)
+  return _linear(layer, "down", gated(gate_RTF, up_RTF))
 
 
 @jax.named_scope("embed")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from advgame_jax import amx
 from advgame_jax.architecture import ModelConfig, Rope
 
 
@@ -52,7 +53,11 @@ def rope_frequencies(rope: Rope, head_size: int) -> jax.Array:
 
 def rotate(x_RTNH: jax.Array, turn: Turn) -> jax.Array:
   """Rotary position embedding: of the first 2h dimensions, i is paired with i + h; the others stay."""
-  h = turn.cos_RT1h.shape[-1]
+  return amx.either(amx.rotates(x_RTNH, turn.cos_RT1h.shape[-1]), amx.rotate, _rotate)(x_RTNH, *turn)
+
+
+def _rotate(x_RTNH: jax.Array, cos_RT1h: jax.Array, sin_RT1h: jax.Array) -> jax.Array:
+  h = cos_RT1h.shape[-1]
   left, right, rest = jnp.split(x_RTNH.astype(jnp.float32), (h, 2 * h), axis=-1)
-  turned = [left * turn.cos_RT1h - right * turn.sin_RT1h, right * turn.cos_RT1h + left * turn.sin_RT1h, rest]
+  turned = [left * cos_RT1h - right * sin_RT1h, right * cos_RT1h + left * sin_RT1h, rest]
   return jnp.concatenate(turned, -1).astype(x_RTNH.dtype)

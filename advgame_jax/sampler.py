@@ -297,7 +297,8 @@ def _draw_next(
   generator = Generator(tuple(member.params for member in members), tuple(share))
   logits_RV = scoring.mixed_logits(config, generator, rows.hidden_RM)
   uniform_R = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(rows.key_R, rows.count_R)
-  token_R, behaviour_R, plain_R = _choose(rows.hidden_RM[0], logits_RV, choice, uniform_R, rows.live_R)
+  choose = amx.either(amx.draws(rows.hidden_RM[0], logits_RV.shape[1]), amx.draw, _choose)
+  token_R, behaviour_R, plain_R = choose(logits_RV, choice, uniform_R, rows.live_R)
   stop_state_R = stops_ZV[rows.stop_state_R, token_R].astype(jnp.int32)
   count_R = rows.count_R + rows.live_R
   ends_R = (stop_state_R == stops_ZV.shape[0] - 1) | (count_R >= rows.limit_R)
@@ -311,14 +312,7 @@ def _draw_next(
   return drawn, token_R, columns
 
 
-def _choose(hidden_RM: jax.Array, *args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """As `_choose_plainly`, by a kernel where `amx` has one for such a model."""
-  if not amx.draws(hidden_RM, args[0].shape[1]):
-    return _choose_plainly(*args)
-  return jax.lax.platform_dependent(*args, cpu=amx.draw, default=_choose_plainly)
-
-
-def _choose_plainly(
+def _choose(
   logits_RV: jax.Array, choice: Choice, uniform_R: jax.Array, live_R: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Tokens, 0 of rows that are not live, and their log-probabilities: of the density they are drawn from, and plain."""

@@ -1,6 +1,7 @@
 """The kernels for CPUs with AMX against XLA's forms, on the processors that have it."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,14 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advgame_jax import amx, architecture, attention, blockwise, layers, matrices, programs, sampler, scoring, sharding
+from advgame_jax import (
+  amx,
+  architecture,
+  attention,
+  blockwise,
+  caches,
+  layers,
+  matrices,
+  model,
+  programs,
+  rotary,
+  sampler,
+  scoring,
+  sharding,
+)
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index, Pool
+from advgame_jax.caches import Cache, Kept
 from advgame_jax.config import Sampling
 from advgame_jax.engine import Engine, Load
+from advgame_jax.sampler import Member, Rows
 from advgame_jax.scoring import Generator
 
-needs_amx = pytest.mark.skipif(not amx.loaded(), reason="needs Linux, a CPU with AMX, and a C++ compiler")
+HERE = not amx._NEEDED - amx._processor() and (shutil.which("c++") or shutil.which("g++"))
+needs_amx = pytest.mark.skipif(not HERE, reason="needs Linux, a CPU with AMX, and a C++ compiler")
 NARROW, WIDE = jnp.bfloat16, jnp.float32
 
 
@@ -63,6 +81,58 @@ def test_a_row_s_product_is_the_same_bits_in_any_company(one_cpu):
   whole = np.asarray(multiply(x))
   for first, end in ((0, 1), (3, 40), (250, 300)):
     np.testing.assert_array_equal(np.asarray(multiply(x[first:end])), whole[first:end])
+
+
+@needs_amx
+@pytest.mark.parametrize("X", [1, 3, 2000])
+@pytest.mark.parametrize(("shape", "offset"), [((96,), 0.0), ((16,), 1.0), ((3, 32), 0.0)])
+def test_rows_are_normalised_as_in_float32(X, shape, offset, one_cpu):
+  size = jnp.array([5, 0.002], NARROW).reshape(2, *(1,) * len(shape))  # of the second as much as epsilon
+  x, scale = size * normal(0, X, 2, *shape), normal(1, *shape)
+  assert amx.normalises(x, scale)
+  expected = wide(model.rms_norm(x.astype(WIDE), scale.astype(WIDE), 1e-5, offset))
+  np.testing.assert_allclose(wide(model.rms_norm(x, scale, 1e-5, offset)), expected, rtol=2**-8)
+
+
+@needs_amx
+@pytest.mark.parametrize(("rows", "pairs"), [(1, 32), (3, 16)])
+def test_tokens_are_turned_as_in_float32(rows, pairs, one_cpu):
+  x, angle = normal(0, 3, 50, 5, 64), 7 * normal(1, rows, 50, 1, pairs, dtype=WIDE)
+  turn = rotary.Turn(1.3 * jnp.cos(angle), 1.3 * jnp.sin(angle))
+  assert amx.rotates(x, pairs) and not amx.rotates(x, 0) and not amx.rotates(x, 24)
+  expected = wide(rotary.rotate(x.astype(WIDE), turn))
+  read = wide(rotary.rotate(x, turn))
+  np.testing.assert_allclose(read, expected, atol=rounded(expected))
+  np.testing.assert_array_equal(read[..., 2 * pairs :], wide(x)[..., 2 * pairs :])
+
+
+@needs_amx
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gates_are_those_of_float64_rounded_once(gelu, one_cpu):
+  x = jnp.concatenate([8 * normal(0, 400, 96), jnp.array([[0, 300, -300, 1e-30, jnp.nan, jnp.inf] * 16], NARROW)])
+  up = normal(1, 401, 96)
+  assert amx.gates(x, up) and not amx.gates(x[:3, :5], up[:3, :5])
+  exact = np.asarray(x, np.float64)
+  silu, normal_cdf = exact / (1 + np.exp(-exact)), 1 + np.tanh((2 / np.pi) ** 0.5 * (exact + 0.044715 * exact**3))
+  expected = (exact / 2 * normal_cdf if gelu else silu) * wide(up)
+  np.testing.assert_allclose(wide(amx.gate(x, up, gelu=gelu)), expected, rtol=2**-8, atol=1e-15)
+
+
+@needs_amx
+@pytest.mark.parametrize("kept", [NARROW, WIDE])
+def test_tokens_are_written_where_they_belong_and_nowhere_else(kept, one_cpu, monkeypatch):
+  R, P, K, H, S = 5, 7, 3, 32, 16
+  pool = tuple(Cache(normal(i, P, K, H, S, dtype=kept), normal(i + 9, P, K, S, H, dtype=kept)) for i in range(3))
+  new = tuple(
+    Kept(normal(20 + i, R, 1, K, H), normal(30 + i, R, 1, K, H).at[1, 0, 0, 3].set(jnp.nan)) for i in range(3)
+  )
+  page, slot = jnp.array([6, 0, P, 3, 2], jnp.int32), jnp.array([0, 15, 1, 7, 8], jnp.int32)
+  assert amx.writes(pool, new) and not amx.writes(pool, jax.tree.map(lambda x: x.astype(WIDE), new))
+  written = jax.tree.map(wide, jax.jit(caches.write)(pool, new, page, slot))
+  monkeypatch.setattr(amx, "writes", lambda *_: False)
+  expected = jax.tree.map(wide, caches.write(pool, jax.tree.map(lambda x: x.astype(kept), new), page, slot))
+  jax.tree.map(np.testing.assert_array_equal, written, expected)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(written))
 
 
 @needs_amx
@@ -190,21 +260,41 @@ def test_a_gradient_through_the_kernels_is_float32_s_rounded(one_cpu):
 
 
 @needs_amx
-@pytest.mark.parametrize(("platform", "called"), [("cpu", 4), ("cuda", 0), ("tpu", 0)])
+def test_what_stands_in_for_a_function_has_its_gradients(one_cpu):
+  x, scale, turn = normal(0, 2, 6, 3, 32), normal(1, 32), rotary.Turn(*normal(2, 2, 2, 6, 1, 16, dtype=WIDE))
+  functions = [
+    (lambda x, scale: model.rms_norm(x, scale, 1e-5), (x, scale)),
+    (rotary.rotate, (x, turn)),
+  ]
+  for f, args in functions:
+    _, back = jax.vjp(f, *args)
+    _, expected = jax.vjp(f, *jax.tree.map(lambda x: x.astype(WIDE), args))
+    for slope, exact in zip(jax.tree.leaves(back(x)), jax.tree.leaves(expected(x.astype(WIDE)))):
+      np.testing.assert_allclose(wide(slope), wide(exact), atol=4 * rounded(wide(exact)))
+
+
+@needs_amx
+@pytest.mark.parametrize(("platform", "called"), [("cpu", 8), ("cuda", 0), ("tpu", 0)])
 def test_programs_for_other_platforms_have_no_kernel_of_this_one(platform, called, one_cpu):
   """As plans for machines that are not there lower them."""
-  x, matrix = normal(0, 2, 64), matrices.Transposed(normal(1, 64, 64))
+  config, one = ModelConfig(256, 64, 1, 2, 1, 32, 64, True, max_positions=256), jnp.ones(2)
+  x, matrix, scale = normal(0, 2, 64), matrices.Transposed(normal(1, 64, 64)), normal(6, 64)
   query, key, segment = normal(2, 1, 32, 2, 32), normal(3, 1, 32, 1, 32), jnp.zeros((1, 32), jnp.int32)
-  zeros, pages = jnp.zeros((2, 1), jnp.int32), (normal(4, 2, 1, 32, 16), normal(5, 2, 1, 16, 32))
-  pool, rule = Pool(*pages, Index(zeros, zeros[:, 0], zeros[:, 0], zeros)), blockwise.Rule(1)
+  zeros, cache = jnp.zeros((2, 1), jnp.int32), Cache(normal(4, 2, 1, 32, 16), normal(5, 2, 1, 16, 32))
+  pool, rule = Pool(*cache, Index(zeros, zeros[:, 0], zeros[:, 0], zeros)), blockwise.Rule(1)
 
   def everything(x, query, key):
-    new = (query[0, :2], key[0, :2], key[0, :2], zeros[:, 0])
+    new, turn = (query[0, :2], key[0, :2], key[0, :2]), rotary.Turn(*[jnp.ones((1, 32, 1, 16))] * 2)
+    rows = Rows((x,), jax.random.split(jax.random.key(0), 2), *[zeros[:, 0]] * 4, one > 0)
+    params = {"embed": normal(7, 256, 64)}
     return (
-      matrices.project_each(x, [matrix, matrix]),
+      model.rms_norm(x, scale, 1e-5),
+      rotary.rotate(query, turn),
+      model._feed_forward(config, sharding.LOCAL, dict.fromkeys(("gate", "up", "down"), matrix), x),
       attention.causal(query, key, key, rule, segment_RT=segment),
-      attention.paged(*new, [pool], rule, jnp.int32(9)),
-      sampler._choose(x, jnp.ones((2, 256)), scoring.Choice(), jnp.ones(2), jnp.ones(2, bool)),
+      attention.paged(*new, zeros[:, 0], [pool], rule, jnp.int32(9)),
+      caches.write((cache,), (Kept(key[:, :2].swapaxes(0, 1), key[:, :2].swapaxes(0, 1)),), zeros[:, 0], zeros[:, 0]),
+      sampler._draw_next(config, [Member(params, None, (), ())], one[:1], rows, scoring.Choice(), jnp.zeros((2, 256))),
     )
 
   text = jax.jit(everything).trace(x, query, key).lower(lowering_platforms=(platform,)).as_text()
@@ -226,7 +316,7 @@ def test_several_devices_are_left_to_xla():
 
 
 @pytest.mark.parametrize(
-  ("compiler", "said"), [("false", "amx.cc cannot be compiled"), ("/no/such/compiler", "cannot be compiled")]
+  ("compiler", "said"), [("false", "kernels for AMX cannot be compiled"), ("/no/such/compiler", "cannot be compiled")]
 )
 def test_without_a_compiler_that_works_all_is_xla_s(compiler, said, tmp_path):
   script = """

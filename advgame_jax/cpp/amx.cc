@@ -1,0 +1,13 @@
+// Kernels in bfloat16 for CPUs with AMX, in one library; amx.py says what each computes.
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "causal.h"
+#include "draw.h"
+#include "pages.h"
+#include "products.h"
+#include "rows.h"
+
+// Asks Linux for the tiles, which a process has to; 0 where it may use them.
+extern "C" int advgame_amx_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18); }

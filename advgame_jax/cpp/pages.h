@@ -1,0 +1,275 @@
+// Pages of keys and values: attention of each row's new token to those that it reads, and the writing of a token.
+
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int kQueries = 4;     // heads that read a page together
+constexpr int kMostHead = 256;  // numbers of a head
+
+// Pages of tokens: keys [P, K, H, S], values [P, K, S, H].
+struct Pages {
+  const void *key, *value;
+  const int32_t *start, *end;  // [P]
+  const int32_t* page;         // [R, J], -1 where there is no more
+  int J, S;
+};
+
+// Of a page what one row sees: tokens from `first` to `end`, with room for their logits.
+template <class T>
+struct Seen {
+  const T *key, *value;
+  int first, end, S;
+  size_t logits;
+};
+
+// Key head k of some pages, S tokens of H numbers each, and which one is read after that.
+template <class T>
+struct Head {
+  const std::vector<Seen<T>>& seen;
+  size_t room;
+  int k, H;
+
+  const T* key(const Seen<T>& page) const { return page.key + static_cast<size_t>(k) * H * page.S; }
+  const T* value(const Seen<T>& page) const { return page.value + static_cast<size_t>(k) * H * page.S; }
+  const T* next_key(const Seen<T>& page) const {
+    return &page == &seen.back() ? key(seen.front()) + H * seen.front().S : key(*(&page + 1));
+  }
+};
+
+// The logits of n queries and a page's tokens, by 16 tokens [n, 16]; raises the highest.
+template <int n, class T>
+void Score(const float (&query)[n][kMostHead], const Head<T>& head, const Seen<T>& page, Rule rule, float* logits,
+           float (&highest)[n]) {
+  // The page's values and the next keys are asked for meanwhile, little by little: as many at once have to wait.
+  auto line = [](const T* x) { return reinterpret_cast<const char*>(x); };
+  const char *values = line(head.value(page)), *keys = line(head.next_key(page));
+  const char* end = line(head.value(page) + head.H * page.S);
+  for (int s = page.first / kLanes * kLanes; s < page.end; s += 2 * kLanes) {
+    const int beside = s + kLanes < page.S ? kLanes : 0;  // else the same ones twice
+    __m512 sums[n][2];
+    for (int i = 0; i < n; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+    for (int h = 0; h < head.H; ++h) {
+      const T* key = head.key(page) + static_cast<size_t>(h) * page.S + s;
+      const __m512 left = Wide(key), right = Wide(key + beside);
+      for (int i = 0; i < n; ++i) {
+        const __m512 query_h = _mm512_set1_ps(query[i][h]);
+        sums[i][0] = _mm512_fmadd_ps(query_h, left, sums[i][0]);
+        sums[i][1] = _mm512_fmadd_ps(query_h, right, sums[i][1]);
+      }
+      if (values >= end) continue;
+      _mm_prefetch(values, _MM_HINT_T1);
+      _mm_prefetch(keys, _MM_HINT_T1);
+      values += 64, keys += 64;
+    }
+    for (int i = 0; i < n; ++i) {
+      for (int half = 0; half <= beside; half += kLanes) {
+        const __mmask16 there = Between(page.first - s - half, page.end - s - half);
+        const __m512 mine = Masked(there, Logits(sums[i][half / kLanes], rule));
+        highest[i] = std::max(highest[i], _mm512_reduce_max_ps(mine));
+        _mm512_storeu_ps(logits + (s + half) * n + i * kLanes, mine);
+      }
+    }
+  }
+}
+
+// Logits → exp(logit − highest), which are added to the total; 0 of what is not seen.
+template <int n, class T>
+void Weigh(const Seen<T>& page, const float (&highest)[n], float* logits, float (&total)[n]) {
+  for (int s = page.first / kLanes * kLanes; s < page.end; s += kLanes) {
+    for (int i = 0; i < n; ++i) {
+      float* at = logits + s * n + i * kLanes;
+      const __m512 weights = Exp(_mm512_sub_ps(_mm512_loadu_ps(at), _mm512_set1_ps(highest[i])));
+      const __m512 seen = _mm512_maskz_mov_ps(Between(page.first - s, page.end - s), weights);
+      total[i] += _mm512_reduce_add_ps(seen);
+      _mm512_storeu_ps(at, seen);
+    }
+  }
+}
+
+// n heads of one row that share a key head read its pages and the row's own new token.
+template <int n, class T>
+void Read(const bfloat16* query, const bfloat16* key, const bfloat16* value, const Head<T>& head, Rule rule,
+          bfloat16* output) {
+  static thread_local std::vector<float> logits;
+  logits.resize(head.room * n);
+  const int H = head.H;
+  float wide[n][kMostHead], own[n], highest[n], total[n];
+  for (int i = 0; i < n; ++i) {
+    own[i] = 0;
+    for (int h = 0; h < H; ++h) own[i] += (wide[i][h] = One(query[i * H + h])) * One(key[h]);
+    highest[i] = own[i] = Logit(own[i], rule);
+  }
+  for (const Seen<T>& page : head.seen) Score(wide, head, page, rule, &logits[page.logits * n], highest);
+  for (int i = 0; i < n; ++i) total[i] = own[i] = std::exp(own[i] - highest[i]);
+  for (const Seen<T>& page : head.seen) Weigh(page, highest, &logits[page.logits * n], total);
+  for (int h = 0; h < H; h += 2 * kLanes) {
+    __m512 sums[n][2];
+    for (int i = 0; i < n; ++i)
+      for (int half = 0; half < 2; ++half)
+        sums[i][half] = _mm512_mul_ps(_mm512_set1_ps(own[i]), Wide(value + h + half * kLanes));
+    for (const Seen<T>& page : head.seen) {
+      for (int s = page.first; s < page.end; ++s) {
+        const T* values = head.value(page) + static_cast<size_t>(s) * H + h;
+        const __m512 left = Wide(values), right = Wide(values + kLanes);
+        const float* weights = &logits[(page.logits + s / kLanes * kLanes) * n + s % kLanes];
+        for (int i = 0; i < n; ++i) {
+          const __m512 weight = _mm512_set1_ps(weights[i * kLanes]);
+          sums[i][0] = _mm512_fmadd_ps(weight, left, sums[i][0]);
+          sums[i][1] = _mm512_fmadd_ps(weight, right, sums[i][1]);
+        }
+      }
+    }
+    for (int i = 0; i < n; ++i)
+      for (int half = 0; half < 2; ++half)
+        Store(output + i * H + h + half * kLanes, _mm512_div_ps(sums[i][half], _mm512_set1_ps(total[i])));
+  }
+}
+
+// What the row sees, of its first key head.
+template <class T>
+size_t Look(const std::vector<Pages>& pools, int r, int place, int window, int K, int H, std::vector<Seen<T>>& seen) {
+  size_t room = 0;
+  seen.clear();
+  for (const Pages& pages : pools) {
+    for (int j = 0; j < pages.J; ++j) {
+      const int p = pages.page[static_cast<size_t>(r) * pages.J + j];
+      if (p < 0) continue;
+      const int start = pages.start[p], oldest = window > place ? 0 : place - window + 1;
+      const int first = std::max(0, oldest - start);
+      const int end = std::min(pages.S, std::min(pages.end[p], place) - start);
+      if (first >= end) continue;
+      const size_t at = static_cast<size_t>(p) * K * H * pages.S;
+      auto *keys = static_cast<const T*>(pages.key) + at, *values = static_cast<const T*>(pages.value) + at;
+      seen.push_back({keys, values, first, end, pages.S, room});
+      room += pages.S;
+    }
+  }
+  return room;
+}
+
+template <class T>
+void ReadByAll(ffi::ThreadPool& pool, const bfloat16* query, const bfloat16* key, const bfloat16* value,
+               const int32_t* place, int window, const std::vector<Pages>& pools, Rule rule, int R, int N, int K, int H,
+               bfloat16* output) {
+  auto shared = std::make_shared<std::vector<Pages>>(pools);
+  Each(pool, R, [=](int r) {
+    static thread_local std::vector<Seen<T>> seen;
+    const size_t room = Look(*shared, r, place[r], window, K, H, seen);
+    for (int n = 0; n < N;) {
+      const int group = N / K, k = n / group;
+      const size_t at = (static_cast<size_t>(r) * N + n) * H, own = (static_cast<size_t>(r) * K + k) * H;
+      const Head<T> head{seen, room, k, H};
+      auto read = [&](auto f) { f(query + at, key + own, value + own, head, rule, output + at); };
+      const int together = std::min(kQueries, (k + 1) * group - n);
+      switch (together) {
+        case 1: read(Read<1, T>); break;
+        case 2: read(Read<2, T>); break;
+        case 3: read(Read<3, T>); break;
+        default: read(Read<kQueries, T>);
+      }
+      n += together;
+    }
+  });
+}
+
+ffi::Error Paged(ffi::ThreadPool pool, float scale, float softcap, Narrow query, Narrow key, Narrow value, Int32 place,
+                 Int32 window, ffi::RemainingArgs pools, ffi::Result<Narrow> output) {
+  const int R = query.dimensions()[0], N = query.dimensions()[1], H = query.dimensions()[2], K = key.dimensions()[1];
+  std::vector<Pages> all;
+  bool wide = false;
+  for (size_t i = 0; i < pools.size(); i += 5) {
+    auto get = [&](size_t part) { return *pools.get<ffi::AnyBuffer>(i + part); };
+    auto ints = [&](size_t part) { return static_cast<const int32_t*>(get(part).untyped_data()); };
+    wide = get(0).element_type() == ffi::F32;
+    all.push_back({get(0).untyped_data(), get(1).untyped_data(), ints(2), ints(3), ints(4),
+                   static_cast<int>(get(4).dimensions()[1]), static_cast<int>(get(0).dimensions()[3])});
+  }
+  auto read = [&](auto f) {
+    f(pool, Data(query), Data(key), Data(value), place.typed_data(), *window.typed_data(), all, Rule{scale, softcap}, R,
+      N, K, H, Data(output));
+  };
+  wide ? read(ReadByAll<float>) : read(ReadByAll<bfloat16>);
+  return ffi::Error::Success();
+}
+
+// What is new of each row, keys and values [R, 1, K, H], and where it goes: the page, none if too large, and the slot.
+struct Tokens {
+  const int32_t *page, *slot;
+  int R;
+};
+
+// Into the pages of one layer, keys [P, K, H, S] and values [P, K, S, H]; values that are not finite become 0.
+template <class T>
+void Put(const Tokens& tokens, const bfloat16* new_key, const bfloat16* new_value, int P, int K, int H, int S, T* keys,
+         T* values) {
+  auto put = [](bfloat16 x, T* to) {
+    if constexpr (std::is_same_v<T, float>)
+      *to = One(x);
+    else
+      *to = x;
+  };
+  for (int r = 0; r < tokens.R; ++r) {
+    const int page = tokens.page[r], slot = tokens.slot[r];
+    if (page < 0 || page >= P) continue;
+    for (int k = 0; k < K; ++k) {
+      const size_t own = (static_cast<size_t>(r) * K + k) * H, at = (static_cast<size_t>(page) * K + k) * H * S;
+      for (int h = 0; h < H; ++h) put(new_key[own + h], keys + at + static_cast<size_t>(h) * S + slot);
+      for (int h = 0; h < H; h += kLanes) {
+        const __m512 x = Wide(new_value + own + h);
+        const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_sub_ps(x, x), _mm512_setzero_ps(), _CMP_EQ_OQ);
+        Store(values + at + static_cast<size_t>(slot) * H + h, _mm512_maskz_mov_ps(finite, x));
+      }
+    }
+  }
+}
+
+// Of L layers first the pools, keys and values in turn, which are the results too, then what is new.
+ffi::Error Write(ffi::ThreadPool pool, Int32 page, Int32 slot, ffi::RemainingArgs arrays, ffi::RemainingRets written) {
+  const Tokens tokens{page.typed_data(), slot.typed_data(), static_cast<int>(page.element_count())};
+  const int results = written.size();
+  auto pools = std::make_shared<std::vector<void*>>();
+  auto fresh = std::make_shared<std::vector<const bfloat16*>>();
+  for (int i = 0; i < results; ++i) {
+    pools->push_back((*written.get<ffi::AnyBuffer>(i))->untyped_data());
+    fresh->push_back(static_cast<const bfloat16*>((*arrays.get<ffi::AnyBuffer>(results + i)).untyped_data()));
+    if (pools->back() != (*arrays.get<ffi::AnyBuffer>(i)).untyped_data())
+      return ffi::Error::Internal("a pool's pages would be lost: what is written lies elsewhere");
+  }
+  auto keys = *written.get<ffi::AnyBuffer>(0);
+  const int P = keys->dimensions()[0], K = keys->dimensions()[1], H = keys->dimensions()[2], S = keys->dimensions()[3];
+  const bool wide = keys->element_type() == ffi::F32;
+  Each(pool, results / 2, [=](int layer) {
+    const bfloat16 *key = (*fresh)[2 * layer], *value = (*fresh)[2 * layer + 1];
+    void *to_key = (*pools)[2 * layer], *to_value = (*pools)[2 * layer + 1];
+    auto put = [&](auto T) {
+      Put(tokens, key, value, P, K, H, S, static_cast<decltype(T)*>(to_key), static_cast<decltype(T)*>(to_value));
+    };
+    wide ? put(float()) : put(bfloat16());
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_paged, Paged,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Arg<Narrow>()
+                                  .Arg<Narrow>()
+                                  .Arg<Narrow>()
+                                  .Arg<Int32>()
+                                  .Arg<Int32>()
+                                  .RemainingArgs()
+                                  .Ret<Narrow>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    advgame_amx_write, Write,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Int32>().Arg<Int32>().RemainingArgs().RemainingRets());

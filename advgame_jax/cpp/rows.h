@@ -1,0 +1,93 @@
+// What a layer does with each row beside products and attention.
+
+#pragma once
+
+#include "threads.h"
+#include "vectors.h"
+
+namespace {
+
+// Rows of M numbers at their root mean square: x / sqrt(mean x² + epsilon) · (scale + offset).
+void NormRow(const bfloat16* x, const bfloat16* scale, int M, float epsilon, float offset, bfloat16* y) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int m = 0; m < M; m += 16) sum = _mm512_fmadd_ps(Wide(x + m), Wide(x + m), sum);
+  const __m512 factor = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(sum) / M + epsilon));
+  for (int m = 0; m < M; m += 16) {
+    const __m512 weight = _mm512_add_ps(Wide(scale + m), _mm512_set1_ps(offset));
+    Store(y + m, _mm512_mul_ps(_mm512_mul_ps(Wide(x + m), factor), weight));
+  }
+}
+
+ffi::Error Norm(ffi::ThreadPool pool, float epsilon, float offset, Narrow x, Narrow scale, ffi::Result<Narrow> y) {
+  const int M = scale.element_count(), X = x.element_count() / M;
+  const bfloat16 *rows = Data(x), *weights = Data(scale);
+  bfloat16* out = Data(y);
+  EachOf(pool, X, M, [=](size_t row) { NormRow(rows + row * M, weights, M, epsilon, offset, out + row * M); });
+  return ffi::Error::Success();
+}
+
+// Of the first 2h dimensions of H, i is turned with i + h.
+ffi::Error Rotate(ffi::ThreadPool pool, Narrow x, Float32 cos, Float32 sin, ffi::Result<Narrow> y) {
+  const int N = x.dimensions()[2], H = x.dimensions()[3], h = cos.dimensions()[3];
+  const int X = x.element_count() / (N * H), turns = cos.element_count() / h;
+  const bfloat16* tokens = Data(x);
+  const float *cosines = cos.typed_data(), *sines = sin.typed_data();
+  bfloat16* out = Data(y);
+  EachOf(pool, X, N * H, [=](size_t token) {
+    const float *c = cosines + token % turns * h, *s = sines + token % turns * h;
+    for (int n = 0; n < N; ++n) {
+      const bfloat16* from = tokens + (token * N + n) * H;
+      bfloat16* to = out + (token * N + n) * H;
+      for (int i = 0; i < h; i += 16) {
+        const __m512 left = Wide(from + i), right = Wide(from + h + i), cosine = Wide(c + i), sine = Wide(s + i);
+        Store(to + i, _mm512_fnmadd_ps(right, sine, _mm512_mul_ps(left, cosine)));
+        Store(to + h + i, _mm512_fmadd_ps(left, sine, _mm512_mul_ps(right, cosine)));
+      }
+      std::copy(from + 2 * h, from + H, to + 2 * h);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// x · sigmoid(t): SiLU is that of t = x, the approximate GELU of t = 2 √(2/π) (x + 0.044715 x³).
+__m512 Activated(__m512 x, bool gelu) {
+  auto all = [](float y) { return _mm512_set1_ps(y); };
+  const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(all(0.044715f), _mm512_mul_ps(x, x)), x, x);
+  const __m512 t = gelu ? _mm512_mul_ps(all(1.5957691216f), cubic) : x;
+  const __m512 small = Exp(_mm512_sub_ps(all(0), _mm512_abs_ps(t)));  // of the two that the sigmoid is a ratio of
+  const __m512 over = _mm512_mask_mov_ps(all(1), _mm512_cmp_ps_mask(t, all(0), _CMP_LT_OQ), small);
+  return _mm512_mul_ps(x, _mm512_div_ps(over, _mm512_add_ps(all(1), small)));
+}
+
+ffi::Error Gate(ffi::ThreadPool pool, bool gelu, Narrow gate, Narrow up, ffi::Result<Narrow> y) {
+  const bfloat16 *gates = Data(gate), *ups = Data(up);
+  bfloat16* out = Data(y);
+  EachOf(pool, gate.element_count() / kLanes, kLanes, [=](size_t part) {
+    const size_t i = part * kLanes;
+    Store(out + i, _mm512_mul_ps(Activated(Wide(gates + i), gelu), Wide(ups + i)));
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_norm, Norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("epsilon")
+                                  .Attr<float>("offset")
+                                  .Arg<Narrow>()
+                                  .Arg<Narrow>()
+                                  .Ret<Narrow>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_rotate, Rotate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Narrow>()
+                                  .Arg<Float32>()
+                                  .Arg<Float32>()
+                                  .Ret<Narrow>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    advgame_amx_gate, Gate,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("gelu").Arg<Narrow>().Arg<Narrow>().Ret<Narrow>());

@@ -1,0 +1,110 @@
+// The threads of XLA's pool, for one job at a time.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace advgame {
+
+// What some threads do together, each until there is no more of it.
+using Job = std::function<void()>;
+
+// Threads that have done their part of a job stay for the next, which is a few steps away: one that sleeps comes some
+// twenty microseconds late, to products that take a hundred.
+class Helpers {
+ public:
+  // `most` others do the job too: those that stay, then whoever the pool has.
+  void Call(ffi::ThreadPool& pool, int most, std::shared_ptr<Job> job) {
+    Lock();
+    job_ = job;
+    posted_.fetch_add(1);
+    int coming = staying_;
+    Unlock();
+    for (; coming < most; ++coming) pool.Schedule([this, job] { Help(job); });
+  }
+
+ private:
+  static constexpr uint64_t kStay = 200000;  // ticks of the processor's clock, less than a tenth of a millisecond
+
+  void Help(std::shared_ptr<Job> job) {
+    for (uint64_t seen = posted_.load(); job; seen = posted_.load()) {
+      (*job)();
+      job = Next(seen);
+    }
+  }
+
+  // The job that is posted after that one, none if there is none for a while. Who calls counts on those that stay.
+  std::shared_ptr<Job> Next(uint64_t seen) {
+    Lock();
+    ++staying_;
+    Unlock();
+    for (const uint64_t began = __rdtsc(); posted_.load() == seen && __rdtsc() - began < kStay;) _mm_pause();
+    Lock();
+    --staying_;
+    std::shared_ptr<Job> job = posted_.load() == seen ? nullptr : job_;
+    Unlock();
+    return job;
+  }
+
+  // Held for a few instructions: nobody sleeps for it.
+  void Lock() {
+    while (held_.test_and_set(std::memory_order_acquire)) _mm_pause();
+  }
+  void Unlock() { held_.clear(std::memory_order_release); }
+
+  std::atomic_flag held_ = ATOMIC_FLAG_INIT;
+  std::shared_ptr<Job> job_;
+  std::atomic<uint64_t> posted_{0};
+  int staying_ = 0;
+};
+
+inline Helpers& TheHelpers() {
+  static auto* helpers = new Helpers;
+  return *helpers;
+}
+
+inline int Ceil(int n, int unit) { return (n + unit - 1) / unit; }
+
+// f(0), …, f(n - 1) by the threads there are. Whoever is free takes the next: this waits for nobody who has not begun.
+// A helper may come when all is done and keep its copy of f, which holds what it needs by value, for longer; and f
+// calls no `Each`, since its thread's buffers are taken.
+template <class F>
+void Each(ffi::ThreadPool& pool, int n, F f) {
+  struct Progress {
+    std::atomic<int> next{0}, done{0};
+  };
+  auto progress = std::make_shared<Progress>();
+  auto take = [=] {
+    for (int i; (i = progress->next.fetch_add(1)) < n; progress->done.fetch_add(1)) f(i);
+  };
+  const int helpers = std::min<int>(pool.num_threads(), n) - 1;
+  if (helpers > 0) TheHelpers().Call(pool, helpers, std::make_shared<Job>(take));
+  take();
+  while (progress->done.load() < n) _mm_pause();
+}
+
+// Likewise of f that pass over so many numbers each: where all are few, by this thread alone, before others would come.
+template <class F>
+void EachOf(ffi::ThreadPool& pool, int n, int numbers, F f) {
+  constexpr int kAlone = 1 << 15;
+  const int each = std::max(1, kAlone / numbers);
+  Each(pool, Ceil(n, each), [=](int part) {
+    for (int i = part * each; i < std::min(n, (part + 1) * each); ++i) f(i);
+  });
+}
+
+}  // namespace advgame
+
+using advgame::Ceil;
+using advgame::Each;
+using advgame::EachOf;
