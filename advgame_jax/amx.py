@@ -31,7 +31,7 @@ _FLAGS = (
   "-O3 -std=c++17 -shared -fPIC -w -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mamx-tile -mamx-bf16"
 )
 _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}
-_KERNELS = ("products", "paged", "causal", "draw", "norm", "rotate", "gate", "write")
+_KERNELS = ("products", "gated", "paged", "causal", "draw", "norm", "rotate", "write")
 _SECONDS = 300  # at most, of compiling
 _TILE, _MOST_HEAD = 32, 256
 
@@ -127,6 +127,14 @@ def multiply(x_XI: jax.Array, *matrices_OI: jax.Array, dtype: Any) -> Sequence[j
   return jax.ffi.ffi_call(_target("products"), results, vmap_method="sequential")(x_XI, *matrices_OI)
 
 
+def gated(x_XI: jax.Array, gate_OI: jax.Array, up_OI: jax.Array, *, gelu: bool) -> jax.Array:
+  """The activation of one product, SiLU or the approximate GELU, times the other → [X, O], rounded once; of what
+  `multiply` takes.
+  """
+  result = jax.ShapeDtypeStruct((len(x_XI), len(gate_OI)), x_XI.dtype)
+  return jax.ffi.ffi_call(_target("gated"), result)(x_XI, gate_OI, up_OI, gelu=np.bool_(gelu))
+
+
 def reads(query_RNH: Any, pools: Sequence[tuple[Any, Any]]) -> bool:
   """Whether `paged` takes these queries and pools of keys [P, K, H, S] and values, all of one dtype."""
   dtypes = {getattr(x, "dtype", None) for pool in pools for x in pool}
@@ -213,16 +221,6 @@ def rotates(x_RTNH: Any, pairs: int) -> bool:
 def rotate(x_RTNH: jax.Array, cos_RT1h: jax.Array, sin_RT1h: jax.Array) -> jax.Array:
   """As `rotary.rotate`."""
   return _call("rotate", x_RTNH)(x_RTNH, cos_RT1h, sin_RT1h)
-
-
-def gates(gate: Any, up: Any) -> bool:
-  """Whether `gate` takes these."""
-  return gate.dtype == up.dtype == jnp.bfloat16 and _lanes(gate.size) and there()
-
-
-def gate(gate: jax.Array, up: jax.Array, *, gelu: bool) -> jax.Array:
-  """The activation of the one, SiLU or the approximate GELU, times the other; rounded once."""
-  return _call("gate", gate)(gate, up, gelu=np.bool_(gelu))
 
 
 def writes(pool: Any, new: Any) -> bool:

@@ -71,6 +71,21 @@ def project_each(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
   return list(map(reshape, products, matrices))
 
 
+def linear(layer: Params, name: str, x: jax.Array, inputs: int = 1) -> jax.Array:
+  """`project` by a layer's matrix of this name, and its bias if there is one."""
+  return _with_bias(layer, name, project(x, layer[name], inputs))
+
+
+def linears(layer: Params, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
+  """Several of one input."""
+  products = project_each(x, [layer[name] for name in names])
+  return [_with_bias(layer, name, product) for name, product in zip(names, products)]
+
+
+def _with_bias(layer: Params, name: str, product: jax.Array) -> jax.Array:
+  return product + layer[f"{name}_bias"] if f"{name}_bias" in layer else product
+
+
 def multiply(x_XI: jax.Array, matrix: jax.Array, contracted: int = 0, dtype: Any = None) -> jax.Array:
   """x · matrix → [X, O], sums in float32, then rounded to `dtype`; None is x's.
 

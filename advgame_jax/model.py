@@ -11,18 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import amx, attention, caches, experts, flash_decoding, kernels, rotary
+from advgame_jax import amx, attention, caches, feed_forward, flash_decoding, kernels, rotary
 from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.blockwise import ATTENDED
 from advgame_jax.caches import Cache, Kept
 from advgame_jax.fork import Fork
 from advgame_jax.layers import Layers, apart, one_by_one, traced_once
-from advgame_jax.matrices import PRODUCT, Adapted, Int8, Transposed, cast, multiply, project, project_each
+from advgame_jax.matrices import PRODUCT, Adapted, Int8, Transposed, cast, linear, linears, multiply
 from advgame_jax.rotary import Turn
 from advgame_jax.sharding import LOCAL, Layout
 from advgame_jax.types import Params
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 _KEPT = {
   "layer": jax.checkpoint_policies.nothing_saveable,
   "products": jax.checkpoint_policies.save_from_both_policies(
@@ -78,20 +77,6 @@ def _norm(config: ModelConfig, layer: Params, name: str, x: jax.Array) -> jax.Ar
   return rms_norm(x, layer[name], config.norm_epsilon, config.norm_offset) if name in layer else x
 
 
-def _linear(layer: Params, name: str, x: jax.Array, inputs: int = 1) -> jax.Array:
-  return _with_bias(layer, name, project(x, layer[name], inputs))
-
-
-def _linears(layer: Params, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
-  """Several of one input."""
-  products = project_each(x, [layer[name] for name in names])
-  return [_with_bias(layer, name, product) for name, product in zip(names, products)]
-
-
-def _with_bias(layer: Params, name: str, product: jax.Array) -> jax.Array:
-  return product + layer[f"{name}_bias"] if f"{name}_bias" in layer else product
-
-
 def _block(
   config: ModelConfig,
   layout: Layout,
@@ -103,25 +88,15 @@ def _block(
   """One layer; `turn` gives queries and keys their positions."""
   with jax.named_scope("attention"):
     y_RTM = _norm(config, layer, "attention_norm", x_RTM)
-    query_RTNH, key_RTKH, value_RTKH = _linears(layer, ("query", "key", "value"), y_RTM)
+    query_RTNH, key_RTKH, value_RTKH = linears(layer, ("query", "key", "value"), y_RTM)
     query_RTNH = rotary.rotate(_norm(config, layer, "query_norm", query_RTNH), turn)
     key_RTKH = rotary.rotate(_norm(config, layer, "key_norm", key_RTKH), turn)
     attended_RTNH = attend(query_RTNH, key_RTKH, value_RTKH)
-    x_RTM += _norm(config, layer, "attention_out_norm", _linear(layer, "output", attended_RTNH, inputs=2))
+    x_RTM += _norm(config, layer, "attention_out_norm", linear(layer, "output", attended_RTNH, inputs=2))
   with jax.named_scope("mlp"):
     y_RTM = _norm(config, layer, "mlp_norm", x_RTM)
-    x_RTM += _norm(config, layer, "mlp_out_norm", _feed_forward(config, layout, layer, y_RTM))
+    x_RTM += _norm(config, layer, "mlp_out_norm", feed_forward.feed_forward(config, layout, layer, y_RTM))
   return layout.constrain(x_RTM, "rows", "tokens", None)
-
-
-def _feed_forward(config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax.Array) -> jax.Array:
-  activate = _ACTIVATIONS[config.activation]
-  if config.experts:
-    return experts.mix(config, layout, layer, x_RTM, activate)
-  gate_RTF, up_RTF = _linears(layer, ("gate", "up"), x_RTM)
-  kernel = functools.partial(amx.gate, gelu=config.activation == "gelu_tanh")
-  gated = amx.either(amx.gates(gate_RTF, up_RTF), kernel, lambda gate, up: activate(gate) * up)
-  return _linear(layer, "down", gated(gate_RTF, up_RTF))
 
 
 @jax.named_scope("embed")

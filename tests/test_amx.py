@@ -16,6 +16,7 @@ from advgame_jax import (
   attention,
   blockwise,
   caches,
+  feed_forward,
   layers,
   matrices,
   model,
@@ -42,6 +43,7 @@ NARROW, WIDE = jnp.bfloat16, jnp.float32
 def one_cpu(monkeypatch):
   """As in a process of one device: by fake ones all is XLA's. Nobody else gets the programs."""
   monkeypatch.setattr(jax, "device_count", lambda: 1)
+  assert amx.there() or not HERE
   programs.compiled.cache_clear()
   yield
   programs.compiled.cache_clear()
@@ -108,14 +110,20 @@ def test_tokens_are_turned_as_in_float32(rows, pairs, one_cpu):
 
 @needs_amx
 @pytest.mark.parametrize("gelu", [False, True])
-def test_gates_are_those_of_float64_rounded_once(gelu, one_cpu):
-  x = jnp.concatenate([8 * normal(0, 400, 96), jnp.array([[0, 300, -300, 1e-30, jnp.nan, jnp.inf] * 16], NARROW)])
-  up = normal(1, 401, 96)
-  assert amx.gates(x, up) and not amx.gates(x[:3, :5], up[:3, :5])
-  exact = np.asarray(x, np.float64)
-  silu, normal_cdf = exact / (1 + np.exp(-exact)), 1 + np.tanh((2 / np.pi) ** 0.5 * (exact + 0.044715 * exact**3))
-  expected = (exact / 2 * normal_cdf if gelu else silu) * wide(up)
-  np.testing.assert_allclose(wide(amx.gate(x, up, gelu=gelu)), expected, rtol=2**-8, atol=1e-15)
+@pytest.mark.parametrize("X", [1, 33, 300])
+def test_gated_products_are_those_of_float64_rounded_once(X, gelu, one_cpu):
+  x, gate, up = normal(0, X, 64), normal(1, 96, 64), normal(2, 96, 64)
+  gate = gate.at[:2].set(30 * gate[:2])  # most gates are shut or open
+  wide_x, exact = np.asarray(x, np.float64), np.asarray(x, np.float64) @ np.asarray(gate, np.float64).T
+  with np.errstate(over="ignore"):
+    silu = exact / (1 + np.exp(-exact))
+  normal_cdf = 1 + np.tanh((2 / np.pi) ** 0.5 * (exact + 0.044715 * exact**3))
+  expected = (exact / 2 * normal_cdf if gelu else silu) * (wide_x @ np.asarray(up, np.float64).T)
+  gated = wide(jax.jit(lambda *args: amx.gated(*args, gelu=gelu))(x, gate, up))
+  np.testing.assert_allclose(gated, expected, rtol=2**-8, atol=1e-4)
+  spoilt = wide(amx.gated(x.at[0, 0].set(jnp.nan), gate, up, gelu=gelu))
+  assert np.isnan(spoilt[0]).all()
+  np.testing.assert_array_equal(spoilt[1:], gated[1:])
 
 
 @needs_amx
@@ -290,7 +298,7 @@ def test_programs_for_other_platforms_have_no_kernel_of_this_one(platform, calle
     return (
       model.rms_norm(x, scale, 1e-5),
       rotary.rotate(query, turn),
-      model._feed_forward(config, sharding.LOCAL, dict.fromkeys(("gate", "up", "down"), matrix), x),
+      feed_forward.feed_forward(config, sharding.LOCAL, dict.fromkeys(("gate", "up", "down"), matrix), x[:, None]),
       attention.causal(query, key, key, rule, segment_RT=segment),
       attention.paged(*new, zeros[:, 0], [pool], rule, jnp.int32(9)),
       caches.write((cache,), (Kept(key[:, :2].swapaxes(0, 1), key[:, :2].swapaxes(0, 1)),), zeros[:, 0], zeros[:, 0]),

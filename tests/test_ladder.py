@@ -14,8 +14,9 @@ LEVELS = (
   "types settings config",
   "sharding hosts meeting cluster supervise tokenizer refusals prompts rewards preferences losses rounding optimizers "
   "paper offline diversity tables chips collectives targets roofline amx",
-  "architecture matrices layers lora blockwise kernels attention caches flash_decoding fork experts rotary model "
-  "scoring sampler slots drawn programs pools engine hf_rope hf_config hf_shards hf hf_gguf peft frozen placement",
+  "architecture matrices layers lora blockwise kernels attention caches flash_decoding fork experts "
+  "feed_forward rotary model scoring sampler slots drawn programs pools engine hf_rope hf_config hf_shards hf hf_gguf "
+  "peft frozen placement",
   "policies game judges canary rubrics cases guards phrases drift model_judge endpoint server_judge heuristic "
   "microworld worldfiles state update",
   "data checkpoint ledger report plots charts trace peaks profile page suites attempts handover campaign_page",
@@ -33,7 +34,7 @@ CHAINS = (
   "chips → roofline",
   "collectives → roofline",
   "architecture → rotary → model",
-  "architecture → experts → model → scoring → sampler → programs → pools → engine",
+  "architecture → experts → feed_forward → model → scoring → sampler → programs → pools → engine",
   "layers → pools",
   "attention → sampler",
   "attention → slots → drawn → engine",
@@ -41,6 +42,7 @@ CHAINS = (
   "kernels → engine",
   "architecture → engine",
   "matrices → experts",
+  "matrices → feed_forward",
   "matrices → attention → model",
   "architecture → caches → model",
   "matrices → layers → caches → sampler",

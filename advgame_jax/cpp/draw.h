@@ -12,8 +12,11 @@ namespace {
 constexpr int kBlock = 128;  // words of the vocabulary: the first level of a draw
 
 // The largest threshold from 0 to 1 by which the weights that reach it, and `least`, sum to `enough`, or are so many;
-// else 0. Two bits of the threshold at a time, as in scoring.py.
+// else 0. Two bits of the threshold at a time, as in scoring.py; each time only those weights stay whose bits so far are
+// the threshold's.
 float Largest(const float* weights, int V, float least, float enough, bool counted) {
+  static thread_local std::vector<float> near;
+  near.resize(V + kLanes);  // the last vector's zeros
   auto number = [](uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, 4);
@@ -21,23 +24,41 @@ float Largest(const float* weights, int V, float least, float enough, bool count
   };
   const __m512 one = _mm512_set1_ps(1.0f);
   uint32_t bits = 0;
-  for (int shift = 28; shift >= 0; shift -= 2) {
+  float above = 0;  // what those weights give that are left out for being too large
+  for (int shift = 28, left = V; shift >= 0; shift -= 2, weights = near.data()) {
     __m512 thresholds[3], sums[3];
     for (uint32_t digit = 1; digit <= 3; ++digit) {
       thresholds[digit - 1] = _mm512_set1_ps(std::max(number(bits | digit << shift), least));
       sums[digit - 1] = _mm512_setzero_ps();
     }
-    for (int v = 0; v < V; v += 16) {
-      const __m512 weight = _mm512_loadu_ps(weights + v);
+    auto some = [&](int v) { return _mm512_maskz_loadu_ps(Between(0, left - v), weights + v); };
+    for (int v = 0; v < left; v += kLanes) {
       for (int i = 0; i < 3; ++i) {
-        const __mmask16 kept = _mm512_cmp_ps_mask(weight, thresholds[i], _CMP_GE_OQ);
-        sums[i] = _mm512_mask_add_ps(sums[i], kept, sums[i], counted ? one : weight);
+        const __mmask16 kept = _mm512_cmp_ps_mask(some(v), thresholds[i], _CMP_GE_OQ);
+        sums[i] = _mm512_mask_add_ps(sums[i], kept, sums[i], counted ? one : some(v));
       }
     }
-    uint32_t chosen = bits;
-    for (uint32_t digit = 1; digit <= 3; ++digit)
-      if (_mm512_reduce_add_ps(sums[digit - 1]) >= enough) chosen = bits | digit << shift;
-    bits = chosen;
+    uint32_t chosen = 0;
+    float beyond = above;
+    for (uint32_t digit = 3; digit >= 1 && !chosen; --digit) {
+      const float sum = above + _mm512_reduce_add_ps(sums[digit - 1]);
+      if (sum >= enough)
+        chosen = digit;
+      else
+        beyond = sum;
+    }
+    // A weight below `least` reaches no threshold, whatever bits it has.
+    const __m512 from = _mm512_set1_ps(number(bits | chosen << shift));
+    const __m512 to = chosen < 3 ? thresholds[chosen] : _mm512_set1_ps(INFINITY);
+    int stay = 0;
+    for (int v = 0; v < left; v += kLanes) {
+      const __m512 weight = some(v);
+      const __mmask16 reach = _mm512_cmp_ps_mask(weight, from, _CMP_GE_OQ);
+      const __mmask16 kept = _mm512_mask_cmp_ps_mask(reach, weight, to, _CMP_LT_OQ);
+      _mm512_storeu_ps(&near[stay], _mm512_maskz_compress_ps(kept, weight));  // over none that is still to come
+      stay += __builtin_popcount(kept);
+    }
+    bits |= chosen << shift, above = beyond, left = stay;
   }
   return std::min(number(bits), 1.0f);  // all bits are set where `enough` is 0
 }

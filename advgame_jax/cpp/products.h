@@ -9,38 +9,81 @@
 
 namespace {
 
-constexpr int kPanel = 32;    // outputs that are computed together
-constexpr int kFewRows = 64;  // of x at most: then threads share out the matrix's rows, else x's
+constexpr int kFewRows = 64;  // of x at most: then threads share out the matrices' rows, else x's
 constexpr int kRows = 128;    // of x, at most, that a thread takes at a time
 constexpr int kParts = 8;     // of matrices, at least, that threads take in turn
 
-// A tile of sums [16 outputs, 16 rows] → the first `rows` rows of y, O numbers apart.
-template <class T>
-void PutTurned(const float* sums, int rows, int O, T* y) {
-  __m512 tile[16];
-  for (int i = 0; i < 16; ++i) tile[i] = _mm512_load_ps(sums + 16 * i);
-  Transpose(tile);
-  for (int row = 0; row < std::min(rows, kTile); ++row) Store(y + static_cast<size_t>(row) * O, tile[row]);
+enum class Result { kNarrow, kWide, kSilu, kGelu };
+
+// What x is multiplied by, in panels of two tiles: the upper half of some outputs and the lower half, or an output's
+// gate and what it lets through.
+struct Factor {
+  const bfloat16 *upper, *lower;
+  int panels, step;  // how many, and how many of the matrix's rows each is behind the last
+  int O;
+  Result result;
+  void* product;  // [X, O]
+};
+
+// x · sigmoid(t): SiLU is that of t = x, the approximate GELU of t = 2 √(2/π) (x + 0.044715 x³).
+__m512 Activated(__m512 x, bool gelu) {
+  auto all = [](float y) { return _mm512_set1_ps(y); };
+  const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(all(0.044715f), _mm512_mul_ps(x, x)), x, x);
+  const __m512 t = gelu ? _mm512_mul_ps(all(1.5957691216f), cubic) : x;
+  const __m512 small = Exp(_mm512_sub_ps(all(0), _mm512_abs_ps(t)));  // of the two that the sigmoid is a ratio of
+  const __m512 over = _mm512_mask_mov_ps(all(1), _mm512_cmp_ps_mask(t, all(0), _CMP_LT_OQ), small);
+  return _mm512_mul_ps(x, _mm512_div_ps(over, _mm512_add_ps(all(1), small)));
 }
 
-// y [X, O], of it the outputs from `first` to `end`, multiples of 32: x in right tiles, the matrix [O, I].
-template <class T>
-void Multiply(const bfloat16* right, const bfloat16* matrix, int X, int I, int O, int first, int end, T* y) {
+// Of 16 rows the sums of both tiles of a panel, [16 outputs, 16 rows] → the product's rows from `row` on, `rows` of them.
+void Put(const float (&sums)[2][kTile * kTile], const Factor& factor, int row, int rows, int panel) {
+  __m512 upper[kTile], lower[kTile];
+  for (int i = 0; i < kTile; ++i) {
+    upper[i] = _mm512_load_ps(sums[0] + kTile * i);
+    lower[i] = _mm512_load_ps(sums[1] + kTile * i);
+  }
+  Transpose(upper);
+  Transpose(lower);
+  const size_t at = static_cast<size_t>(row) * factor.O + static_cast<size_t>(panel) * factor.step;
+  auto* narrow = static_cast<bfloat16*>(factor.product) + at;
+  auto* wide = static_cast<float*>(factor.product) + at;
+  for (int i = 0; i < rows; ++i, narrow += factor.O, wide += factor.O) {
+    switch (factor.result) {
+      case Result::kNarrow:
+        Store(narrow, upper[i]);
+        Store(narrow + kTile, lower[i]);
+        break;
+      case Result::kWide:
+        Store(wide, upper[i]);
+        Store(wide + kTile, lower[i]);
+        break;
+      default:
+        Store(narrow, _mm512_mul_ps(Activated(upper[i], factor.result == Result::kGelu), lower[i]));
+    }
+  }
+}
+
+// Some panels of the product's rows from `row` on, of which `right` holds x in right tiles.
+void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, int I, int first, int end) {
   Tiles tiles;
-  alignas(64) float sums[4][kTile * kTile];
-  for (int o = first; o < end; o += kPanel) {
-    const bfloat16 *upper = matrix + static_cast<size_t>(o) * I, *lower = upper + static_cast<size_t>(kTile) * I;
-    // What is read next, which lies in one piece, is asked for now: the hardware guesses tiles' rows badly.
-    const char* soon = reinterpret_cast<const char*>(upper + static_cast<size_t>(kPanel) * I);
-    for (int x = 0; x < X; x += 2 * kTile) {
+  alignas(64) float sums[2][2][kTile * kTile];  // of 16 rows of x and 16 more
+  const size_t step = static_cast<size_t>(factor.step) * I;
+  for (int panel = first; panel < end; ++panel) {
+    const bfloat16 *upper = factor.upper + panel * step, *lower = factor.lower + panel * step;
+    // What is read next, which lies in two pieces, is asked for now: the hardware guesses tiles' rows badly.
+    auto *soon = reinterpret_cast<const char*>(upper + step), *soon_too = reinterpret_cast<const char*>(lower + step);
+    for (int x = 0; x < rows; x += 2 * kTile) {
       const bfloat16 *left = right + static_cast<size_t>(x) * I, *beside = left + static_cast<size_t>(kTile) * I;
-      const bool both = x + kTile < X;
+      const bool both = x + kTile < rows;
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
       for (int i = 0; i < I; i += kInputs) {
-        for (int line = 0; x == 0 && line < kPanel; ++line, soon += 64) _mm_prefetch(soon, _MM_HINT_T1);
+        for (int line = 0; x == 0 && line < kTile; ++line, soon += 64, soon_too += 64) {
+          _mm_prefetch(soon, _MM_HINT_T1);
+          _mm_prefetch(soon_too, _MM_HINT_T1);
+        }
         _tile_loadd(4, upper + i, I * 2);
         _tile_loadd(5, lower + i, I * 2);
         _tile_loadd(6, left + i * kTile, 64);
@@ -51,43 +94,19 @@ void Multiply(const bfloat16* right, const bfloat16* matrix, int X, int I, int O
         _tile_dpbf16ps(2, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
       }
-      _tile_stored(0, sums[0], 64);
-      _tile_stored(1, sums[1], 64);
-      _tile_stored(2, sums[2], 64);
-      _tile_stored(3, sums[3], 64);
-      for (int part = 0; part < (both ? 4 : 2); ++part) {
-        const int row = x + part / 2 * kTile, column = o + part % 2 * kTile;
-        PutTurned(sums[part], X - row, O, y + static_cast<size_t>(row) * O + column);
-      }
+      _tile_stored(0, sums[0][0], 64);
+      _tile_stored(1, sums[0][1], 64);
+      _tile_stored(2, sums[1][0], 64);
+      _tile_stored(3, sums[1][1], 64);
+      for (int done = x, half = 0; half <= both; ++half, done += kTile)
+        Put(sums[half], factor, row + done, std::min(kTile, rows - done), panel);
     }
   }
 }
 
-// A matrix [O, I], and where its product [X, O] goes.
-struct Factor {
-  const bfloat16* matrix;
-  int O;
-  void* product;
-  bool wide;  // float32
-};
-
-void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, int I, int first, int end) {
-  const size_t at = static_cast<size_t>(row) * factor.O;
-  auto into = [&](auto* y) { Multiply(right, factor.matrix, rows, I, factor.O, first, end, y + at); };
-  factor.wide ? into(static_cast<float*>(factor.product)) : into(static_cast<bfloat16*>(factor.product));
-}
-
-ffi::Error Products(ffi::ThreadPool pool, Narrow x, ffi::RemainingArgs matrices, ffi::RemainingRets products) {
-  const int X = x.dimensions()[0], I = x.dimensions()[1];
+void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<std::vector<Factor>>& factors) {
+  const int X = x.dimensions()[0], I = x.dimensions()[1], threads = std::max<int>(1, pool.num_threads());
   const bfloat16* rows = Data(x);
-  auto factors = std::make_shared<std::vector<Factor>>();
-  for (size_t i = 0; i < matrices.size(); ++i) {
-    auto matrix = *matrices.get<ffi::AnyBuffer>(i);
-    auto product = *products.get<ffi::AnyBuffer>(i);
-    factors->push_back({static_cast<const bfloat16*>(matrix.untyped_data()), static_cast<int>(matrix.dimensions()[0]),
-                        product->untyped_data(), product->element_type() == ffi::F32});
-  }
-  const int threads = std::max<int>(1, pool.num_threads());
   if (X > kFewRows) {
     const int each = std::min(kRows, Ceil(Ceil(X, threads), 2 * kTile) * 2 * kTile);
     Each(pool, Ceil(X, each), [=](int part) {
@@ -95,23 +114,43 @@ ffi::Error Products(ffi::ThreadPool pool, Narrow x, ffi::RemainingArgs matrices,
       const int first = part * each, count = std::min(each, X - first);
       right.resize(static_cast<size_t>(Ceil(count, kTile)) * kTile * I);
       PackRows(rows + static_cast<size_t>(first) * I, count, I, I, right.data());
-      for (const Factor& factor : *factors) Multiply(right.data(), factor, first, count, I, 0, factor.O);
+      for (const Factor& factor : *factors) Multiply(right.data(), factor, first, count, I, 0, factor.panels);
     });
-    return ffi::Error::Success();
+    return;
   }
   auto right = std::make_shared<std::vector<bfloat16>>(static_cast<size_t>(Ceil(X, kTile)) * kTile * I);
   PackRows(rows, X, I, I, right->data());
   int panels = 0;
-  for (const Factor& factor : *factors) panels += factor.O / kPanel;
+  for (const Factor& factor : *factors) panels += factor.panels;
   const int each = Ceil(panels, std::max(kParts, 2 * threads));
   Each(pool, Ceil(panels, each), [=](int part) {
-    int first = part * each, end = first + each;  // panels, counted from each matrix's first
+    int first = part * each, end = first + each;  // panels, counted from each factor's first
     for (const Factor& factor : *factors) {
-      const int there = factor.O / kPanel, from = std::max(0, first), to = std::min(there, end);
-      if (from < to) Multiply(right->data(), factor, 0, X, I, from * kPanel, to * kPanel);
-      first -= there, end -= there;
+      const int from = std::max(0, first), to = std::min(factor.panels, end);
+      if (from < to) Multiply(right->data(), factor, 0, X, I, from, to);
+      first -= factor.panels, end -= factor.panels;
     }
   });
+}
+
+ffi::Error Products(ffi::ThreadPool pool, Narrow x, ffi::RemainingArgs matrices, ffi::RemainingRets products) {
+  auto factors = std::make_shared<std::vector<Factor>>();
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    auto matrix = *matrices.get<Narrow>(i);
+    auto product = *products.get<ffi::AnyBuffer>(i);
+    const int O = matrix.dimensions()[0];
+    const Result result = product->element_type() == ffi::F32 ? Result::kWide : Result::kNarrow;
+    const bfloat16 *upper = Data(matrix), *lower = upper + static_cast<size_t>(kTile) * matrix.dimensions()[1];
+    factors->push_back({upper, lower, O / (2 * kTile), 2 * kTile, O, result, product->untyped_data()});
+  }
+  MultiplyBy(pool, x, factors);
+  return ffi::Error::Success();
+}
+
+ffi::Error Gated(ffi::ThreadPool pool, bool gelu, Narrow x, Narrow gate, Narrow up, ffi::Result<Narrow> y) {
+  const int O = gate.dimensions()[0];
+  const Factor factor{Data(gate), Data(up), O / kTile, kTile, O, gelu ? Result::kGelu : Result::kSilu, Data(y)};
+  MultiplyBy(pool, x, std::make_shared<std::vector<Factor>>(1, factor));
   return ffi::Error::Success();
 }
 
@@ -119,3 +158,12 @@ ffi::Error Products(ffi::ThreadPool pool, Narrow x, ffi::RemainingArgs matrices,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_products, Products,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Narrow>().RemainingArgs().RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_gated, Gated,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("gelu")
+                                  .Arg<Narrow>()
+                                  .Arg<Narrow>()
+                                  .Arg<Narrow>()
+                                  .Ret<Narrow>());

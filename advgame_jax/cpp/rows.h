@@ -49,26 +49,6 @@ ffi::Error Rotate(ffi::ThreadPool pool, Narrow x, Float32 cos, Float32 sin, ffi:
   return ffi::Error::Success();
 }
 
-// x · sigmoid(t): SiLU is that of t = x, the approximate GELU of t = 2 √(2/π) (x + 0.044715 x³).
-__m512 Activated(__m512 x, bool gelu) {
-  auto all = [](float y) { return _mm512_set1_ps(y); };
-  const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(all(0.044715f), _mm512_mul_ps(x, x)), x, x);
-  const __m512 t = gelu ? _mm512_mul_ps(all(1.5957691216f), cubic) : x;
-  const __m512 small = Exp(_mm512_sub_ps(all(0), _mm512_abs_ps(t)));  // of the two that the sigmoid is a ratio of
-  const __m512 over = _mm512_mask_mov_ps(all(1), _mm512_cmp_ps_mask(t, all(0), _CMP_LT_OQ), small);
-  return _mm512_mul_ps(x, _mm512_div_ps(over, _mm512_add_ps(all(1), small)));
-}
-
-ffi::Error Gate(ffi::ThreadPool pool, bool gelu, Narrow gate, Narrow up, ffi::Result<Narrow> y) {
-  const bfloat16 *gates = Data(gate), *ups = Data(up);
-  bfloat16* out = Data(y);
-  EachOf(pool, gate.element_count() / kLanes, kLanes, [=](size_t part) {
-    const size_t i = part * kLanes;
-    Store(out + i, _mm512_mul_ps(Activated(Wide(gates + i), gelu), Wide(ups + i)));
-  });
-  return ffi::Error::Success();
-}
-
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_norm, Norm,
@@ -87,7 +67,3 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_rotate, Rotate,
                                   .Arg<Float32>()
                                   .Arg<Float32>()
                                   .Ret<Narrow>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    advgame_amx_gate, Gate,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("gelu").Arg<Narrow>().Arg<Narrow>().Ret<Narrow>());
