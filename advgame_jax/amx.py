@@ -230,13 +230,15 @@ def writes(pool: Any, new: Any) -> bool:
   return narrow and type(pool) is tuple and all(_lanes(key_PKHS.shape[2]) for key_PKHS, _ in pool) and there()
 
 
-def write(pool: Any, new: Any, page_R: jax.Array, slot_R: jax.Array) -> Any:
-  """As `caches.write`, of all layers at once and into the pool itself."""
+def write(pool: Any, new: Any, token_R: jax.Array, page_R: jax.Array, slot_R: jax.Array) -> Any:
+  """All layers' pools, written into, with these of the new tokens, counted flat, in these slots of these pages; a page
+  there is none of is written nowhere.
+  """
   arrays, tree = jax.tree.flatten(pool)
   results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-  itself = {2 + place: place for place in range(len(arrays))}
+  itself = {3 + place: place for place in range(len(arrays))}
   call = jax.ffi.ffi_call(_target("write"), results, input_output_aliases=itself)
-  return jax.tree.unflatten(tree, call(page_R, slot_R, *arrays, *jax.tree.leaves(new)))
+  return jax.tree.unflatten(tree, call(token_R, page_R, slot_R, *arrays, *jax.tree.leaves(new)))
 
 
 def _call(name: str, like: jax.Array) -> Callable[..., Any]:

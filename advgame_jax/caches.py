@@ -1,5 +1,6 @@
 """What is kept of tokens: keys and values as they were computed, and as they are attended to, whole or in pages."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,18 +63,38 @@ def no_tokens(config: ModelConfig, stacked: bool, rows: int, dtype: Any) -> Laye
 def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layout: Layout = LOCAL) -> Layers:
   """The pool with each row's new token in its slot of its page; a page there is none of is written nowhere."""
 
-  def write(cache: Cache, new: Kept, page_R: jax.Array, slot_R: jax.Array) -> Cache:
+  def of_layer(cache: Cache, new: Kept, page_R: jax.Array, slot_R: jax.Array) -> Cache:
     put_key = lambda x, new: x.at[page_R, :, :, slot_R].set(new[..., 0], mode="drop")
     put_value = lambda x, new: x.at[page_R, :, slot_R].set(new[:, :, 0], mode="drop")
     return Cache(*map(jax.tree.map, (put_key, put_value), cache, for_pool(cache_of(new), cache)))
 
+  def kernel(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array) -> Layers:
+    return amx.write(pool, new, jnp.arange(len(page_R), dtype=jnp.int32), page_R, slot_R)
+
+  return amx.either(amx.writes(pool, new), kernel, _on_devices(of_layer, layout))(pool, new, page_R, slot_R)
+
+
+def write_pages(pool: Layers, read: Layers, token_nS: jax.Array, page_n: jax.Array, layout: Layout = LOCAL) -> Layers:
+  """The pool with n whole pages of tokens that were read, counted flat; a page there is none of is written nowhere."""
+
+  def of_layer(cache: Cache, read: Kept, token_nS: jax.Array, page_n: jax.Array) -> Cache:
+    pages = lambda x_XTKH: x_XTKH.reshape(-1, *x_XTKH.shape[2:])[token_nS]
+    new = for_pool(cache_of(Kept(*map(pages, read))), cache)
+    return jax.tree.map(lambda x, new: x.at[page_n].set(new, mode="drop"), cache, new)
+
+  def kernel(pool: Layers, read: Layers, token_nS: jax.Array, page_n: jax.Array) -> Layers:
+    n, S = token_nS.shape
+    slot_X = jnp.tile(jnp.arange(S, dtype=jnp.int32), n)
+    return amx.write(pool, read, token_nS.reshape(-1), jnp.repeat(page_n, S), slot_X)
+
+  return amx.either(amx.writes(pool, read), kernel, _on_devices(of_layer, layout))(pool, read, token_nS, page_n)
+
+
+def _on_devices(of_layer: Callable[..., Cache], layout: Layout) -> Callable[..., Layers]:
+  """`of_layer(cache, kept, by_row, by_row)` of all layers, each device's part of the rows and heads."""
   rows, heads, as_kept = (layout.spec(axes) for axes in (("rows",), ("rows", "heads"), ("rows", None, "heads")))
-  of_layer = layout.local(write, (heads, as_kept, rows, rows), heads)
-
-  def of_layers(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array) -> Layers:
-    return each_layer(lambda cache, new: of_layer(cache, new, page_R, slot_R), pool, new)
-
-  return amx.either(amx.writes(pool, new), amx.write, of_layers)(pool, new, page_R, slot_R)
+  on_device = layout.local(of_layer, (heads, as_kept, rows, rows), heads)
+  return lambda pool, kept, *by_row: each_layer(lambda cache, kept: on_device(cache, kept, *by_row), pool, kept)
 
 
 def for_pool(new: Cache, pool: Cache) -> Cache:

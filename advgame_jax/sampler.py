@@ -16,8 +16,7 @@ import numpy as np
 from advgame_jax import amx, caches, model, scoring
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index
-from advgame_jax.caches import Cache, Kept
-from advgame_jax.layers import Layers, each_layer, one_by_one
+from advgame_jax.layers import Layers, one_by_one
 from advgame_jax.model import Prefix
 from advgame_jax.scoring import Choice, Generator
 from advgame_jax.sharding import LOCAL, Layout
@@ -194,16 +193,8 @@ def start(
 
   `key` is the same in every call of a generation: rows fold their prompt's number and their own into it.
   """
-  by_rows, by_heads, by_kept = (layout.spec(axes) for axes in (("rows",), ("rows", "heads"), ("rows", None, "heads")))
-
-  def keep(pool: Cache, kept: Kept, token_nS: jax.Array, page_n: jax.Array) -> Cache:
-    pages = lambda x_XTKH: x_XTKH.reshape(-1, *x_XTKH.shape[2:])[token_nS]
-    new = caches.for_pool(caches.cache_of(Kept(*map(pages, kept))), pool)
-    return jax.tree.map(lambda x, new: x.at[page_n].set(new, mode="drop"), pool, new)
-
-  keep_pages = layout.local(keep, (by_heads, by_kept, by_rows, by_rows), by_heads)
-  pages = (arrival.token_nS, arrival.page_n)
-  prompts = tuple(each_layer(lambda pool, kept: keep_pages(pool, kept, *pages), *each) for each in zip(prompts, kept))
+  by_rows, pages = layout.spec(("rows",)), (arrival.token_nS, arrival.page_n)
+  prompts = tuple(caches.write_pages(*each, *pages, layout) for each in zip(prompts, kept))
 
   Q, G = arrival.slot_QG.shape
   zeros_Q, ones_Q = jnp.zeros(Q, jnp.int32), jnp.ones(Q, bool)

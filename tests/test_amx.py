@@ -144,6 +144,19 @@ def test_tokens_are_written_where_they_belong_and_nowhere_else(kept, one_cpu, mo
 
 
 @needs_amx
+@pytest.mark.parametrize("kept", [NARROW, WIDE])
+def test_whole_pages_are_written_of_the_tokens_that_belong_there(kept, one_cpu, monkeypatch):
+  P, K, H, S = 5, 2, 32, 16
+  pool = tuple(Cache(normal(i, P, K, H, S, dtype=kept), normal(i + 9, P, K, S, H, dtype=kept)) for i in range(2))
+  read = tuple(Kept(normal(20 + i, 3, 20, K, H), normal(30 + i, 3, 20, K, H).at[1, 4].set(jnp.inf)) for i in range(2))
+  token, page = jnp.arange(64, dtype=jnp.int32)[::-1].reshape(4, S), jnp.array([4, 0, P, 2], jnp.int32)  # 60 are there
+  written = jax.tree.map(wide, jax.jit(caches.write_pages)(pool, read, token, page))
+  monkeypatch.setattr(amx, "writes", lambda *_: False)
+  expected = caches.write_pages(pool, jax.tree.map(lambda x: x.astype(kept), read), token, page)
+  jax.tree.map(np.testing.assert_array_equal, written, jax.tree.map(wide, expected))
+
+
+@needs_amx
 @pytest.mark.parametrize(("T", "N", "K", "H", "window", "cap"), [
   (150, 9, 3, 64, 0, 0.0), (70, 4, 4, 32, 20, 0.0), (37, 8, 2, 128, 0, 5.0), (16, 2, 1, 256, 7, 0.0),
 ])  # fmt: skip

@@ -198,13 +198,13 @@ ffi::Error Paged(ffi::ThreadPool pool, float scale, float softcap, Narrow query,
   return ffi::Error::Success();
 }
 
-// What is new of each row, keys and values [R, 1, K, H], and where it goes: the page, none if too large, and the slot.
+// R tokens, which of X each is, and where it goes: the page, none if too large, and the slot.
 struct Tokens {
-  const int32_t *page, *slot;
-  int R;
+  const int32_t *token, *page, *slot;
+  int R, X;
 };
 
-// Into the pages of one layer, keys [P, K, H, S] and values [P, K, S, H]; values that are not finite become 0.
+// Of one layer keys and values [X, K, H] into pages [P, K, H, S] and [P, K, S, H]; values that are not finite become 0.
 template <class T>
 void Put(const Tokens& tokens, const bfloat16* new_key, const bfloat16* new_value, int P, int K, int H, int S, T* keys,
          T* values) {
@@ -215,10 +215,10 @@ void Put(const Tokens& tokens, const bfloat16* new_key, const bfloat16* new_valu
       *to = x;
   };
   for (int r = 0; r < tokens.R; ++r) {
-    const int page = tokens.page[r], slot = tokens.slot[r];
+    const int token = std::clamp(tokens.token[r], 0, tokens.X - 1), page = tokens.page[r], slot = tokens.slot[r];
     if (page < 0 || page >= P) continue;
     for (int k = 0; k < K; ++k) {
-      const size_t own = (static_cast<size_t>(r) * K + k) * H, at = (static_cast<size_t>(page) * K + k) * H * S;
+      const size_t own = (static_cast<size_t>(token) * K + k) * H, at = (static_cast<size_t>(page) * K + k) * H * S;
       for (int h = 0; h < H; ++h) put(new_key[own + h], keys + at + static_cast<size_t>(h) * S + slot);
       for (int h = 0; h < H; h += kLanes) {
         const __m512 x = Wide(new_value + own + h);
@@ -230,8 +230,8 @@ void Put(const Tokens& tokens, const bfloat16* new_key, const bfloat16* new_valu
 }
 
 // Of L layers first the pools, keys and values in turn, which are the results too, then what is new.
-ffi::Error Write(ffi::ThreadPool pool, Int32 page, Int32 slot, ffi::RemainingArgs arrays, ffi::RemainingRets written) {
-  const Tokens tokens{page.typed_data(), slot.typed_data(), static_cast<int>(page.element_count())};
+ffi::Error Write(ffi::ThreadPool pool, Int32 token, Int32 page, Int32 slot, ffi::RemainingArgs arrays,
+                 ffi::RemainingRets written) {
   const int results = written.size();
   auto pools = std::make_shared<std::vector<void*>>();
   auto fresh = std::make_shared<std::vector<const bfloat16*>>();
@@ -244,6 +244,8 @@ ffi::Error Write(ffi::ThreadPool pool, Int32 page, Int32 slot, ffi::RemainingArg
   auto keys = *written.get<ffi::AnyBuffer>(0);
   const int P = keys->dimensions()[0], K = keys->dimensions()[1], H = keys->dimensions()[2], S = keys->dimensions()[3];
   const bool wide = keys->element_type() == ffi::F32;
+  const int R = page.element_count(), X = arrays.get<Narrow>(results)->element_count() / (K * H);
+  const Tokens tokens{token.typed_data(), page.typed_data(), slot.typed_data(), R, X};
   Each(pool, results / 2, [=](int layer) {
     const bfloat16 *key = (*fresh)[2 * layer], *value = (*fresh)[2 * layer + 1];
     void *to_key = (*pools)[2 * layer], *to_value = (*pools)[2 * layer + 1];
@@ -270,6 +272,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_paged, Paged,
                                   .RemainingArgs()
                                   .Ret<Narrow>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    advgame_amx_write, Write,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Int32>().Arg<Int32>().RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_write, Write,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Int32>()
+                                  .Arg<Int32>()
+                                  .Arg<Int32>()
+                                  .RemainingArgs()
+                                  .RemainingRets());

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kFewRows = 64;  // of x at most: then threads share out the matrices' rows, else x's
 constexpr int kRows = 128;    // of x, at most, that a thread takes at a time
-constexpr int kParts = 8;     // of matrices, at least, that threads take in turn
 
 enum class Result { kNarrow, kWide, kSilu, kGelu };
 
@@ -63,46 +62,74 @@ void Put(const float (&sums)[2][kTile * kTile], const Factor& factor, int row, i
   }
 }
 
-// Some panels of the product's rows from `row` on, of which `right` holds x in right tiles.
-void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, int I, int first, int end) {
-  Tiles tiles;
+// One panel of the product's rows from `row` on, of which `right` holds x in right tiles; the thread has its `Tiles`.
+void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, int I, int panel) {
   alignas(64) float sums[2][2][kTile * kTile];  // of 16 rows of x and 16 more
   const size_t step = static_cast<size_t>(factor.step) * I;
-  for (int panel = first; panel < end; ++panel) {
-    const bfloat16 *upper = factor.upper + panel * step, *lower = factor.lower + panel * step;
-    // What is read next, which lies in two pieces, is asked for now: the hardware guesses tiles' rows badly.
-    auto *soon = reinterpret_cast<const char*>(upper + step), *soon_too = reinterpret_cast<const char*>(lower + step);
-    for (int x = 0; x < rows; x += 2 * kTile) {
-      const bfloat16 *left = right + static_cast<size_t>(x) * I, *beside = left + static_cast<size_t>(kTile) * I;
-      const bool both = x + kTile < rows;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int i = 0; i < I; i += kInputs) {
-        for (int line = 0; x == 0 && line < kTile; ++line, soon += 64, soon_too += 64) {
-          _mm_prefetch(soon, _MM_HINT_T1);
-          _mm_prefetch(soon_too, _MM_HINT_T1);
-        }
-        _tile_loadd(4, upper + i, I * 2);
-        _tile_loadd(5, lower + i, I * 2);
-        _tile_loadd(6, left + i * kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if (!both) continue;
-        _tile_loadd(7, beside + i * kTile, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
+  const bfloat16 *upper = factor.upper + panel * step, *lower = factor.lower + panel * step;
+  // What is read next, which lies in two pieces, is asked for now: the hardware guesses tiles' rows badly.
+  auto *soon = reinterpret_cast<const char*>(upper + step), *soon_too = reinterpret_cast<const char*>(lower + step);
+  for (int x = 0; x < rows; x += 2 * kTile) {
+    const bfloat16 *left = right + static_cast<size_t>(x) * I, *beside = left + static_cast<size_t>(kTile) * I;
+    const bool both = x + kTile < rows;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int i = 0; i < I; i += kInputs) {
+      for (int line = 0; x == 0 && line < kTile; ++line, soon += 64, soon_too += 64) {
+        _mm_prefetch(soon, _MM_HINT_T1);
+        _mm_prefetch(soon_too, _MM_HINT_T1);
       }
-      _tile_stored(0, sums[0][0], 64);
-      _tile_stored(1, sums[0][1], 64);
-      _tile_stored(2, sums[1][0], 64);
-      _tile_stored(3, sums[1][1], 64);
-      for (int done = x, half = 0; half <= both; ++half, done += kTile)
-        Put(sums[half], factor, row + done, std::min(kTile, rows - done), panel);
+      _tile_loadd(4, upper + i, I * 2);
+      _tile_loadd(5, lower + i, I * 2);
+      _tile_loadd(6, left + i * kTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 5, 6);
+      if (!both) continue;
+      _tile_loadd(7, beside + i * kTile, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
     }
+    _tile_stored(0, sums[0][0], 64);
+    _tile_stored(1, sums[0][1], 64);
+    _tile_stored(2, sums[1][0], 64);
+    _tile_stored(3, sums[1][1], 64);
+    for (int done = x, half = 0; half <= both; ++half, done += kTile)
+      Put(sums[half], factor, row + done, std::min(kTile, rows - done), panel);
   }
 }
+
+// 0, …, n - 1 in equal shares, one for each thread: of its own it takes the next, as they lie in memory, and then of the
+// others' the last.
+class Shares {
+ public:
+  Shares(int n, int threads) : left_(threads) {
+    for (int64_t i = 0; i < threads; ++i) left_[i].range = Packed(n * i / threads, n * (i + 1) / threads);
+  }
+
+  // -1 where there is no more.
+  int Take(int mine) {
+    for (size_t i = 0; i < left_.size(); ++i) {
+      auto& share = left_[(mine + i) % left_.size()].range;
+      for (uint64_t range = share.load();;) {
+        const uint32_t first = range >> 32, end = range;
+        if (first == end) break;
+        if (share.compare_exchange_weak(range, i ? Packed(first, end - 1) : Packed(first + 1, end)))
+          return i ? end - 1 : first;
+      }
+    }
+    return -1;
+  }
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<uint64_t> range;
+  };
+  static uint64_t Packed(uint64_t first, uint64_t end) { return first << 32 | end; }
+
+  std::vector<Share> left_;
+};
 
 void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<std::vector<Factor>>& factors) {
   const int X = x.dimensions()[0], I = x.dimensions()[1], threads = std::max<int>(1, pool.num_threads());
@@ -114,7 +141,9 @@ void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<st
       const int first = part * each, count = std::min(each, X - first);
       right.resize(static_cast<size_t>(Ceil(count, kTile)) * kTile * I);
       PackRows(rows + static_cast<size_t>(first) * I, count, I, I, right.data());
-      for (const Factor& factor : *factors) Multiply(right.data(), factor, first, count, I, 0, factor.panels);
+      Tiles tiles;
+      for (const Factor& factor : *factors)
+        for (int panel = 0; panel < factor.panels; ++panel) Multiply(right.data(), factor, first, count, I, panel);
     });
     return;
   }
@@ -122,13 +151,13 @@ void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<st
   PackRows(rows, X, I, I, right->data());
   int panels = 0;
   for (const Factor& factor : *factors) panels += factor.panels;
-  const int each = Ceil(panels, std::max(kParts, 2 * threads));
-  Each(pool, Ceil(panels, each), [=](int part) {
-    int first = part * each, end = first + each;  // panels, counted from each factor's first
-    for (const Factor& factor : *factors) {
-      const int from = std::max(0, first), to = std::min(factor.panels, end);
-      if (from < to) Multiply(right->data(), factor, 0, X, I, from, to);
-      first -= factor.panels, end -= factor.panels;
+  auto shares = std::make_shared<Shares>(panels, threads);
+  Each(pool, threads, [=](int mine) {
+    Tiles tiles;
+    for (int panel; (panel = shares->Take(mine)) >= 0;) {
+      auto factor = factors->begin();
+      for (; panel >= factor->panels; ++factor) panel -= factor->panels;
+      Multiply(right->data(), *factor, 0, X, I, panel);
     }
   });
 }
