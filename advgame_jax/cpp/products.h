@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kFewRows = 64;  // of x at most: then threads share out the matrices' rows, else x's
 constexpr int kRows = 128;    // of x, at most, that a thread takes at a time
+constexpr int kAhead = 128;   // inputs that matrices are asked for before they are read
 
 enum class Result { kNarrow, kWide, kSilu, kGelu };
 
@@ -67,8 +68,6 @@ void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, in
   alignas(64) float sums[2][2][kTile * kTile];  // of 16 rows of x and 16 more
   const size_t step = static_cast<size_t>(factor.step) * I;
   const bfloat16 *upper = factor.upper + panel * step, *lower = factor.lower + panel * step;
-  // What is read next, which lies in two pieces, is asked for now: the hardware guesses tiles' rows badly.
-  auto *soon = reinterpret_cast<const char*>(upper + step), *soon_too = reinterpret_cast<const char*>(lower + step);
   for (int x = 0; x < rows; x += 2 * kTile) {
     const bfloat16 *left = right + static_cast<size_t>(x) * I, *beside = left + static_cast<size_t>(kTile) * I;
     const bool both = x + kTile < rows;
@@ -77,9 +76,11 @@ void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, in
     _tile_zero(2);
     _tile_zero(3);
     for (int i = 0; i < I; i += kInputs) {
-      for (int line = 0; x == 0 && line < kTile; ++line, soon += 64, soon_too += 64) {
-        _mm_prefetch(soon, _MM_HINT_T1);
-        _mm_prefetch(soon_too, _MM_HINT_T1);
+      // What is read soon, of this panel or the next, is asked for now: the hardware guesses tiles' rows badly.
+      const size_t soon = i + kAhead < I ? i + kAhead : step + i + kAhead - I;
+      for (int line = 0; x == 0 && line < kTile; ++line) {
+        _mm_prefetch(upper + soon + line * I, _MM_HINT_T0);
+        _mm_prefetch(lower + soon + line * I, _MM_HINT_T0);
       }
       _tile_loadd(4, upper + i, I * 2);
       _tile_loadd(5, lower + i, I * 2);
