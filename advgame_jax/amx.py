@@ -31,7 +31,7 @@ _FLAGS = (
   "-O3 -std=c++17 -shared -fPIC -w -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mamx-tile -mamx-bf16"
 )
 _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}
-_KERNELS = ("products", "gated", "paged", "causal", "draw", "norm", "rotate", "write")
+_KERNELS = ("products", "added", "gated", "paged", "causal", "draw", "norm", "rotate", "write")
 _SECONDS = 300  # at most, of compiling
 _TILE, _MOST_HEAD = 32, 256
 
@@ -125,6 +125,11 @@ def multiply(x_XI: jax.Array, *matrices_OI: jax.Array, dtype: Any) -> Sequence[j
   """x · matrixᵀ → [X, O] of each matrix, sums in float32, rounded to `dtype`, bfloat16 or float32."""
   results = [jax.ShapeDtypeStruct((len(x_XI), len(matrix_OI)), dtype) for matrix_OI in matrices_OI]
   return jax.ffi.ffi_call(_target("products"), results, vmap_method="sequential")(x_XI, *matrices_OI)
+
+
+def added(x_XI: jax.Array, matrix_OI: jax.Array, plus_XO: jax.Array) -> jax.Array:
+  """x · matrixᵀ + plus → [X, O], rounded once; of what `multiply` takes."""
+  return _call("added", plus_XO)(x_XI, matrix_OI, plus_XO)
 
 
 def gated(x_XI: jax.Array, gate_OI: jax.Array, up_OI: jax.Array, *, gelu: bool) -> jax.Array:

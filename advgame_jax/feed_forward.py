@@ -11,11 +11,14 @@ from advgame_jax.types import Params
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
-def feed_forward(config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax.Array) -> jax.Array:
-  """[R, T, M] → [R, T, M]."""
+def feed_forward(
+  config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax.Array, plus: jax.Array | None = None
+) -> jax.Array:
+  """[R, T, M] → [R, T, M], and `plus`."""
   activate = _ACTIVATIONS[config.activation]
   if config.experts:
-    return experts.mix(config, layout, layer, x_RTM, activate)
+    mixed_RTM = experts.mix(config, layout, layer, x_RTM, activate)
+    return mixed_RTM if plus is None else plus + mixed_RTM
   inputs = {name: x for name, x in layer.items() if name.removesuffix("_bias") in ("gate", "up")}
 
   def plain(x_RTM: jax.Array, inputs: Params) -> jax.Array:
@@ -29,4 +32,4 @@ def feed_forward(config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax.
 
   transposed = [matrix.weight for matrix in inputs.values() if isinstance(matrix, Transposed)]
   fits = len(transposed) == len(inputs) and amx.multiplies(x_RTM, *transposed)
-  return linear(layer, "down", amx.either(fits, kernel, plain)(x_RTM, inputs))
+  return linear(layer, "down", amx.either(fits, kernel, plain)(x_RTM, inputs), plus=plus)

@@ -71,9 +71,19 @@ def project_each(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
   return list(map(reshape, products, matrices))
 
 
-def linear(layer: Params, name: str, x: jax.Array, inputs: int = 1) -> jax.Array:
-  """`project` by a layer's matrix of this name, and its bias if there is one."""
-  return _with_bias(layer, name, project(x, layer[name], inputs))
+def linear(layer: Params, name: str, x: jax.Array, inputs: int = 1, plus: jax.Array | None = None) -> jax.Array:
+  """`project` by a layer's matrix of this name, its bias if there is one, and `plus`; at once where `amx` can."""
+  if plus is None:
+    return _with_bias(layer, name, project(x, layer[name], inputs))
+  matrix, size = layer[name], math.prod(x.shape[x.ndim - inputs :])
+  flat = lambda matrix: matrix.weight.reshape(-1, size)
+
+  def kernel(x: jax.Array, matrix: Transposed, plus: jax.Array) -> jax.Array:
+    return amx.added(x.reshape(-1, size), flat(matrix), plus.reshape(-1, plus.shape[-1])).reshape(plus.shape)
+
+  plain = lambda x, matrix, plus: plus + _with_bias(layer, name, project(x, matrix, inputs))
+  fits = isinstance(matrix, Transposed) and f"{name}_bias" not in layer and amx.multiplies(x, flat(matrix))
+  return amx.either(fits, kernel, plain)(x, matrix, plus)
 
 
 def linears(layer: Params, names: Sequence[str], x: jax.Array) -> list[jax.Array]:

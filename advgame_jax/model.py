@@ -77,6 +77,13 @@ def _norm(config: ModelConfig, layer: Params, name: str, x: jax.Array) -> jax.Ar
   return rms_norm(x, layer[name], config.norm_epsilon, config.norm_offset) if name in layer else x
 
 
+def _onto(
+  config: ModelConfig, layer: Params, norm: str, x_RTM: jax.Array, output: Callable[..., jax.Array]
+) -> jax.Array:
+  """With the output, which is normalised first in an architecture that has this norm."""
+  return x_RTM + _norm(config, layer, norm, output()) if norm in layer else output(plus=x_RTM)
+
+
 def _block(
   config: ModelConfig,
   layout: Layout,
@@ -92,10 +99,12 @@ def _block(
     query_RTNH = rotary.rotate(_norm(config, layer, "query_norm", query_RTNH), turn)
     key_RTKH = rotary.rotate(_norm(config, layer, "key_norm", key_RTKH), turn)
     attended_RTNH = attend(query_RTNH, key_RTKH, value_RTKH)
-    x_RTM += _norm(config, layer, "attention_out_norm", linear(layer, "output", attended_RTNH, inputs=2))
+    output = functools.partial(linear, layer, "output", attended_RTNH, inputs=2)
+    x_RTM = _onto(config, layer, "attention_out_norm", x_RTM, output)
   with jax.named_scope("mlp"):
     y_RTM = _norm(config, layer, "mlp_norm", x_RTM)
-    x_RTM += _norm(config, layer, "mlp_out_norm", feed_forward.feed_forward(config, layout, layer, y_RTM))
+    output = functools.partial(feed_forward.feed_forward, config, layout, layer, y_RTM)
+    x_RTM = _onto(config, layer, "mlp_out_norm", x_RTM, output)
   return layout.constrain(x_RTM, "rows", "tokens", None)
 
 

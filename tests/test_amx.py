@@ -112,6 +112,17 @@ def test_tokens_are_turned_as_in_float32(rows, pairs, one_cpu):
 
 
 @needs_amx
+@pytest.mark.parametrize("X", [1, 33, 300])
+def test_what_is_added_to_a_product_is_added_before_it_is_rounded(X, one_cpu):
+  x, matrix, plus = normal(0, X, 64), normal(1, 96, 64), 30 * normal(2, X, 96)
+  expected = wide(x) @ wide(matrix).T + wide(plus)
+  added = wide(jax.jit(amx.added)(x, matrix, plus))
+  np.testing.assert_allclose(added, expected, rtol=2**-8, atol=1e-3)
+  layer = {"down": matrices.Transposed(matrix)}
+  np.testing.assert_array_equal(wide(matrices.linear(layer, "down", x, plus=plus)), added)
+
+
+@needs_amx
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("X", [1, 33, 300])
 def test_gated_products_are_those_of_float64_rounded_once(X, gelu, one_cpu):
@@ -298,7 +309,7 @@ def test_what_stands_in_for_a_function_has_its_gradients(one_cpu):
 
 
 @needs_amx
-@pytest.mark.parametrize(("platform", "called"), [("cpu", 8), ("cuda", 0), ("tpu", 0)])
+@pytest.mark.parametrize(("platform", "called"), [("cpu", 9), ("cuda", 0), ("tpu", 0)])
 def test_programs_for_other_platforms_have_no_kernel_of_this_one(platform, called, one_cpu):
   """As plans for machines that are not there lower them."""
   config, one = ModelConfig(256, 64, 1, 2, 1, 32, 64, True, max_positions=256), jnp.ones(2)
@@ -314,7 +325,9 @@ def test_programs_for_other_platforms_have_no_kernel_of_this_one(platform, calle
     return (
       model.rms_norm(x, scale, 1e-5),
       rotary.rotate(query, turn),
-      feed_forward.feed_forward(config, sharding.LOCAL, dict.fromkeys(("gate", "up", "down"), matrix), x[:, None]),
+      feed_forward.feed_forward(
+        config, sharding.LOCAL, dict.fromkeys(("gate", "up", "down"), matrix), x[:, None], x[:, None]
+      ),
       attention.causal(query, key, key, rule, segment_RT=segment),
       attention.paged(*new, zeros[:, 0], [pool], rule, jnp.int32(9)),
       caches.write((cache,), (Kept(key[:, :2].swapaxes(0, 1), key[:, :2].swapaxes(0, 1)),), zeros[:, 0], zeros[:, 0]),

@@ -13,7 +13,7 @@ constexpr int kFewRows = 64;  // of x at most: then threads share out the matric
 constexpr int kRows = 128;    // of x, at most, that a thread takes at a time
 constexpr int kAhead = 128;   // inputs that matrices are asked for before they are read
 
-enum class Result { kNarrow, kWide, kSilu, kGelu };
+enum class Result { kNarrow, kWide, kSilu, kGelu, kAdded };
 
 // What x is multiplied by, in panels of two tiles: the upper half of some outputs and the lower half, or an output's
 // gate and what it lets through.
@@ -22,7 +22,8 @@ struct Factor {
   int panels, step;  // how many, and how many of the matrix's rows each is behind the last
   int O;
   Result result;
-  void* product;  // [X, O]
+  void* product;                   // [X, O]
+  const bfloat16* plus = nullptr;  // likewise, to add
 };
 
 // x · sigmoid(t): SiLU is that of t = x, the approximate GELU of t = 2 √(2/π) (x + 0.044715 x³).
@@ -47,7 +48,8 @@ void Put(const float (&sums)[2][kTile * kTile], const Factor& factor, int row, i
   const size_t at = static_cast<size_t>(row) * factor.O + static_cast<size_t>(panel) * factor.step;
   auto* narrow = static_cast<bfloat16*>(factor.product) + at;
   auto* wide = static_cast<float*>(factor.product) + at;
-  for (int i = 0; i < rows; ++i, narrow += factor.O, wide += factor.O) {
+  const bfloat16* plus = factor.plus + (factor.plus ? at : 0);
+  for (int i = 0; i < rows; ++i, narrow += factor.O, wide += factor.O, plus += factor.plus ? factor.O : 0) {
     switch (factor.result) {
       case Result::kNarrow:
         Store(narrow, upper[i]);
@@ -56,6 +58,10 @@ void Put(const float (&sums)[2][kTile * kTile], const Factor& factor, int row, i
       case Result::kWide:
         Store(wide, upper[i]);
         Store(wide + kTile, lower[i]);
+        break;
+      case Result::kAdded:
+        Store(narrow, _mm512_add_ps(Wide(plus), upper[i]));
+        Store(narrow + kTile, _mm512_add_ps(Wide(plus + kTile), lower[i]));
         break;
       default:
         Store(narrow, _mm512_mul_ps(Activated(upper[i], factor.result == Result::kGelu), lower[i]));
@@ -163,17 +169,28 @@ void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<st
   });
 }
 
+// A whole matrix [O, I].
+Factor Whole(const Narrow& matrix, Result result, void* product) {
+  const int O = matrix.dimensions()[0];
+  const size_t half = static_cast<size_t>(kTile) * matrix.dimensions()[1];
+  return {Data(matrix), Data(matrix) + half, O / (2 * kTile), 2 * kTile, O, result, product};
+}
+
 ffi::Error Products(ffi::ThreadPool pool, Narrow x, ffi::RemainingArgs matrices, ffi::RemainingRets products) {
   auto factors = std::make_shared<std::vector<Factor>>();
   for (size_t i = 0; i < matrices.size(); ++i) {
-    auto matrix = *matrices.get<Narrow>(i);
     auto product = *products.get<ffi::AnyBuffer>(i);
-    const int O = matrix.dimensions()[0];
     const Result result = product->element_type() == ffi::F32 ? Result::kWide : Result::kNarrow;
-    const bfloat16 *upper = Data(matrix), *lower = upper + static_cast<size_t>(kTile) * matrix.dimensions()[1];
-    factors->push_back({upper, lower, O / (2 * kTile), 2 * kTile, O, result, product->untyped_data()});
+    factors->push_back(Whole(*matrices.get<Narrow>(i), result, product->untyped_data()));
   }
   MultiplyBy(pool, x, factors);
+  return ffi::Error::Success();
+}
+
+ffi::Error Added(ffi::ThreadPool pool, Narrow x, Narrow matrix, Narrow plus, ffi::Result<Narrow> y) {
+  Factor factor = Whole(matrix, Result::kAdded, Data(y));
+  factor.plus = Data(plus);
+  MultiplyBy(pool, x, std::make_shared<std::vector<Factor>>(1, factor));
   return ffi::Error::Success();
 }
 
@@ -197,3 +214,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_gated, Gated,
                                   .Arg<Narrow>()
                                   .Arg<Narrow>()
                                   .Ret<Narrow>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    advgame_amx_added, Added,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Narrow>().Arg<Narrow>().Arg<Narrow>().Ret<Narrow>());
