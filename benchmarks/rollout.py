@@ -115,6 +115,10 @@ def table(load: str, folder: str, config: ModelConfig, generator: Generator) -> 
   lines.append(("the machine's floor", read + draw, f"{read:.2f} reading, {draw:.2f} drawing"))
   for name, least, every in lines:
     print(f"| {name} | {least:.2f} ({every}) | {tokens / least:.0f} | {least / min(seconds):.2f} × |", flush=True)
+  if load == "fixed":
+    first, _, _ = ours({**job, "limits": [1] * len(job["limits"])}, config, generator)
+    drawing, share = min(seconds) - min(first), 1 - len(job["limits"]) / tokens
+    print(f"drawing all but the first token: {drawing:.2f} s, of which the floor is {share * draw / drawing:.0%}")
 
 
 def plot(folder: str, config: ModelConfig, generator: Generator) -> None:
