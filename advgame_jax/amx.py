@@ -2,8 +2,8 @@
 
 XLA's own take twice as long and more, in many more steps. `cpp` has them in C++ against XLA's foreign function
 interface (`jax.ffi`): the compiler that is here (`CXX`, else c++ or g++) compiles them once for each jaxlib, into the
-user's cache (`XDG_CACHE_HOME`, else ~/.cache). Without a compiler, Linux or AMX, or with several devices, over which
-XLA cannot split them, everything is XLA's. Gradients are XLA's too, but for those of products, which are products.
+user's cache (`XDG_CACHE_HOME`, else ~/.cache). Everything is XLA's without a compiler, Linux or AMX, and with several
+devices, over which XLA cannot split them; and where something learns, all but products, whose gradients are products.
 """
 
 import ctypes
@@ -106,11 +106,11 @@ def _compiled(compiler: Sequence[str]) -> pathlib.Path:
 
 
 def either(fits: bool, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-  """The kernel, in programs for this CPU, if it fits; else what it stands for, whose gradients it has."""
+  """The kernel, in programs for this CPU, if it fits; else, and where there are gradients, what it stands for."""
   if not fits:
     return plain
   value = jax.custom_vjp(lambda *args: jax.lax.platform_dependent(*args, cpu=kernel, default=plain))
-  value.defvjp(lambda *args: (value(*args), args), lambda args, slope: jax.vjp(plain, *args)[1](slope))
+  value.defvjp(lambda *args: jax.vjp(plain, *args), lambda back, slope: back(slope))
   return value
 
 
