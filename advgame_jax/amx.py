@@ -2,8 +2,8 @@
 
 XLA's own take twice as long and more, in many more steps. `cpp` has them in C++ against XLA's foreign function
 interface (`jax.ffi`): the compiler that is here (`CXX`, else c++ or g++) compiles them once for each jaxlib, into the
-user's cache (`XDG_CACHE_HOME`, else ~/.cache). Everything is XLA's without a compiler, Linux or AMX, and with several
-devices, over which XLA cannot split them; and where something learns, all but products, whose gradients are products.
+user's cache (`XDG_CACHE_HOME`, else ~/.cache). Without a compiler, Linux or AMX, or with several devices, over which
+XLA cannot split them, everything is XLA's. Gradients are XLA's too, but for those of products, which are products.
 """
 
 import ctypes
@@ -106,11 +106,14 @@ def _compiled(compiler: Sequence[str]) -> pathlib.Path:
 
 
 def either(fits: bool, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-  """The kernel, in programs for this CPU, if it fits; else, and where there are gradients, what it stands for."""
+  """The kernel, in programs for this CPU, if it fits; else what it stands for, whose gradients it has.
+
+  Where there are gradients too the value is the kernel's: equal weights score alike whether they learn or not.
+  """
   if not fits:
     return plain
   value = jax.custom_vjp(lambda *args: jax.lax.platform_dependent(*args, cpu=kernel, default=plain))
-  value.defvjp(lambda *args: jax.vjp(plain, *args), lambda back, slope: back(slope))
+  value.defvjp(lambda *args: (value(*args), args), lambda args, slope: jax.vjp(plain, *args)[1](slope))
   return value
 
 
@@ -136,8 +139,8 @@ def gated(x_XI: jax.Array, gate_OI: jax.Array, up_OI: jax.Array, *, gelu: bool) 
   """The activation of one product, SiLU or the approximate GELU, times the other → [X, O], rounded once; of what
   `multiply` takes.
   """
-  result = jax.ShapeDtypeStruct((len(x_XI), len(gate_OI)), x_XI.dtype)
-  return jax.ffi.ffi_call(_target("gated"), result)(x_XI, gate_OI, up_OI, gelu=np.bool_(gelu))
+  like = jax.ShapeDtypeStruct((len(x_XI), len(gate_OI)), x_XI.dtype)
+  return _call("gated", like)(x_XI, gate_OI, up_OI, gelu=np.bool_(gelu))
 
 
 def reads(query_RNH: Any, pools: Sequence[tuple[Any, Any]]) -> bool:
@@ -246,7 +249,7 @@ def write(pool: Any, new: Any, token_R: jax.Array, page_R: jax.Array, slot_R: ja
   return jax.tree.unflatten(tree, call(token_R, page_R, slot_R, *arrays, *jax.tree.leaves(new)))
 
 
-def _call(name: str, like: jax.Array) -> Callable[..., Any]:
+def _call(name: str, like: Any) -> Callable[..., Any]:
   """A kernel whose result is of this form."""
   return jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(like.shape, like.dtype), vmap_method="sequential")
 

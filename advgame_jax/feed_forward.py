@@ -14,7 +14,7 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, appro
 def feed_forward(
   config: ModelConfig, layout: Layout, layer: Params, x_RTM: jax.Array, plus: jax.Array | None = None
 ) -> jax.Array:
-  """[R, T, M] → [R, T, M], and `plus`."""
+  """[R, T, M] → [R, T, M]; and `plus`, if given, added."""
   activate = _ACTIVATIONS[config.activation]
   if config.experts:
     mixed_RTM = experts.mix(config, layout, layer, x_RTM, activate)
@@ -30,6 +30,7 @@ def feed_forward(
     gated_XF = amx.gated(x_XM, gate_FM, up_FM, gelu=config.activation == "gelu_tanh")
     return gated_XF.reshape(*x_RTM.shape[:-1], -1)
 
+  # All of them, so that there is no bias.
   transposed = [matrix.weight for matrix in inputs.values() if isinstance(matrix, Transposed)]
   fits = len(transposed) == len(inputs) and amx.multiplies(x_RTM, *transposed)
   return linear(layer, "down", amx.either(fits, kernel, plain)(x_RTM, inputs), plus=plus)

@@ -82,7 +82,8 @@ def linear(layer: Params, name: str, x: jax.Array, inputs: int = 1, plus: jax.Ar
     return amx.added(x.reshape(-1, size), flat(matrix), plus.reshape(-1, plus.shape[-1])).reshape(plus.shape)
 
   plain = lambda x, matrix, plus: plus + _with_bias(layer, name, project(x, matrix, inputs))
-  fits = isinstance(matrix, Transposed) and f"{name}_bias" not in layer and amx.multiplies(x, flat(matrix))
+  alone = f"{name}_bias" not in layer and plus.dtype == x.dtype
+  fits = alone and isinstance(matrix, Transposed) and amx.multiplies(x, flat(matrix))
   return amx.either(fits, kernel, plain)(x, matrix, plus)
 
 

@@ -1,5 +1,6 @@
 """The kernels for CPUs with AMX against XLA's forms, on the processors that have it."""
 
+import concurrent.futures
 import os
 import shutil
 import subprocess
@@ -86,6 +87,20 @@ def test_a_row_s_product_is_the_same_bits_in_any_company(one_cpu):
     whole = np.asarray(multiply(x))
     for first, end in ((0, 1), (3, 40), (250, 300)):
       np.testing.assert_array_equal(np.asarray(multiply(x[first:end])), whole[first:end])
+
+
+@needs_amx
+def test_two_programs_at_once_have_their_own_products(one_cpu):
+  x, matrix = normal(0, 40, 64), normal(1, 8192, 64)
+  multiply = jax.jit(lambda x: amx.multiply(x, matrix, dtype=WIDE)[0])
+  inputs = [x, -x]
+  expected = [np.asarray(multiply(x)) for x in inputs]
+
+  def often(i: int) -> bool:
+    return all(np.array_equal(np.asarray(multiply(inputs[i])), expected[i]) for _ in range(200))
+
+  with concurrent.futures.ThreadPoolExecutor() as threads:
+    assert all(threads.map(often, (0, 1)))
 
 
 @needs_amx
@@ -185,13 +200,13 @@ def test_packed_rows_are_attended_to_as_by_xla(T, N, K, H, window, cap, one_cpu)
 
 
 @needs_amx
-@pytest.mark.parametrize(("N", "K", "window", "cap", "kept"), [
-  (9, 3, 1000, 0.0, NARROW), (7, 1, 1000, 0.0, NARROW), (4, 4, 20, 0.0, NARROW), (4, 2, 9, 5.0, WIDE),
+@pytest.mark.parametrize(("N", "K", "H", "window", "cap", "kept"), [
+  (9, 3, 64, 1000, 0.0, NARROW), (7, 1, 32, 1000, 0.0, NARROW), (4, 4, 256, 20, 0.0, NARROW), (4, 2, 64, 9, 5.0, WIDE),
 ])  # fmt: skip
-def test_pages_are_read_as_by_xla(N, K, window, cap, kept, one_cpu, monkeypatch):
-  R, H, rng = 5, 64, np.random.default_rng(0)
+def test_pages_are_read_as_by_xla(N, K, H, window, cap, kept, one_cpu, monkeypatch):
+  R, rng = 5, np.random.default_rng(0)
   query, key, value = normal(0, R, N, H), normal(1, R, K, H), normal(2, R, K, H)
-  place = jnp.array([3, 40, 64, 17, 90], jnp.int32)
+  place = jnp.array([3, 40, 64, 0, 90], jnp.int32)  # one row sees no page
 
   def pool(S: int, G: int, P: int, first: np.ndarray, end: np.ndarray) -> Pool:
     """Pages in any order; row r reads those of its number // G, from its first page on."""
@@ -302,7 +317,8 @@ def test_what_stands_in_for_a_function_has_its_gradients(one_cpu):
     (rotary.rotate, (x, turn)),
   ]
   for f, args in functions:
-    _, back = jax.vjp(f, *args)
+    value, back = jax.vjp(f, *args)
+    np.testing.assert_array_equal(wide(value), wide(f(*args)))
     _, expected = jax.vjp(f, *jax.tree.map(lambda x: x.astype(WIDE), args))
     for slope, exact in zip(jax.tree.leaves(back(x)), jax.tree.leaves(expected(x.astype(WIDE)))):
       np.testing.assert_allclose(wide(slope), wide(exact), atol=4 * rounded(wide(exact)))

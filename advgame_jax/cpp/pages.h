@@ -80,7 +80,7 @@ void Score(const float (&query)[n][kMostHead], const Head<T>& head, const Seen<T
 
 // Logits → exp(logit − highest), which are added to the total; 0 of what is not seen.
 template <int n, class T>
-void Weigh(const Seen<T>& page, const float (&highest)[n], float* logits, float (&total)[n]) {
+void WeighPage(const Seen<T>& page, const float (&highest)[n], float* logits, float (&total)[n]) {
   for (int s = page.first / kLanes * kLanes; s < page.end; s += kLanes) {
     for (int i = 0; i < n; ++i) {
       float* at = logits + s * n + i * kLanes;
@@ -107,7 +107,7 @@ void Read(const bfloat16* query, const bfloat16* key, const bfloat16* value, con
   }
   for (const Seen<T>& page : head.seen) Score(wide, head, page, rule, &logits[page.logits * n], highest);
   for (int i = 0; i < n; ++i) total[i] = own[i] = std::exp(own[i] - highest[i]);
-  for (const Seen<T>& page : head.seen) Weigh(page, highest, &logits[page.logits * n], total);
+  for (const Seen<T>& page : head.seen) WeighPage(page, highest, &logits[page.logits * n], total);
   for (int h = 0; h < H; h += 2 * kLanes) {
     __m512 sums[n][2];
     for (int i = 0; i < n; ++i)
@@ -198,7 +198,7 @@ ffi::Error Paged(ffi::ThreadPool pool, float scale, float softcap, Narrow query,
   return ffi::Error::Success();
 }
 
-// R tokens, which of X each is, and where it goes: the page, none if too large, and the slot.
+// R tokens, which of X each is, and where it goes: the page, none unless there is such a one, and the slot.
 struct Tokens {
   const int32_t *token, *page, *slot;
   int R, X;
@@ -206,7 +206,7 @@ struct Tokens {
 
 // Of one layer keys and values [X, K, H] into pages [P, K, H, S] and [P, K, S, H]; values that are not finite become 0.
 template <class T>
-void Put(const Tokens& tokens, const bfloat16* new_key, const bfloat16* new_value, int P, int K, int H, int S, T* keys,
+void PutTokens(const Tokens& tokens, const bfloat16* new_key, const bfloat16* new_value, int P, int K, int H, int S, T* keys,
          T* values) {
   auto put = [](bfloat16 x, T* to) {
     if constexpr (std::is_same_v<T, float>)
@@ -250,7 +250,7 @@ ffi::Error Write(ffi::ThreadPool pool, Int32 token, Int32 page, Int32 slot, ffi:
     const bfloat16 *key = (*fresh)[2 * layer], *value = (*fresh)[2 * layer + 1];
     void *to_key = (*pools)[2 * layer], *to_value = (*pools)[2 * layer + 1];
     auto put = [&](auto T) {
-      Put(tokens, key, value, P, K, H, S, static_cast<decltype(T)*>(to_key), static_cast<decltype(T)*>(to_value));
+      PutTokens(tokens, key, value, P, K, H, S, static_cast<decltype(T)*>(to_key), static_cast<decltype(T)*>(to_value));
     };
     wide ? put(float()) : put(bfloat16());
   });

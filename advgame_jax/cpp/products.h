@@ -13,7 +13,7 @@ constexpr int kFewRows = 64;  // of x at most: then threads share out the matric
 constexpr int kRows = 128;    // of x, at most, that a thread takes at a time
 constexpr int kAhead = 128;   // inputs that matrices are asked for before they are read
 
-enum class Result { kNarrow, kWide, kSilu, kGelu, kAdded };
+enum class Finish { kNarrow, kWide, kSilu, kGelu, kAdded };
 
 // What x is multiplied by, in panels of two tiles: the upper half of some outputs and the lower half, or an output's
 // gate and what it lets through.
@@ -21,7 +21,7 @@ struct Factor {
   const bfloat16 *upper, *lower;
   int panels, step;  // how many, and how many of the matrix's rows each is behind the last
   int O;
-  Result result;
+  Finish finish;
   void* product;                   // [X, O]
   const bfloat16* plus = nullptr;  // likewise, to add
 };
@@ -37,7 +37,7 @@ __m512 Activated(__m512 x, bool gelu) {
 }
 
 // Of 16 rows the sums of both tiles of a panel, [16 outputs, 16 rows] → the product's rows from `row` on, `rows` of them.
-void Put(const float (&sums)[2][kTile * kTile], const Factor& factor, int row, int rows, int panel) {
+void PutSums(const float (&sums)[2][kTile * kTile], const Factor& factor, int row, int rows, int panel) {
   __m512 upper[kTile], lower[kTile];
   for (int i = 0; i < kTile; ++i) {
     upper[i] = _mm512_load_ps(sums[0] + kTile * i);
@@ -50,21 +50,21 @@ void Put(const float (&sums)[2][kTile * kTile], const Factor& factor, int row, i
   auto* wide = static_cast<float*>(factor.product) + at;
   const bfloat16* plus = factor.plus + (factor.plus ? at : 0);
   for (int i = 0; i < rows; ++i, narrow += factor.O, wide += factor.O, plus += factor.plus ? factor.O : 0) {
-    switch (factor.result) {
-      case Result::kNarrow:
+    switch (factor.finish) {
+      case Finish::kNarrow:
         Store(narrow, upper[i]);
         Store(narrow + kTile, lower[i]);
         break;
-      case Result::kWide:
+      case Finish::kWide:
         Store(wide, upper[i]);
         Store(wide + kTile, lower[i]);
         break;
-      case Result::kAdded:
+      case Finish::kAdded:
         Store(narrow, _mm512_add_ps(Wide(plus), upper[i]));
         Store(narrow + kTile, _mm512_add_ps(Wide(plus + kTile), lower[i]));
         break;
       default:
-        Store(narrow, _mm512_mul_ps(Activated(upper[i], factor.result == Result::kGelu), lower[i]));
+        Store(narrow, _mm512_mul_ps(Activated(upper[i], factor.finish == Finish::kGelu), lower[i]));
     }
   }
 }
@@ -103,7 +103,7 @@ void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, in
     _tile_stored(2, sums[1][0], 64);
     _tile_stored(3, sums[1][1], 64);
     for (int done = x, half = 0; half <= both; ++half, done += kTile)
-      Put(sums[half], factor, row + done, std::min(kTile, rows - done), panel);
+      PutSums(sums[half], factor, row + done, std::min(kTile, rows - done), panel);
   }
 }
 
@@ -158,8 +158,9 @@ void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<st
   PackRows(rows, X, I, I, right->data());
   int panels = 0;
   for (const Factor& factor : *factors) panels += factor.panels;
-  auto shares = std::make_shared<Shares>(panels, threads);
-  Each(pool, threads, [=](int mine) {
+  const int sharing = std::min(threads, panels);
+  auto shares = std::make_shared<Shares>(panels, sharing);
+  Each(pool, sharing, [=](int mine) {
     Tiles tiles;
     for (int panel; (panel = shares->Take(mine)) >= 0;) {
       auto factor = factors->begin();
@@ -170,25 +171,25 @@ void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<st
 }
 
 // A whole matrix [O, I].
-Factor Whole(const Narrow& matrix, Result result, void* product) {
+Factor Whole(const Narrow& matrix, Finish finish, void* product) {
   const int O = matrix.dimensions()[0];
   const size_t half = static_cast<size_t>(kTile) * matrix.dimensions()[1];
-  return {Data(matrix), Data(matrix) + half, O / (2 * kTile), 2 * kTile, O, result, product};
+  return {Data(matrix), Data(matrix) + half, O / (2 * kTile), 2 * kTile, O, finish, product};
 }
 
 ffi::Error Products(ffi::ThreadPool pool, Narrow x, ffi::RemainingArgs matrices, ffi::RemainingRets products) {
   auto factors = std::make_shared<std::vector<Factor>>();
   for (size_t i = 0; i < matrices.size(); ++i) {
     auto product = *products.get<ffi::AnyBuffer>(i);
-    const Result result = product->element_type() == ffi::F32 ? Result::kWide : Result::kNarrow;
-    factors->push_back(Whole(*matrices.get<Narrow>(i), result, product->untyped_data()));
+    const Finish finish = product->element_type() == ffi::F32 ? Finish::kWide : Finish::kNarrow;
+    factors->push_back(Whole(*matrices.get<Narrow>(i), finish, product->untyped_data()));
   }
   MultiplyBy(pool, x, factors);
   return ffi::Error::Success();
 }
 
 ffi::Error Added(ffi::ThreadPool pool, Narrow x, Narrow matrix, Narrow plus, ffi::Result<Narrow> y) {
-  Factor factor = Whole(matrix, Result::kAdded, Data(y));
+  Factor factor = Whole(matrix, Finish::kAdded, Data(y));
   factor.plus = Data(plus);
   MultiplyBy(pool, x, std::make_shared<std::vector<Factor>>(1, factor));
   return ffi::Error::Success();
@@ -196,7 +197,7 @@ ffi::Error Added(ffi::ThreadPool pool, Narrow x, Narrow matrix, Narrow plus, ffi
 
 ffi::Error Gated(ffi::ThreadPool pool, bool gelu, Narrow x, Narrow gate, Narrow up, ffi::Result<Narrow> y) {
   const int O = gate.dimensions()[0];
-  const Factor factor{Data(gate), Data(up), O / kTile, kTile, O, gelu ? Result::kGelu : Result::kSilu, Data(y)};
+  const Factor factor{Data(gate), Data(up), O / kTile, kTile, O, gelu ? Finish::kGelu : Finish::kSilu, Data(y)};
   MultiplyBy(pool, x, std::make_shared<std::vector<Factor>>(1, factor));
   return ffi::Error::Success();
 }

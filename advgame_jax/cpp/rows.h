@@ -10,9 +10,9 @@ namespace {
 // Rows of M numbers at their root mean square: x / sqrt(mean x² + epsilon) · (scale + offset).
 void NormRow(const bfloat16* x, const bfloat16* scale, int M, float epsilon, float offset, bfloat16* y) {
   __m512 sum = _mm512_setzero_ps();
-  for (int m = 0; m < M; m += 16) sum = _mm512_fmadd_ps(Wide(x + m), Wide(x + m), sum);
+  for (int m = 0; m < M; m += kLanes) sum = _mm512_fmadd_ps(Wide(x + m), Wide(x + m), sum);
   const __m512 factor = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(sum) / M + epsilon));
-  for (int m = 0; m < M; m += 16) {
+  for (int m = 0; m < M; m += kLanes) {
     const __m512 weight = _mm512_add_ps(Wide(scale + m), _mm512_set1_ps(offset));
     Store(y + m, _mm512_mul_ps(_mm512_mul_ps(Wide(x + m), factor), weight));
   }
@@ -38,7 +38,7 @@ ffi::Error Rotate(ffi::ThreadPool pool, Narrow x, Float32 cos, Float32 sin, ffi:
     for (int n = 0; n < N; ++n) {
       const bfloat16* from = tokens + (token * N + n) * H;
       bfloat16* to = out + (token * N + n) * H;
-      for (int i = 0; i < h; i += 16) {
+      for (int i = 0; i < h; i += kLanes) {
         const __m512 left = Wide(from + i), right = Wide(from + h + i), cosine = Wide(c + i), sine = Wide(s + i);
         Store(to + i, _mm512_fnmadd_ps(right, sine, _mm512_mul_ps(left, cosine)));
         Store(to + h + i, _mm512_fmadd_ps(left, sine, _mm512_mul_ps(right, cosine)));

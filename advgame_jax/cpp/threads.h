@@ -14,20 +14,23 @@
 
 namespace ffi = xla::ffi;
 
-namespace advgame {
+namespace {
 
 // What some threads do together, each until there is no more of it.
 using Job = std::function<void()>;
 
 // Threads that have done their part of a job stay for the next, which is a few steps away: one that sleeps comes some
-// twenty microseconds late, to products that take a hundred.
+// twenty microseconds late, to products that take a hundred. While programs run one after the other: of two at once each
+// may lose its helpers to the other, and then does its job alone.
 class Helpers {
  public:
-  // `most` others do the job too: those that stay, then whoever the pool has.
+  // As many others as the pool has, but at most `most`, are asked to do the job too: first those that stay.
   void Call(ffi::ThreadPool& pool, int most, std::shared_ptr<Job> job) {
+    std::shared_ptr<Job> last = job;
     Lock();
-    job_ = job;
+    job_.swap(last);
     posted_.fetch_add(1);
+    room_ = pool.num_threads() - 1;
     int coming = staying_;
     Unlock();
     for (; coming < most; ++coming) pool.Schedule([this, job] { Help(job); });
@@ -37,21 +40,26 @@ class Helpers {
   static constexpr uint64_t kStay = 100000;  // ticks of the processor's clock, some forty microseconds
 
   void Help(std::shared_ptr<Job> job) {
-    for (uint64_t seen = posted_.load(); job; seen = posted_.load()) {
+    uint64_t seen = posted_.load();
+    while (job) {
       (*job)();
       job = Next(seen);
     }
   }
 
-  // The job that is posted after that one, none if there is none for a while. Who calls counts on those that stay.
-  std::shared_ptr<Job> Next(uint64_t seen) {
+  // The job that was posted since, if there is one in a while; counts it as seen. Who calls counts on those that stay,
+  // which are no more than there is room for: others may have been woken for nothing.
+  std::shared_ptr<Job> Next(uint64_t& seen) {
     Lock();
-    ++staying_;
+    const bool stays = staying_ < room_;
+    staying_ += stays;
     Unlock();
+    if (!stays) return nullptr;
     for (const uint64_t began = __rdtsc(); posted_.load() == seen && __rdtsc() - began < kStay;) _mm_pause();
     Lock();
     --staying_;
     std::shared_ptr<Job> job = posted_.load() == seen ? nullptr : job_;
+    seen = posted_.load();
     Unlock();
     return job;
   }
@@ -62,10 +70,10 @@ class Helpers {
   }
   void Unlock() { held_.clear(std::memory_order_release); }
 
-  std::atomic_flag held_ = ATOMIC_FLAG_INIT;
+  alignas(64) std::atomic<uint64_t> posted_{0};  // which those that stay look at all the time
+  alignas(64) std::atomic_flag held_ = ATOMIC_FLAG_INIT;
   std::shared_ptr<Job> job_;
-  std::atomic<uint64_t> posted_{0};
-  int staying_ = 0;
+  int staying_ = 0, room_ = 0;
 };
 
 inline Helpers& TheHelpers() {
@@ -103,8 +111,4 @@ void EachOf(ffi::ThreadPool& pool, int n, int numbers, F f) {
   });
 }
 
-}  // namespace advgame
-
-using advgame::Ceil;
-using advgame::Each;
-using advgame::EachOf;
+}  // namespace
