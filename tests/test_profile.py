@@ -309,8 +309,8 @@ def test_a_profile_of_some_steps(tmp_path):
   role, other = summary["roles"]
   assert (role["role"], other["role"]) == ("attacker generate", "other") and other["seconds"] < role["seconds"]
   assert role["tokens"] == 20 and role["flops"] == 2 * PRODUCTS * 2 * SIZE**3
-  # A loop and what runs in it would be twice that. Threads write down when something ended, and may come to it late, when
-  # the host has gone on: 1 % was seen.
+  # A loop and what runs in it would be twice that. Threads write down when something ended, and may come to it late,
+  # when the host has gone on: 1 % was seen.
   assert 0 < role["busy"] < 1.2 * role["seconds"]
   scopes = {(row["role"], row["scope"]): row for row in summary["scopes"]}
   assert scopes["attacker generate", "generate/decode/mlp"]["share"] > 0.5
