@@ -209,18 +209,24 @@ def _left(busy: float, whole: float) -> float | None:
   return max(0.0, 1 - busy / whole) if whole else None
 
 
-def _busy(ran: Sequence[Ran]) -> float:
-  """Seconds in which something ran, of all devices together."""
+def _busy(ran: Sequence[Ran], within: Sequence[Span] | None = None) -> float:
+  """Seconds in which something ran, of all devices together; of these spans alone, if given."""
   by_device = itertools.groupby(sorted(ran, key=lambda each: each.op.device), key=lambda each: each.op.device)
-  return sum(trace.union((each.op.start, each.op.end) for each in part) for _, part in by_device) / 1e9
+  of_device = [[(each.op.start, each.op.end) for each in part] for _, part in by_device]
+  if within is None:
+    return sum(map(trace.union, of_device)) / 1e9
+  spans = [(span.start, span.end) for span in within]
+  return sum(trace.union(ops) + trace.union(spans) - trace.union(ops + spans) for ops in of_device) / 1e9
 
 
 def _of_role(
   role: Work, traced: Trace, ran: Sequence[Ran], devices: int, spent: Mapping[str, float], facts: Facts
 ) -> dict[str, Any]:
   """A role's time, how much of it the devices were busy, and what came of it."""
-  seconds = sum(span.end - span.start for span in _spans(traced, role)) / 1e9
-  busy = _busy([each for each in ran if each.role == role])
+  spans = _spans(traced, role)
+  seconds = sum(span.end - span.start for span in spans) / 1e9
+  # Threads write down late when something ended: what lasts longer than the role that waited for it did not.
+  busy = _busy([each for each in ran if each.role == role], spans)
   name = role.replace(" ", "_")
   tokens, flops = (spent.get(f"cost/{what}/{name}", 0.0) for what in ("tokens", "flops"))
   return {
