@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <vector>
-
 #include "attention.h"
 #include "threads.h"
 #include "tiles.h"
@@ -14,8 +12,8 @@ namespace {
 void ReadBlock(const bfloat16* query, size_t stride, const bfloat16* keys, const bfloat16* values,
                const int32_t* segment, int begin, int base, int first, int T, int H, int window, Rule rule,
                bfloat16* output) {
-  static thread_local std::vector<float> logits;
-  static thread_local std::vector<bfloat16> weights;
+  static thread_local Lines<float> logits;
+  static thread_local Lines<bfloat16> weights;
   const int from = first / kInputs * kInputs, width = Ceil(begin + kTile - from, kInputs) * kInputs;
   const int rows = std::min(kTile, T - begin);
   logits.resize(static_cast<size_t>(kTile) * width);
@@ -78,7 +76,7 @@ ffi::Error Causal(ffi::ThreadPool pool, float scale, float softcap, int32_t wind
   const int32_t* segments = segment.typed_data();
   bfloat16* read = Data(output);
   Each(pool, R * K * parts, [=](int part) {
-    static thread_local std::vector<bfloat16> key_tiles, value_tiles;
+    static thread_local Lines<bfloat16> key_tiles, value_tiles;
     const int r = part / (K * parts), k = part / parts % K;
     const int begin = part % parts * each, end = std::min(T, begin + each);
     const int32_t* mine = segments + static_cast<size_t>(r) * T;

@@ -9,11 +9,11 @@
 
 namespace {
 
-constexpr int kFewRows = 64;  // of x at most: then threads share out the matrices' rows, else x's
-constexpr int kRows = 128;    // of x, at most, that a thread takes at a time
-constexpr int kAhead = 128;   // inputs that matrices are asked for before they are read
+constexpr int kLeastRows = 64, kMostRows = 256;  // of x that a thread packs at a time
+constexpr int kRoom = 1 << 19;                   // numbers that they may have
+constexpr int kAhead = 128;                      // inputs that matrices are asked for before they are read
 
-enum class Finish { kNarrow, kWide, kSilu, kGelu, kAdded };
+enum class Finish { kNarrow, kWide, kSilu, kGelu };
 
 // What x is multiplied by, in panels of two tiles: the upper half of some outputs and the lower half, or an output's
 // gate and what it lets through.
@@ -23,7 +23,7 @@ struct Factor {
   int O;
   Finish finish;
   void* product;                   // [X, O]
-  const bfloat16* plus = nullptr;  // likewise, to add
+  const bfloat16* plus = nullptr;  // likewise, to add before it is rounded
 };
 
 // x · sigmoid(t): SiLU is that of t = x, the approximate GELU of t = 2 √(2/π) (x + 0.044715 x³).
@@ -36,45 +36,85 @@ __m512 Activated(__m512 x, bool gelu) {
   return _mm512_mul_ps(x, _mm512_div_ps(over, _mm512_add_ps(all(1), small)));
 }
 
-// Of 16 rows the sums of both tiles of a panel, [16 outputs, 16 rows] → the product's rows from `row` on, `rows` of them.
-void PutSums(const float (&sums)[2][kTile * kTile], const Factor& factor, int row, int rows, int panel) {
-  __m512 upper[kTile], lower[kTile];
+// What tiles have summed: [16 outputs, 16 rows of x].
+using Sums = float[kTile * kTile];
+
+// 16 rows of 16 pairs of outputs, [pairs, rows] → 32 outputs each, of which `rows` are stored.
+void PutPairs(__m512 (&pairs)[kTile], int rows, bfloat16* to, size_t stride) {
+  Transpose(pairs);
+  for (int row = 0; row < rows; ++row) _mm512_storeu_ps(to + row * stride, pairs[row]);
+}
+
+// Of 16 rows the sums of a panel's upper outputs and of its lower ones, with what is to be added to them.
+void PutNarrow(const Sums& upper, const Sums& lower, const bfloat16* plus, int rows, bfloat16* to, size_t stride) {
+  __m512 pairs[kTile] = {};
+  for (int row = 0; plus && row < rows; ++row) pairs[row] = _mm512_loadu_ps(plus + row * stride);
+  if (plus) Transpose(pairs);
   for (int i = 0; i < kTile; ++i) {
-    upper[i] = _mm512_load_ps(sums[0] + kTile * i);
-    lower[i] = _mm512_load_ps(sums[1] + kTile * i);
+    const float* sums = (i < kTile / 2 ? upper : lower) + i % (kTile / 2) * 2 * kTile;
+    const __m512 first = _mm512_load_ps(sums), second = _mm512_load_ps(sums + kTile);
+    pairs[i] = plus ? Pairs(_mm512_add_ps(First(pairs[i]), first), _mm512_add_ps(Second(pairs[i]), second))
+                    : Pairs(first, second);
   }
-  Transpose(upper);
-  Transpose(lower);
-  const size_t at = static_cast<size_t>(row) * factor.O + static_cast<size_t>(panel) * factor.step;
+  PutPairs(pairs, rows, to, stride);
+}
+
+// Of 16 rows the same without rounding.
+void PutWide(const Sums& upper, const Sums& lower, int rows, float* to, size_t stride) {
+  for (const float* sums : {upper, lower}) {
+    __m512 x[kTile];
+    for (int i = 0; i < kTile; ++i) x[i] = _mm512_load_ps(sums + i * kTile);
+    Transpose(x);
+    for (int row = 0; row < rows; ++row) Store(to + row * stride, x[row]);
+    to += kTile;
+  }
+}
+
+// Of 32 rows, the first 16 and then the rest, the sums of 16 gates and of what they let through.
+void PutGated(const Sums (&sums)[2][2], bool gelu, int rows, bfloat16* to, size_t stride) {
+  __m512 pairs[kTile];
+  for (int i = 0; i < kTile; ++i) {
+    const auto& [gate, up] = sums[i / (kTile / 2)];
+    auto gated = [&](int output) {
+      return _mm512_mul_ps(Activated(_mm512_load_ps(gate + output * kTile), gelu), _mm512_load_ps(up + output * kTile));
+    };
+    const int output = i % (kTile / 2) * 2;
+    pairs[i] = Pairs(gated(output), gated(output + 1));
+  }
+  Transpose(pairs);
+  for (int row = 0; row < rows; ++row) {
+    const __m512d both = _mm512_castps_pd(pairs[row % kTile]);
+    const __m256d mine = row < kTile ? _mm512_castpd512_pd256(both) : _mm512_extractf64x4_pd(both, 1);
+    _mm256_storeu_pd(reinterpret_cast<double*>(to + row * stride), mine);
+  }
+}
+
+// Of 32 rows of a product, from `row` on, so many that there are.
+void Put(const Sums (&sums)[2][2], const Factor& factor, int row, int rows, int panel) {
+  const size_t O = factor.O, at = row * O + static_cast<size_t>(panel) * factor.step;
   auto* narrow = static_cast<bfloat16*>(factor.product) + at;
   auto* wide = static_cast<float*>(factor.product) + at;
-  const bfloat16* plus = factor.plus + (factor.plus ? at : 0);
-  for (int i = 0; i < rows; ++i, narrow += factor.O, wide += factor.O, plus += factor.plus ? factor.O : 0) {
-    switch (factor.finish) {
-      case Finish::kNarrow:
-        Store(narrow, upper[i]);
-        Store(narrow + kTile, lower[i]);
-        break;
-      case Finish::kWide:
-        Store(wide, upper[i]);
-        Store(wide + kTile, lower[i]);
-        break;
-      case Finish::kAdded:
-        Store(narrow, _mm512_add_ps(Wide(plus), upper[i]));
-        Store(narrow + kTile, _mm512_add_ps(Wide(plus + kTile), lower[i]));
-        break;
-      default:
-        Store(narrow, _mm512_mul_ps(Activated(upper[i], factor.finish == Finish::kGelu), lower[i]));
-    }
+  if (factor.finish == Finish::kSilu || factor.finish == Finish::kGelu)
+    return PutGated(sums, factor.finish == Finish::kGelu, rows, narrow, O);
+  for (int half = 0, first = 0; first < rows; ++half, first += kTile) {
+    const auto& [upper, lower] = sums[half];
+    const int count = std::min(kTile, rows - first);
+    if (factor.finish == Finish::kWide)
+      PutWide(upper, lower, count, wide + first * O, O);
+    else
+      PutNarrow(upper, lower, factor.plus ? factor.plus + at + first * O : nullptr, count, narrow + first * O, O);
   }
 }
 
 // One panel of the product's rows from `row` on, of which `right` holds x in right tiles; the thread has its `Tiles`.
 void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, int I, int panel) {
-  alignas(64) float sums[2][2][kTile * kTile];  // of 16 rows of x and 16 more
+  alignas(64) Sums sums[2][2];  // of 16 rows of x and 16 more
   const size_t step = static_cast<size_t>(factor.step) * I;
   const bfloat16 *upper = factor.upper + panel * step, *lower = factor.lower + panel * step;
-  for (int x = 0; x < rows; x += 2 * kTile) {
+  // What is read soon is asked for now, little by little: the hardware guesses tiles' rows badly. Of few rows inputs of
+  // this panel, of more the next panel.
+  const int passes = Ceil(rows, 2 * kTile), ahead = passes == 1 ? kAhead : I;
+  for (int x = 0, pass = 0; x < rows; x += 2 * kTile, ++pass) {
     const bfloat16 *left = right + static_cast<size_t>(x) * I, *beside = left + static_cast<size_t>(kTile) * I;
     const bool both = x + kTile < rows;
     _tile_zero(0);
@@ -82,9 +122,8 @@ void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, in
     _tile_zero(2);
     _tile_zero(3);
     for (int i = 0; i < I; i += kInputs) {
-      // What is read soon, of this panel or the next, is asked for now: the hardware guesses tiles' rows badly.
-      const size_t soon = i + kAhead < I ? i + kAhead : step + i + kAhead - I;
-      for (int line = 0; x == 0 && line < kTile; ++line) {
+      const size_t soon = i + ahead < I ? i + ahead : step + i + ahead - I;
+      for (int line = kTile * pass / passes; line < kTile * (pass + 1) / passes; ++line) {
         _mm_prefetch(upper + soon + line * I, _MM_HINT_T0);
         _mm_prefetch(lower + soon + line * I, _MM_HINT_T0);
       }
@@ -102,8 +141,7 @@ void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, in
     _tile_stored(1, sums[0][1], 64);
     _tile_stored(2, sums[1][0], 64);
     _tile_stored(3, sums[1][1], 64);
-    for (int done = x, half = 0; half <= both; ++half, done += kTile)
-      PutSums(sums[half], factor, row + done, std::min(kTile, rows - done), panel);
+    Put(sums, factor, row + x, std::min(2 * kTile, rows - x), panel);
   }
 }
 
@@ -138,34 +176,32 @@ class Shares {
   std::vector<Share> left_;
 };
 
+// In parts of x's rows that stay in a core's own cache. A thread packs what it multiplies.
 void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<std::vector<Factor>>& factors) {
-  const int X = x.dimensions()[0], I = x.dimensions()[1], threads = std::max<int>(1, pool.num_threads());
-  const bfloat16* rows = Data(x);
-  if (X > kFewRows) {
-    const int each = std::min(kRows, Ceil(Ceil(X, threads), 2 * kTile) * 2 * kTile);
-    Each(pool, Ceil(X, each), [=](int part) {
-      static thread_local std::vector<bfloat16> right;
-      const int first = part * each, count = std::min(each, X - first);
-      right.resize(static_cast<size_t>(Ceil(count, kTile)) * kTile * I);
-      PackRows(rows + static_cast<size_t>(first) * I, count, I, I, right.data());
-      Tiles tiles;
-      for (const Factor& factor : *factors)
-        for (int panel = 0; panel < factor.panels; ++panel) Multiply(right.data(), factor, first, count, I, panel);
-    });
-    return;
-  }
-  auto right = std::make_shared<std::vector<bfloat16>>(static_cast<size_t>(Ceil(X, kTile)) * kTile * I);
-  PackRows(rows, X, I, I, right->data());
+  const int X = x.dimensions()[0], I = x.dimensions()[1];
+  if (!X) return;
+  const int most = std::clamp(kRoom / I, kLeastRows, kMostRows) / (2 * kTile) * (2 * kTile);
+  const int each = Ceil(Ceil(X, Ceil(X, most)), 2 * kTile) * 2 * kTile, parts = Ceil(X, each);
   int panels = 0;
   for (const Factor& factor : *factors) panels += factor.panels;
-  const int sharing = std::min(threads, panels);
-  auto shares = std::make_shared<Shares>(panels, sharing);
+  const int sharing = std::clamp<int>(pool.num_threads(), 1, parts * panels);
+  auto shares = std::make_shared<Shares>(parts * panels, sharing);
+  const bfloat16* rows = Data(x);
   Each(pool, sharing, [=](int mine) {
+    static thread_local Lines<bfloat16> right;
     Tiles tiles;
-    for (int panel; (panel = shares->Take(mine)) >= 0;) {
+    for (int taken, packed = -1; (taken = shares->Take(mine)) >= 0;) {
+      const int part = taken / panels, first = part * each, count = std::min(each, X - first);
+      if (part != packed) {
+        right.resize(std::max(right.size(), static_cast<size_t>(Ceil(count, kTile)) * kTile * I));
+        PackRows(rows + static_cast<size_t>(first) * I, count, I, I, right.data());
+        Stored();
+        packed = part;
+      }
+      int panel = taken % panels;
       auto factor = factors->begin();
       for (; panel >= factor->panels; ++factor) panel -= factor->panels;
-      Multiply(right->data(), *factor, 0, X, I, panel);
+      Multiply(right.data(), *factor, first, count, I, panel);
     }
   });
 }
@@ -189,7 +225,7 @@ ffi::Error Products(ffi::ThreadPool pool, Narrow x, ffi::RemainingArgs matrices,
 }
 
 ffi::Error Added(ffi::ThreadPool pool, Narrow x, Narrow matrix, Narrow plus, ffi::Result<Narrow> y) {
-  Factor factor = Whole(matrix, Finish::kAdded, Data(y));
+  Factor factor = Whole(matrix, Finish::kNarrow, Data(y));
   factor.plus = Data(plus);
   MultiplyBy(pool, x, std::make_shared<std::vector<Factor>>(1, factor));
   return ffi::Error::Success();
