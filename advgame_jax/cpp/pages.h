@@ -28,7 +28,7 @@ struct Seen {
   size_t logits;
 };
 
-// Key head k of some pages, S tokens of H numbers each, and which one is read after that.
+// Key head k of some pages, S tokens of H numbers each, and what is read after a page's keys, and after its values.
 template <class T>
 struct Head {
   const std::vector<Seen<T>>& seen;
@@ -37,98 +37,127 @@ struct Head {
 
   const T* key(const Seen<T>& page) const { return page.key + static_cast<size_t>(k) * H * page.S; }
   const T* value(const Seen<T>& page) const { return page.value + static_cast<size_t>(k) * H * page.S; }
-  const T* next_key(const Seen<T>& page) const {
-    return &page == &seen.back() ? key(seen.front()) + H * seen.front().S : key(*(&page + 1));
+  const T* after_key(const Seen<T>& page) const {
+    return &page == &seen.back() ? value(seen.front()) : key(*(&page + 1));
+  }
+  const T* after_value(const Seen<T>& page) const {
+    return &page == &seen.back() ? key(seen.front()) + H * seen.front().S : value(*(&page + 1));
   }
 };
 
-// The logits of n queries and a page's tokens, by 16 tokens [n, 16]; raises the highest.
+// The logits of n queries and a page's tokens, by 16 tokens [n, 16]; raises the highest of each lane.
 template <int n, class T>
 void Score(const float (&query)[n][kMostHead], const Head<T>& head, const Seen<T>& page, Rule rule, float* logits,
-           float (&highest)[n]) {
-  // The page's values and the next keys are asked for meanwhile, little by little: as many at once have to wait.
-  auto line = [](const T* x) { return reinterpret_cast<const char*>(x); };
-  const char *values = line(head.value(page)), *keys = line(head.next_key(page));
-  const char* end = line(head.value(page) + head.H * page.S);
+           __m512 (&highest)[n]) {
+  const size_t soon = head.after_key(page) - head.key(page);  // asked for line by line: as many at once have to wait
   for (int s = page.first / kLanes * kLanes; s < page.end; s += 2 * kLanes) {
-    const int beside = s + kLanes < page.S ? kLanes : 0;  // else the same ones twice
-    __m512 sums[n][2];
-    for (int i = 0; i < n; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
-    for (int h = 0; h < head.H; ++h) {
-      const T* key = head.key(page) + static_cast<size_t>(h) * page.S + s;
-      const __m512 left = Wide(key), right = Wide(key + beside);
-      for (int i = 0; i < n; ++i) {
+    const __mmask32 there = page.S - s < 2 * kLanes ? 0xffff : ~0u;
+    Two sums[n];
+    For<n>([&](auto i) { sums[i].first = sums[i].second = _mm512_setzero_ps(); });
+    const T* at = head.key(page) + s;
+    for (int h = 0; h < head.H; ++h, at += page.S) {
+      const Two key = WideTwo(at, there);
+      _mm_prefetch(at + soon, _MM_HINT_T1);
+      For<n>([&](auto i) {
         const __m512 query_h = _mm512_set1_ps(query[i][h]);
-        sums[i][0] = _mm512_fmadd_ps(query_h, left, sums[i][0]);
-        sums[i][1] = _mm512_fmadd_ps(query_h, right, sums[i][1]);
-      }
-      if (values >= end) continue;
-      _mm_prefetch(values, _MM_HINT_T1);
-      _mm_prefetch(keys, _MM_HINT_T1);
-      values += 64, keys += 64;
+        sums[i].first = _mm512_fmadd_ps(query_h, key.first, sums[i].first);
+        sums[i].second = _mm512_fmadd_ps(query_h, key.second, sums[i].second);
+      });
     }
-    for (int i = 0; i < n; ++i) {
-      for (int half = 0; half <= beside; half += kLanes) {
-        const __mmask16 there = Between(page.first - s - half, page.end - s - half);
-        const __m512 mine = Masked(there, Logits(sums[i][half / kLanes], rule));
-        highest[i] = std::max(highest[i], _mm512_reduce_max_ps(mine));
-        _mm512_storeu_ps(logits + (s + half) * n + i * kLanes, mine);
-      }
-    }
+    For<n>([&](auto i) {
+      const Two products = InOrder<T>(sums[i]);
+      auto put = [&](__m512 product, int s) {
+        const __m512 mine = Masked(Between(page.first - s, page.end - s), Logits(product, rule));
+        highest[i] = _mm512_max_ps(highest[i], mine);
+        _mm512_storeu_ps(logits + s * n + i * kLanes, mine);
+      };
+      put(products.first, s);
+      if (s + kLanes < page.S) put(products.second, s + kLanes);
+    });
   }
 }
 
 // Logits → exp(logit − highest), which are added to the total; 0 of what is not seen.
 template <int n, class T>
-void WeighPage(const Seen<T>& page, const float (&highest)[n], float* logits, float (&total)[n]) {
+void WeighPage(const Seen<T>& page, const __m512 (&highest)[n], float* logits, __m512 (&total)[n]) {
   for (int s = page.first / kLanes * kLanes; s < page.end; s += kLanes) {
     for (int i = 0; i < n; ++i) {
       float* at = logits + s * n + i * kLanes;
-      const __m512 weights = Exp(_mm512_sub_ps(_mm512_loadu_ps(at), _mm512_set1_ps(highest[i])));
+      const __m512 weights = Exp(_mm512_sub_ps(_mm512_loadu_ps(at), highest[i]));
       const __m512 seen = _mm512_maskz_mov_ps(Between(page.first - s, page.end - s), weights);
-      total[i] += _mm512_reduce_add_ps(seen);
+      total[i] = _mm512_add_ps(total[i], seen);
       _mm512_storeu_ps(at, seen);
     }
   }
+}
+
+// Of n heads the 32 · w numbers of the output from h on: weights of pages' tokens and of the own one, by their total.
+template <int n, int w, class T>
+void Sum(const Head<T>& head, int h, const float* weights, const __m512 (&own)[n], const bfloat16* value,
+         const __m512 (&total)[n], bfloat16* output) {
+  Two sums[n][w];
+  For<n>([&](auto i) { For<w>([&](auto j) { sums[i][j].first = sums[i][j].second = _mm512_setzero_ps(); }); });
+  for (const Seen<T>& page : head.seen) {
+    const size_t soon = head.after_value(page) - head.value(page);
+    const T* at = head.value(page) + static_cast<size_t>(page.first) * head.H + h;
+    for (int s = page.first; s < page.end; ++s, at += head.H) {
+      Two values[w];
+      For<w>([&](auto j) {
+        values[j] = WideTwo(at + j * 2 * kLanes);
+        _mm_prefetch(at + j * 2 * kLanes + soon, _MM_HINT_T1);
+      });
+      const float* mine = weights + (page.logits + (s & -kLanes)) * n + (s & (kLanes - 1));
+      For<n>([&](auto i) {
+        const __m512 weight = _mm512_set1_ps(mine[i * kLanes]);
+        For<w>([&](auto j) {
+          sums[i][j].first = _mm512_fmadd_ps(weight, values[j].first, sums[i][j].first);
+          sums[i][j].second = _mm512_fmadd_ps(weight, values[j].second, sums[i][j].second);
+        });
+      });
+    }
+  }
+  For<n>([&](auto i) {
+    For<w>([&](auto j) {
+      const Two read = InOrder<T>(sums[i][j]);
+      auto put = [&](__m512 sum, int h) {
+        const __m512 all = _mm512_fmadd_ps(own[i], Wide(value + h), sum);
+        Store(output + i * head.H + h, _mm512_div_ps(all, total[i]));
+      };
+      put(read.first, h + j * 2 * kLanes);
+      put(read.second, h + j * 2 * kLanes + kLanes);
+    });
+  });
 }
 
 // n heads of one row that share a key head read its pages and the row's own new token.
 template <int n, class T>
 void Read(const bfloat16* query, const bfloat16* key, const bfloat16* value, const Head<T>& head, Rule rule,
           bfloat16* output) {
-  static thread_local std::vector<float> logits;
-  logits.resize(head.room * n);
+  static thread_local Lines<float> room;
+  room.resize(std::max(room.size(), head.room * n));
+  float *logits = room.data(), wide[n][kMostHead];
   const int H = head.H;
-  float wide[n][kMostHead], own[n], highest[n], total[n];
+  __m512 own[n], highest[n], total[n];
   for (int i = 0; i < n; ++i) {
-    own[i] = 0;
-    for (int h = 0; h < H; ++h) own[i] += (wide[i][h] = One(query[i * H + h])) * One(key[h]);
-    highest[i] = own[i] = Logit(own[i], rule);
-  }
-  for (const Seen<T>& page : head.seen) Score(wide, head, page, rule, &logits[page.logits * n], highest);
-  for (int i = 0; i < n; ++i) total[i] = own[i] = std::exp(own[i] - highest[i]);
-  for (const Seen<T>& page : head.seen) WeighPage(page, highest, &logits[page.logits * n], total);
-  for (int h = 0; h < H; h += 2 * kLanes) {
-    __m512 sums[n][2];
-    for (int i = 0; i < n; ++i)
-      for (int half = 0; half < 2; ++half)
-        sums[i][half] = _mm512_mul_ps(_mm512_set1_ps(own[i]), Wide(value + h + half * kLanes));
-    for (const Seen<T>& page : head.seen) {
-      for (int s = page.first; s < page.end; ++s) {
-        const T* values = head.value(page) + static_cast<size_t>(s) * H + h;
-        const __m512 left = Wide(values), right = Wide(values + kLanes);
-        const float* weights = &logits[(page.logits + s / kLanes * kLanes) * n + s % kLanes];
-        for (int i = 0; i < n; ++i) {
-          const __m512 weight = _mm512_set1_ps(weights[i * kLanes]);
-          sums[i][0] = _mm512_fmadd_ps(weight, left, sums[i][0]);
-          sums[i][1] = _mm512_fmadd_ps(weight, right, sums[i][1]);
-        }
-      }
+    __m512 product = _mm512_setzero_ps();
+    for (int h = 0; h < H; h += kLanes) {
+      const __m512 mine = Wide(query + i * H + h);
+      _mm512_storeu_ps(&wide[i][h], mine);
+      product = _mm512_fmadd_ps(mine, Wide(key + h), product);
     }
-    for (int i = 0; i < n; ++i)
-      for (int half = 0; half < 2; ++half)
-        Store(output + i * H + h + half * kLanes, _mm512_div_ps(sums[i][half], _mm512_set1_ps(total[i])));
+    own[i] = highest[i] = _mm512_set1_ps(Logit(_mm512_reduce_add_ps(product), rule));
   }
+  for (const Seen<T>& page : head.seen) Score(wide, head, page, rule, logits + page.logits * n, highest);
+  for (int i = 0; i < n; ++i) {
+    highest[i] = _mm512_set1_ps(_mm512_reduce_max_ps(highest[i]));
+    own[i] = Exp(_mm512_sub_ps(own[i], highest[i]));
+    total[i] = _mm512_maskz_mov_ps(1, own[i]);
+  }
+  for (const Seen<T>& page : head.seen) WeighPage(page, highest, logits + page.logits * n, total);
+  for (int i = 0; i < n; ++i) total[i] = _mm512_set1_ps(_mm512_reduce_add_ps(total[i]));
+  int h = 0;
+  for (; h + 4 * kLanes <= H; h += 4 * kLanes) Sum<n, 2>(head, h, logits, own, value, total, output);
+  if (h < H) Sum<n, 1>(head, h, logits, own, value, total, output);
 }
 
 // What the row sees, of its first key head.

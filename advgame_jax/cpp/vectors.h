@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -23,6 +24,13 @@ using Int32 = ffi::Buffer<ffi::S32>;
 namespace {
 
 constexpr int kLanes = 16;
+
+// f(0), …, f(n - 1), each written out: what such numbers choose stays in registers.
+template <int n, class F>
+[[gnu::always_inline]] inline void For(F f) {
+  if constexpr (n > 1) For<n - 1>(f);
+  f(std::integral_constant<int, n - 1>());
+}
 
 // Memory from the beginning of a cache line on: tiles' rows that lie in two lines each load half as fast.
 template <class T>
@@ -74,6 +82,29 @@ inline __m512 First(__m512 pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32
 
 inline __m512 Second(__m512 pairs) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(0xffff0000)));
+}
+
+// 32 numbers that lie side by side: 16 and the next 16; of bfloat16 in turn, which is one step less.
+struct Two {
+  __m512 first, second;
+};
+
+inline Two WideTwo(const bfloat16* x, __mmask32 there = ~0u) {
+  const __m512 pairs = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, x));
+  return {First(pairs), Second(pairs)};
+}
+
+inline Two WideTwo(const float* x, __mmask32 there = ~0u) {
+  return {_mm512_maskz_loadu_ps(there, x), _mm512_maskz_loadu_ps(there >> kLanes, x + kLanes)};
+}
+
+// As they lie side by side where what was so loaded was of type T.
+template <class T>
+Two InOrder(Two x) {
+  if (sizeof(T) == sizeof(float)) return x;
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  auto take = [&](__m512i which) { return _mm512_permutex2var_ps(x.first, which, x.second); };
+  return {take(low), take(_mm512_add_epi32(low, _mm512_set1_epi32(8)))};
 }
 
 // Of numbers not greater than 0, to 2e-7 of it (the polynomial of Cephes); below -87 it is 0, of NaN NaN.
