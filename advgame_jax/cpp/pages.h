@@ -28,12 +28,13 @@ struct Seen {
   size_t logits;
 };
 
-// Key head k of some pages, S tokens of H numbers each, and what is read after a page's keys, and after its values.
+// Key head k of some pages, S tokens of H numbers each; what is read after a page's keys, and after its values.
 template <class T>
 struct Head {
   const std::vector<Seen<T>>& seen;
   size_t room;
   int k, H;
+  const T* then;  // what is read after the last page
 
   const T* key(const Seen<T>& page) const { return page.key + static_cast<size_t>(k) * H * page.S; }
   const T* value(const Seen<T>& page) const { return page.value + static_cast<size_t>(k) * H * page.S; }
@@ -41,7 +42,7 @@ struct Head {
     return &page == &seen.back() ? value(seen.front()) : key(*(&page + 1));
   }
   const T* after_value(const Seen<T>& page) const {
-    return &page == &seen.back() ? key(seen.front()) + H * seen.front().S : value(*(&page + 1));
+    return &page == &seen.back() ? then : value(*(&page + 1));
   }
 };
 
@@ -182,27 +183,40 @@ size_t Look(const std::vector<Pages>& pools, int r, int place, int window, int K
   return room;
 }
 
+// The first keys that a row reads, if it reads any.
+template <class T>
+const T* FirstKeys(const std::vector<Pages>& pools, int r, int K, int H) {
+  for (const Pages& pages : pools) {
+    const int p = pages.J ? pages.page[static_cast<size_t>(r) * pages.J] : -1;
+    if (p >= 0) return static_cast<const T*>(pages.key) + static_cast<size_t>(p) * K * H * pages.S;
+  }
+  return nullptr;
+}
+
 template <class T>
 void ReadByAll(ffi::ThreadPool& pool, const bfloat16* query, const bfloat16* key, const bfloat16* value,
                const int32_t* place, int window, const std::vector<Pages>& pools, Rule rule, int R, int N, int K, int H,
                bfloat16* output) {
   auto shared = std::make_shared<std::vector<Pages>>(pools);
-  Each(pool, R, [=](int r) {
+  Share(pool, R, [=](auto next) {
     static thread_local std::vector<Seen<T>> seen;
-    const size_t room = Look(*shared, r, place[r], window, K, H, seen);
-    for (int n = 0; n < N;) {
-      const int group = N / K, k = n / group;
-      const size_t at = (static_cast<size_t>(r) * N + n) * H, own = (static_cast<size_t>(r) * K + k) * H;
-      const Head<T> head{seen, room, k, H};
-      auto read = [&](auto f) { f(query + at, key + own, value + own, head, rule, output + at); };
-      const int together = std::min(kQueries, (k + 1) * group - n);
-      switch (together) {
-        case 1: read(Read<1, T>); break;
-        case 2: read(Read<2, T>); break;
-        case 3: read(Read<3, T>); break;
-        default: read(Read<kQueries, T>);
+    for (int r; (r = next()) >= 0;) {
+      const size_t room = Look(*shared, r, place[r], window, K, H, seen);
+      const T* next_row = FirstKeys<T>(*shared, std::min(r + 1, R - 1), K, H);
+      for (int k = 0, group = N / K; k < K; ++k) {
+        Head<T> head{seen, room, k, H, next_row};
+        if (k + 1 < K && !seen.empty()) head.then = head.key(seen.front()) + H * seen.front().S;
+        for (int i = 0; i < group; i += kQueries) {
+          const size_t at = (static_cast<size_t>(r) * N + k * group + i) * H, own = (static_cast<size_t>(r) * K + k) * H;
+          auto read = [&](auto f) { f(query + at, key + own, value + own, head, rule, output + at); };
+          switch (group - i) {
+            case 1: read(Read<1, T>); break;
+            case 2: read(Read<2, T>); break;
+            case 3: read(Read<3, T>); break;
+            default: read(Read<kQueries, T>);
+          }
+        }
       }
-      n += together;
     }
   });
 }

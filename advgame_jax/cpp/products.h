@@ -147,37 +147,6 @@ void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, in
   }
 }
 
-// 0, …, n - 1 in equal shares, one for each thread: of its own it takes the next, as they lie in memory, and then of the
-// others' the last.
-class Shares {
- public:
-  Shares(int n, int threads) : left_(threads) {
-    for (int64_t i = 0; i < threads; ++i) left_[i].range = Packed(n * i / threads, n * (i + 1) / threads);
-  }
-
-  // -1 where there is no more.
-  int Take(int mine) {
-    for (size_t i = 0; i < left_.size(); ++i) {
-      auto& share = left_[(mine + i) % left_.size()].range;
-      for (uint64_t range = share.load();;) {
-        const uint32_t first = range >> 32, end = range;
-        if (first == end) break;
-        if (share.compare_exchange_weak(range, i ? Packed(first, end - 1) : Packed(first + 1, end)))
-          return i ? end - 1 : first;
-      }
-    }
-    return -1;
-  }
-
- private:
-  struct alignas(64) Share {
-    std::atomic<uint64_t> range;
-  };
-  static uint64_t Packed(uint64_t first, uint64_t end) { return first << 32 | end; }
-
-  std::vector<Share> left_;
-};
-
 // In parts of x's rows that stay in a core's own cache. A thread packs what it multiplies.
 void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<std::vector<Factor>>& factors) {
   const int X = x.dimensions()[0], I = x.dimensions()[1];
@@ -186,13 +155,11 @@ void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<st
   const int each = Ceil(Ceil(X, Ceil(X, most)), 2 * kTile) * 2 * kTile, parts = Ceil(X, each);
   int panels = 0;
   for (const Factor& factor : *factors) panels += factor.panels;
-  const int sharing = std::clamp<int>(pool.num_threads(), 1, parts * panels);
-  auto shares = std::make_shared<Shares>(parts * panels, sharing);
   const bfloat16* rows = Data(x);
-  Each(pool, sharing, [=](int mine) {
+  Share(pool, parts * panels, [=](auto next) {
     static thread_local Lines<bfloat16> right;
     Tiles tiles;
-    for (int taken, packed = -1; (taken = shares->Take(mine)) >= 0;) {
+    for (int taken, packed = -1; (taken = next()) >= 0;) {
       const int part = taken / panels, first = part * each, count = std::min(each, X - first);
       if (part != packed) {
         right.resize(std::max(right.size(), static_cast<size_t>(Ceil(count, kTile)) * kTile * I));

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -109,6 +110,45 @@ void EachOf(ffi::ThreadPool& pool, int n, int numbers, F f) {
   Each(pool, Ceil(n, each), [=](int part) {
     for (int i = part * each; i < std::min(n, (part + 1) * each); ++i) f(i);
   });
+}
+
+// 0, …, n - 1 in equal shares, one for each thread: of its own it takes the next, as they lie in memory, and then of the
+// others' the last.
+class Shares {
+ public:
+  Shares(int n, int threads) : left_(threads) {
+    for (int64_t i = 0; i < threads; ++i) left_[i].range = Packed(n * i / threads, n * (i + 1) / threads);
+  }
+
+  // -1 where there is no more.
+  int Take(int mine) {
+    for (size_t i = 0; i < left_.size(); ++i) {
+      auto& share = left_[(mine + i) % left_.size()].range;
+      for (uint64_t range = share.load();;) {
+        const uint32_t first = range >> 32, end = range;
+        if (first == end) break;
+        if (share.compare_exchange_weak(range, i ? Packed(first, end - 1) : Packed(first + 1, end)))
+          return i ? end - 1 : first;
+      }
+    }
+    return -1;
+  }
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<uint64_t> range;
+  };
+  static uint64_t Packed(uint64_t first, uint64_t end) { return first << 32 | end; }
+
+  std::vector<Share> left_;
+};
+
+// work(next) by the threads there are, to which next() gives 0, …, n - 1: each its own share, and then of others'.
+template <class Work>
+void Share(ffi::ThreadPool& pool, int n, Work work) {
+  const int threads = std::clamp<int>(pool.num_threads(), 1, n);
+  auto shares = std::make_shared<Shares>(n, threads);
+  Each(pool, threads, [=](int mine) { work([&] { return shares->Take(mine); }); });
 }
 
 }  // namespace
