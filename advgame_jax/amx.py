@@ -6,6 +6,7 @@ user's cache (`XDG_CACHE_HOME`, else ~/.cache). Without a compiler, Linux or AMX
 XLA cannot split them, everything is XLA's. Gradients are XLA's too, but for those of products, which are products.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -33,7 +34,8 @@ _FLAGS = (
 _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}
 _KERNELS = ("products", "added", "gated", "paged", "causal", "draw", "norm", "rotate", "write")
 _SECONDS = 300  # at most, of compiling
-_TILE, _MOST_HEAD = 32, 256
+_TILE, _LANES, _MOST_HEAD = 32, 16, 256
+GATES = {"silu": False, "gelu_tanh": True}  # activations that `gated` knows; whether it is GELU
 
 
 class Pages(NamedTuple):
@@ -61,7 +63,7 @@ def loaded() -> bool:
     log.info("no C++ compiler is here: bfloat16 is left to XLA, which generates half as fast on this CPU")
     return False
   try:
-    library = ctypes.CDLL(str(_compiled(compiler)))
+    library = _library(compiler)
   except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # the second where nobody has a home
     lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines() or [repr(error)]
     said = next((line for line in lines if "error" in line), lines[0])
@@ -86,23 +88,28 @@ def _processor() -> set[str]:
   return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
-def _compiled(compiler: Sequence[str]) -> pathlib.Path:
-  """The library, in the user's cache."""
+def _place(compiler: Sequence[str]) -> pathlib.Path:
+  """Of the library, in the user's cache."""
   made_of = "\0".join((jaxlib.__version__, *compiler, _FLAGS)).encode()
   sources = b"\0".join(path.read_bytes() for path in sorted(_SOURCES.iterdir()))
   name = hashlib.sha256(sources + made_of).hexdigest()[:16]
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "advgame_jax"
-  library = folder / f"amx-{name}.so"
-  if library.exists():
-    return library
-  folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-  with tempfile.TemporaryDirectory(dir=folder) as scratch:
+  return folder / f"amx-{name}.so"
+
+
+def _library(compiler: Sequence[str]) -> ctypes.CDLL:
+  """Compiled if it is not in its place, or does not load, as from a home that machines share."""
+  library = _place(compiler)
+  with contextlib.suppress(OSError):
+    return ctypes.CDLL(str(library))
+  library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+  with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
     unfinished = pathlib.Path(scratch) / library.name
     source, headers = str(_SOURCES / "amx.cc"), jax.ffi.include_dir()
     command = [*compiler, *_FLAGS.split(), "-isystem", headers, source, "-o", str(unfinished)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
     unfinished.replace(library)  # whole or not at all, whoever else compiles it
-  return library
+  return ctypes.CDLL(str(library))
 
 
 def either(fits: bool, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,8 +127,7 @@ def either(fits: bool, kernel: Callable[..., Any], plain: Callable[..., Any]) ->
 def multiplies(x_XI: Any, *matrices_OI: Any) -> bool:
   """Whether `multiply` takes these."""
   narrow = all(x.dtype == jnp.bfloat16 for x in (x_XI, *matrices_OI))
-  fits = lambda size: size > 0 and size % _TILE == 0
-  return narrow and all(fits(size) for matrix_OI in matrices_OI for size in matrix_OI.shape) and there()
+  return narrow and all(_whole(size, _TILE) for matrix_OI in matrices_OI for size in matrix_OI.shape) and there()
 
 
 def multiply(x_XI: jax.Array, *matrices_OI: jax.Array, dtype: Any) -> Sequence[jax.Array]:
@@ -135,19 +141,17 @@ def added(x_XI: jax.Array, matrix_OI: jax.Array, plus_XO: jax.Array) -> jax.Arra
   return _call("added", plus_XO)(x_XI, matrix_OI, plus_XO)
 
 
-def gated(x_XI: jax.Array, gate_OI: jax.Array, up_OI: jax.Array, *, gelu: bool) -> jax.Array:
-  """The activation of one product, SiLU or the approximate GELU, times the other → [X, O], rounded once; of what
-  `multiply` takes.
-  """
+def gated(x_XI: jax.Array, gate_OI: jax.Array, up_OI: jax.Array, *, activation: str) -> jax.Array:
+  """The activation of one product, of `GATES`, times the other → [X, O], rounded once; of what `multiply` takes."""
   like = jax.ShapeDtypeStruct((len(x_XI), len(gate_OI)), x_XI.dtype)
-  return _call("gated", like)(x_XI, gate_OI, up_OI, gelu=np.bool_(gelu))
+  return _call("gated", like)(x_XI, gate_OI, up_OI, gelu=np.bool_(GATES[activation]))
 
 
 def reads(query_RNH: Any, pools: Sequence[tuple[Any, Any]]) -> bool:
   """Whether `paged` takes these queries and pools of keys [P, K, H, S] and values, all of one dtype."""
   dtypes = {getattr(x, "dtype", None) for pool in pools for x in pool}
   narrow = query_RNH.dtype == jnp.bfloat16 and dtypes in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)})
-  return narrow and all(_lanes(key.shape[3]) for key, _ in pools) and _head(query_RNH.shape[-1]) and there()
+  return narrow and all(_whole(key.shape[3], _LANES) for key, _ in pools) and _head(query_RNH.shape[-1]) and there()
 
 
 def paged(
@@ -193,7 +197,7 @@ def causal(
 
 def draws(hidden_RM: Any, vocabulary: int) -> bool:
   """Whether `draw` takes the logits of such hidden states: only of models that compute in bfloat16."""
-  return hidden_RM.dtype == jnp.bfloat16 and vocabulary % 16 == 0 and there()
+  return hidden_RM.dtype == jnp.bfloat16 and _whole(vocabulary, _LANES) and there()
 
 
 def draw(
@@ -212,7 +216,7 @@ def draw(
 
 def normalises(x: Any, scale: Any) -> bool:
   """Whether `norm` takes these."""
-  return x.dtype == scale.dtype == jnp.bfloat16 and _lanes(scale.size) and there()
+  return x.dtype == scale.dtype == jnp.bfloat16 and _whole(scale.size, _LANES) and there()
 
 
 def norm(x: jax.Array, scale: jax.Array, *, epsilon: float, offset: float) -> jax.Array:
@@ -223,7 +227,7 @@ def norm(x: jax.Array, scale: jax.Array, *, epsilon: float, offset: float) -> ja
 
 def rotates(x_RTNH: Any, pairs: int) -> bool:
   """Whether `rotate` takes these, of which so many pairs of numbers are turned."""
-  return x_RTNH.dtype == jnp.bfloat16 and _lanes(pairs) and there()
+  return x_RTNH.dtype == jnp.bfloat16 and _whole(pairs, _LANES) and there()
 
 
 def rotate(x_RTNH: jax.Array, cos_RT1h: jax.Array, sin_RT1h: jax.Array) -> jax.Array:
@@ -235,7 +239,7 @@ def writes(pool: Any, new: Any) -> bool:
   """Whether `write` takes these, whose layers are one by one and hold bfloat16 or float32."""
   dtypes, new_dtypes = ({x.dtype for x in jax.tree.leaves(x)} for x in (pool, new))
   narrow = new_dtypes == {jnp.dtype(jnp.bfloat16)} and dtypes in (new_dtypes, {jnp.dtype(jnp.float32)})
-  return narrow and type(pool) is tuple and all(_lanes(key_PKHS.shape[2]) for key_PKHS, _ in pool) and there()
+  return narrow and type(pool) is tuple and all(_whole(key_PKHS.shape[2], _LANES) for key_PKHS, _ in pool) and there()
 
 
 def write(pool: Any, new: Any, token_R: jax.Array, page_R: jax.Array, slot_R: jax.Array) -> Any:
@@ -254,11 +258,10 @@ def _call(name: str, like: Any) -> Callable[..., Any]:
   return jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(like.shape, like.dtype), vmap_method="sequential")
 
 
-def _lanes(size: int) -> bool:
-  """Whether it is whole vectors."""
-  return size > 0 and size % 16 == 0
-
-
 def _head(size: int) -> bool:
   """Whether queries of this size are read."""
-  return size % _TILE == 0 and size <= _MOST_HEAD
+  return _whole(size, _TILE) and size <= _MOST_HEAD
+
+
+def _whole(size: int, unit: int) -> bool:
+  return size > 0 and size % unit == 0

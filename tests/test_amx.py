@@ -78,6 +78,13 @@ def test_products_are_those_of_float32_rounded_once(X, dtype, one_cpu):
 
 
 @needs_amx
+def test_rows_of_many_inputs_are_taken_in_parts(one_cpu):
+  x, matrix = normal(0, 100, 2**14), normal(1, 64, 2**14)
+  (product,) = jax.jit(lambda x, matrix: amx.multiply(x, matrix, dtype=WIDE))(x, matrix)
+  np.testing.assert_allclose(product, wide(x) @ wide(matrix).T, rtol=1e-5, atol=1e-3)
+
+
+@needs_amx
 def test_a_row_s_product_is_the_same_bits_in_any_company(one_cpu):
   """By whatever thread and in whatever order, too: whoever is done helps the others, so now and then."""
   matrix = normal(1, 8192, 64)
@@ -138,19 +145,19 @@ def test_what_is_added_to_a_product_is_added_before_it_is_rounded(X, one_cpu):
 
 
 @needs_amx
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("X", [1, 33, 300])
-def test_gated_products_are_those_of_float64_rounded_once(X, gelu, one_cpu):
+def test_gated_products_are_those_of_float64_rounded_once(X, activation, one_cpu):
   x, gate, up = normal(0, X, 64), normal(1, 96, 64), normal(2, 96, 64)
   gate = gate.at[:2].set(30 * gate[:2])  # most gates are shut or open
   wide_x, exact = np.asarray(x, np.float64), np.asarray(x, np.float64) @ np.asarray(gate, np.float64).T
   with np.errstate(over="ignore"):
     silu = exact / (1 + np.exp(-exact))
   normal_cdf = 1 + np.tanh((2 / np.pi) ** 0.5 * (exact + 0.044715 * exact**3))
-  expected = (exact / 2 * normal_cdf if gelu else silu) * (wide_x @ np.asarray(up, np.float64).T)
-  gated = wide(jax.jit(lambda *args: amx.gated(*args, gelu=gelu))(x, gate, up))
+  expected = (silu if activation == "silu" else exact / 2 * normal_cdf) * (wide_x @ np.asarray(up, np.float64).T)
+  gated = wide(jax.jit(lambda *args: amx.gated(*args, activation=activation))(x, gate, up))
   np.testing.assert_allclose(gated, expected, rtol=2**-8, atol=1e-4)
-  spoilt = wide(amx.gated(x.at[0, 0].set(jnp.nan), gate, up, gelu=gelu))
+  spoilt = wide(amx.gated(x.at[0, 0].set(jnp.nan), gate, up, activation=activation))
   assert np.isnan(spoilt[0]).all()
   np.testing.assert_array_equal(spoilt[1:], gated[1:])
 
@@ -202,6 +209,7 @@ def test_packed_rows_are_attended_to_as_by_xla(T, N, K, H, window, cap, one_cpu)
 @needs_amx
 @pytest.mark.parametrize(("N", "K", "H", "window", "cap", "kept"), [
   (9, 3, 64, 1000, 0.0, NARROW), (7, 1, 32, 1000, 0.0, NARROW), (4, 4, 256, 20, 0.0, NARROW), (4, 2, 64, 9, 5.0, WIDE),
+  (6, 2, 96, 1000, 0.0, NARROW),
 ])  # fmt: skip
 def test_pages_are_read_as_by_xla(N, K, H, window, cap, kept, one_cpu, monkeypatch):
   R, rng = 5, np.random.default_rng(0)
@@ -362,6 +370,34 @@ def test_what_kernels_cannot_do_is_left_to_xla(one_cpu):
   assert not amx.reads(normal(0, 4, 2, 64), [narrow]) and not amx.draws(odd, 1001)
   product = matrices.multiply(odd, normal(1, 33, 64), 1)
   assert product.shape == (4, 33)
+
+
+@needs_amx
+def test_an_activation_that_the_kernel_does_not_know_is_xla_s(one_cpu, monkeypatch):
+  monkeypatch.setitem(feed_forward._ACTIVATIONS, "relu", jax.nn.relu)
+  config = ModelConfig(
+    vocab=64, width=32, layers=1, heads=1, kv_heads=1, head_size=32, feed_forward=64, tied=True, activation="relu"
+  )
+  gate, up, down = normal(1, 64, 32), normal(2, 64, 32), normal(3, 32, 64)
+  layer = {"gate": matrices.Transposed(gate), "up": matrices.Transposed(up), "down": matrices.Transposed(down)}
+  x = normal(0, 1, 5, 32)
+  expected = (np.maximum(wide(x) @ wide(gate).T, 0) * (wide(x) @ wide(up).T)) @ wide(down).T
+  np.testing.assert_allclose(
+    wide(feed_forward.feed_forward(config, sharding.LOCAL, layer, x)), expected, atol=4 * rounded(expected)
+  )
+
+
+@needs_amx
+def test_a_library_that_does_not_load_is_compiled_anew(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setattr(amx, "_FLAGS", "-shared -fPIC -x c")  # of a smaller one
+  monkeypatch.setattr(amx, "_SOURCES", tmp_path / "cpp")
+  amx._SOURCES.mkdir()
+  (amx._SOURCES / "amx.cc").write_text("int answer() { return 42; }\n")
+  library = amx._place([HERE])
+  library.parent.mkdir()
+  library.write_bytes(b"of another machine")
+  assert amx._library([HERE]).answer() == 42
 
 
 def test_several_devices_are_left_to_xla():
