@@ -35,7 +35,7 @@ _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_ti
 _KERNELS = ("products", "added", "gated", "paged", "causal", "draw", "norm", "rotate", "write")
 _SECONDS = 300  # at most, of compiling
 _TILE, _LANES, _MOST_HEAD = 32, 16, 256
-GATES = {"silu": False, "gelu_tanh": True}  # activations that `gated` knows; whether it is GELU
+GATES = ("silu", "gelu_tanh")  # activations that `gated` knows
 
 
 class Pages(NamedTuple):
@@ -98,7 +98,7 @@ def _place(compiler: Sequence[str]) -> pathlib.Path:
 
 
 def _library(compiler: Sequence[str]) -> ctypes.CDLL:
-  """Compiled if it is not in its place, or does not load, as from a home that machines share."""
+  """Compiled if it is not in its place, or does not load from there, as from a home that machines share."""
   library = _place(compiler)
   with contextlib.suppress(OSError):
     return ctypes.CDLL(str(library))
@@ -144,7 +144,7 @@ def added(x_XI: jax.Array, matrix_OI: jax.Array, plus_XO: jax.Array) -> jax.Arra
 def gated(x_XI: jax.Array, gate_OI: jax.Array, up_OI: jax.Array, *, activation: str) -> jax.Array:
   """The activation of one product, of `GATES`, times the other → [X, O], rounded once; of what `multiply` takes."""
   like = jax.ShapeDtypeStruct((len(x_XI), len(gate_OI)), x_XI.dtype)
-  return _call("gated", like)(x_XI, gate_OI, up_OI, gelu=np.bool_(GATES[activation]))
+  return _call("gated", like)(x_XI, gate_OI, up_OI, gelu=np.bool_(activation == "gelu_tanh"))
 
 
 def reads(query_RNH: Any, pools: Sequence[tuple[Any, Any]]) -> bool:

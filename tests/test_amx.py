@@ -79,7 +79,7 @@ def test_products_are_those_of_float32_rounded_once(X, dtype, one_cpu):
 
 @needs_amx
 def test_rows_of_many_inputs_are_taken_in_parts(one_cpu):
-  x, matrix = normal(0, 100, 2**14), normal(1, 64, 2**14)
+  x, matrix = normal(0, 100, 2**15), normal(1, 64, 2**15)
   (product,) = jax.jit(lambda x, matrix: amx.multiply(x, matrix, dtype=WIDE))(x, matrix)
   np.testing.assert_allclose(product, wide(x) @ wide(matrix).T, rtol=1e-5, atol=1e-3)
 
@@ -209,7 +209,7 @@ def test_packed_rows_are_attended_to_as_by_xla(T, N, K, H, window, cap, one_cpu)
 @needs_amx
 @pytest.mark.parametrize(("N", "K", "H", "window", "cap", "kept"), [
   (9, 3, 64, 1000, 0.0, NARROW), (7, 1, 32, 1000, 0.0, NARROW), (4, 4, 256, 20, 0.0, NARROW), (4, 2, 64, 9, 5.0, WIDE),
-  (6, 2, 96, 1000, 0.0, NARROW),
+  (6, 2, 96, 1000, 0.0, NARROW), (7, 1, 96, 1000, 0.0, WIDE),
 ])  # fmt: skip
 def test_pages_are_read_as_by_xla(N, K, H, window, cap, kept, one_cpu, monkeypatch):
   R, rng = 5, np.random.default_rng(0)
@@ -227,12 +227,15 @@ def test_pages_are_read_as_by_xla(N, K, H, window, cap, kept, one_cpu, monkeypat
     ints = [jnp.asarray(x, jnp.int32) for x in (reader, start, end[owner], np.where(order % 5 == 4, -1, order))]
     return Pool(*keys, Index(*ints))
 
-  prompts = pool(32, 2, 6, np.array([0, 0, 0]), np.array([3, 40, 9]))
+  prompts = pool(48, 2, 6, np.array([0, 0, 0]), np.array([3, 40, 9]))
   own = pool(16, 1, 20, np.array([3, 3, 40, 9, 9]), np.asarray(place))
   rule = blockwise.Rule(H**-0.5, cap)
   args = (query, key, value, place, [prompts, own], rule, jnp.int32(window))
   assert amx.reads(query, [pool[:2] for pool in args[4]])
   read = wide(attention.paged(*args))
+  spoilt = wide(attention.paged(query.at[1, 0, 3].set(jnp.nan), *args[1:]))
+  assert np.isnan(spoilt[1, 0]).all()
+  np.testing.assert_array_equal(np.delete(spoilt, 1, 0), np.delete(read, 1, 0))
   monkeypatch.setattr(amx, "reads", lambda *_: False)
   widened = [
     part._replace(key_PKHS=part.key_PKHS.astype(WIDE), value_PKSH=part.value_PKSH.astype(WIDE)) for part in args[4]

@@ -144,19 +144,19 @@ ffi::Error Draw(ffi::ThreadPool pool, Float32 logits, Float32 choice, Float32 un
     static thread_local std::vector<float> weights, masses;
     weights.resize(V), masses.clear();
     const float* mine = x + static_cast<size_t>(r) * V;
-    const auto [log_total, threshold] = Weigh(mine, V, {how[0], how[1], how[2], how[3]}, weights.data());
+    const Weighed weighed = Weigh(mine, V, {how[0], how[1], how[2], how[3]}, weights.data());
     float total = 0;
     for (int v = 0; v < V; v += kBlock) {
-      masses.push_back(Sum(&weights[v], std::min(kBlock, V - v), threshold));
+      masses.push_back(Sum(&weights[v], std::min(kBlock, V - v), weighed.threshold));
       total += masses.back();
     }
     float target = quantile[r] * total;
     const int first = Quantile(masses.data(), masses.size(), target) * kBlock, words = std::min(kBlock, V - first);
-    std::replace_if(&weights[first], &weights[first] + words, [&](float x) { return x < threshold; }, 0.0f);
+    std::replace_if(&weights[first], &weights[first] + words, [&](float x) { return x < weighed.threshold; }, 0.0f);
     const int chosen = first + Quantile(&weights[first], words, target);
     drawn[r] = chosen;
-    of_behaviour[r] = std::isnan(log_total) ? log_total : std::log(weights[chosen] / total);
-    of_all[r] = mine[chosen] - log_total;
+    of_behaviour[r] = std::isnan(weighed.log_total) ? weighed.log_total : std::log(weights[chosen] / total);
+    of_all[r] = mine[chosen] - weighed.log_total;
   });
   return ffi::Error::Success();
 }

@@ -46,11 +46,23 @@ struct Head {
   }
 };
 
+// How far what is read soon lies from what is read now; and asks for it, line by line: as many at once have to wait.
+template <class T>
+intptr_t Away(const T* soon, const T* now) {
+  return reinterpret_cast<intptr_t>(soon) - reinterpret_cast<intptr_t>(now);
+}
+
+template <class T>
+void Ask(const T* now, intptr_t away) {
+  for (size_t line = 0; line < 2 * kLanes * sizeof(T); line += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<intptr_t>(now) + away + line), _MM_HINT_T1);
+}
+
 // The logits of n queries and a page's tokens, by 16 tokens [n, 16]; raises the highest of each lane.
 template <int n, class T>
 void Score(const float (&query)[n][kMostHead], const Head<T>& head, const Seen<T>& page, Rule rule, float* logits,
            __m512 (&highest)[n]) {
-  const size_t soon = head.after_key(page) - head.key(page);  // asked for line by line: as many at once have to wait
+  const intptr_t soon = Away(head.after_key(page), head.key(page));
   for (int s = page.first / kLanes * kLanes; s < page.end; s += 2 * kLanes) {
     const __mmask32 there = page.S - s < 2 * kLanes ? 0xffff : ~0u;
     Two sums[n];
@@ -58,7 +70,7 @@ void Score(const float (&query)[n][kMostHead], const Head<T>& head, const Seen<T
     const T* at = head.key(page) + s;
     for (int h = 0; h < head.H; ++h, at += page.S) {
       const Two key = WideTwo(at, there);
-      _mm_prefetch(at + soon, _MM_HINT_T1);
+      Ask(at, soon);
       For<n>([&](auto i) {
         const __m512 query_h = _mm512_set1_ps(query[i][h]);
         sums[i].first = _mm512_fmadd_ps(query_h, key.first, sums[i].first);
@@ -67,10 +79,10 @@ void Score(const float (&query)[n][kMostHead], const Head<T>& head, const Seen<T
     }
     For<n>([&](auto i) {
       const Two products = InOrder<T>(sums[i]);
-      auto put = [&](__m512 product, int s) {
-        const __m512 mine = Masked(Between(page.first - s, page.end - s), Logits(product, rule));
+      auto put = [&](__m512 product, int from) {
+        const __m512 mine = Masked(Between(page.first - from, page.end - from), Logits(product, rule));
         highest[i] = _mm512_max_ps(highest[i], mine);
-        _mm512_storeu_ps(logits + s * n + i * kLanes, mine);
+        _mm512_storeu_ps(logits + from * n + i * kLanes, mine);
       };
       put(products.first, s);
       if (s + kLanes < page.S) put(products.second, s + kLanes);
@@ -92,20 +104,21 @@ void WeighPage(const Seen<T>& page, const __m512 (&highest)[n], float* logits, _
   }
 }
 
-// Of n heads the 32 · w numbers of the output from h on: weights of pages' tokens and of the own one, by their total.
+// Of n heads the 32 · w numbers of the output from h on: weights times values, of pages' tokens and of the own one, by
+// the weights' total.
 template <int n, int w, class T>
-void Sum(const Head<T>& head, int h, const float* weights, const __m512 (&own)[n], const bfloat16* value,
+void ReadValues(const Head<T>& head, int h, const float* weights, const __m512 (&own)[n], const bfloat16* value,
          const __m512 (&total)[n], bfloat16* output) {
   Two sums[n][w];
   For<n>([&](auto i) { For<w>([&](auto j) { sums[i][j].first = sums[i][j].second = _mm512_setzero_ps(); }); });
   for (const Seen<T>& page : head.seen) {
-    const size_t soon = head.after_value(page) - head.value(page);
+    const intptr_t soon = Away(head.after_value(page), head.value(page));
     const T* at = head.value(page) + static_cast<size_t>(page.first) * head.H + h;
     for (int s = page.first; s < page.end; ++s, at += head.H) {
       Two values[w];
       For<w>([&](auto j) {
         values[j] = WideTwo(at + j * 2 * kLanes);
-        _mm_prefetch(at + j * 2 * kLanes + soon, _MM_HINT_T1);
+        Ask(at + j * 2 * kLanes, soon);
       });
       const float* mine = weights + (page.logits + (s & -kLanes)) * n + (s & (kLanes - 1));
       For<n>([&](auto i) {
@@ -120,9 +133,9 @@ void Sum(const Head<T>& head, int h, const float* weights, const __m512 (&own)[n
   For<n>([&](auto i) {
     For<w>([&](auto j) {
       const Two read = InOrder<T>(sums[i][j]);
-      auto put = [&](__m512 sum, int h) {
-        const __m512 all = _mm512_fmadd_ps(own[i], Wide(value + h), sum);
-        Store(output + i * head.H + h, _mm512_div_ps(all, total[i]));
+      auto put = [&](__m512 sum, int at) {
+        const __m512 all = _mm512_fmadd_ps(own[i], Wide(value + at), sum);
+        Store(output + i * head.H + at, _mm512_div_ps(all, total[i]));
       };
       put(read.first, h + j * 2 * kLanes);
       put(read.second, h + j * 2 * kLanes + kLanes);
@@ -134,9 +147,9 @@ void Sum(const Head<T>& head, int h, const float* weights, const __m512 (&own)[n
 template <int n, class T>
 void Read(const bfloat16* query, const bfloat16* key, const bfloat16* value, const Head<T>& head, Rule rule,
           bfloat16* output) {
-  static thread_local Lines<float> room;
-  room.resize(std::max(room.size(), head.room * n));
-  float *logits = room.data(), wide[n][kMostHead];
+  static thread_local Lines<float> buffer;
+  buffer.resize(std::max(buffer.size(), head.room * n));
+  float *logits = buffer.data(), wide[n][kMostHead];
   const int H = head.H;
   __m512 own[n], highest[n], total[n];
   for (int i = 0; i < n; ++i) {
@@ -157,8 +170,8 @@ void Read(const bfloat16* query, const bfloat16* key, const bfloat16* value, con
   for (const Seen<T>& page : head.seen) WeighPage(page, highest, logits + page.logits * n, total);
   for (int i = 0; i < n; ++i) total[i] = _mm512_set1_ps(_mm512_reduce_add_ps(total[i]));
   int h = 0;
-  for (; h + 4 * kLanes <= H; h += 4 * kLanes) Sum<n, 2>(head, h, logits, own, value, total, output);
-  if (h < H) Sum<n, 1>(head, h, logits, own, value, total, output);
+  for (; h + 4 * kLanes <= H; h += 4 * kLanes) ReadValues<n, 2>(head, h, logits, own, value, total, output);
+  if (h < H) ReadValues<n, 1>(head, h, logits, own, value, total, output);
 }
 
 // What the row sees, of its first key head.
@@ -183,7 +196,7 @@ size_t Look(const std::vector<Pages>& pools, int r, int place, int window, int K
   return room;
 }
 
-// The first keys that a row reads, if it reads any.
+// A guess of the keys that a row reads first: its first page's.
 template <class T>
 const T* FirstKeys(const std::vector<Pages>& pools, int r, int K, int H) {
   for (const Pages& pages : pools) {
@@ -198,7 +211,7 @@ void ReadByAll(ffi::ThreadPool& pool, const bfloat16* query, const bfloat16* key
                const int32_t* place, int window, const std::vector<Pages>& pools, Rule rule, int R, int N, int K, int H,
                bfloat16* output) {
   auto shared = std::make_shared<std::vector<Pages>>(pools);
-  Share(pool, R, [=](auto next) {
+  ShareOut(pool, R, [=](auto next) {
     static thread_local std::vector<Seen<T>> seen;
     for (int r; (r = next()) >= 0;) {
       const size_t room = Look(*shared, r, place[r], window, K, H, seen);

@@ -10,8 +10,8 @@
 namespace {
 
 constexpr int kLeastRows = 64, kMostRows = 256;  // of x that a thread packs at a time
-constexpr int kRoom = 1 << 19;                   // numbers that they may have
-constexpr int kAhead = 128;                      // inputs that matrices are asked for before they are read
+constexpr int kRoom = 1 << 19;                   // numbers that more rows than the least may have
+constexpr int kAhead = 128;                      // inputs that matrices are asked for before few rows read them
 
 enum class Finish { kNarrow, kWide, kSilu, kGelu };
 
@@ -41,12 +41,6 @@ __m512 Activated(__m512 x, bool gelu) {
 // What tiles have summed: [16 outputs, 16 rows of x].
 using Sums = float[kTile * kTile];
 
-// 16 rows of 16 pairs of outputs, [pairs, rows] → 32 outputs each, of which `rows` are stored.
-void PutPairs(__m512 (&pairs)[kTile], int rows, bfloat16* to, size_t stride) {
-  Transpose(pairs);
-  for (int row = 0; row < rows; ++row) _mm512_storeu_ps(to + row * stride, pairs[row]);
-}
-
 // Of 16 rows the sums of a panel's upper outputs and of its lower ones, with what is to be added to them.
 void PutNarrow(const Sums& upper, const Sums& lower, const bfloat16* plus, int rows, bfloat16* to, size_t stride) {
   __m512 pairs[kTile] = {};
@@ -58,7 +52,8 @@ void PutNarrow(const Sums& upper, const Sums& lower, const bfloat16* plus, int r
     pairs[i] = plus ? Pairs(_mm512_add_ps(First(pairs[i]), first), _mm512_add_ps(Second(pairs[i]), second))
                     : Pairs(first, second);
   }
-  PutPairs(pairs, rows, to, stride);
+  Transpose(pairs);
+  for (int row = 0; row < rows; ++row) _mm512_storeu_ps(to + row * stride, pairs[row]);
 }
 
 // Of 16 rows the same without rounding.
@@ -74,9 +69,9 @@ void PutWide(const Sums& upper, const Sums& lower, int rows, float* to, size_t s
 
 // Of 32 rows, the first 16 and then the rest, the sums of 16 gates and of what they let through.
 void PutGated(const Sums (&sums)[2][2], bool gelu, int rows, bfloat16* to, size_t stride) {
-  __m512 pairs[kTile];
-  for (int i = 0; i < kTile; ++i) {
-    const auto& [gate, up] = sums[i / (kTile / 2)];
+  __m512 pairs[kTile] = {};
+  for (int i = 0; i < (rows > kTile ? kTile : kTile / 2); ++i) {
+    const float *gate = sums[i / (kTile / 2)][0], *up = sums[i / (kTile / 2)][1];
     auto gated = [&](int output) {
       return _mm512_mul_ps(Activated(_mm512_load_ps(gate + output * kTile), gelu), _mm512_load_ps(up + output * kTile));
     };
@@ -99,7 +94,7 @@ void Put(const Sums (&sums)[2][2], const Factor& factor, int row, int rows, int 
   if (factor.finish == Finish::kSilu || factor.finish == Finish::kGelu)
     return PutGated(sums, factor.finish == Finish::kGelu, rows, narrow, O);
   for (int half = 0, first = 0; first < rows; ++half, first += kTile) {
-    const auto& [upper, lower] = sums[half];
+    const Sums &upper = sums[half][0], &lower = sums[half][1];
     const int count = std::min(kTile, rows - first);
     if (factor.finish == Finish::kWide)
       PutWide(upper, lower, count, wide + first * O, O);
@@ -147,7 +142,7 @@ void Multiply(const bfloat16* right, const Factor& factor, int row, int rows, in
   }
 }
 
-// In parts of x's rows that stay in a core's own cache. A thread packs what it multiplies.
+// In parts of x's rows that stay in a core's own cache, if inputs are not too many. A thread packs what it multiplies.
 void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<std::vector<Factor>>& factors) {
   const int X = x.dimensions()[0], I = x.dimensions()[1];
   if (!X) return;
@@ -156,7 +151,7 @@ void MultiplyBy(ffi::ThreadPool& pool, const Narrow& x, const std::shared_ptr<st
   int panels = 0;
   for (const Factor& factor : *factors) panels += factor.panels;
   const bfloat16* rows = Data(x);
-  Share(pool, parts * panels, [=](auto next) {
+  ShareOut(pool, parts * panels, [=](auto next) {
     static thread_local Lines<bfloat16> right;
     Tiles tiles;
     for (int taken, packed = -1; (taken = next()) >= 0;) {

@@ -135,18 +135,19 @@ class Shares {
   }
 
  private:
-  struct alignas(64) Share {
+  struct alignas(64) Range {
     std::atomic<uint64_t> range;
   };
   static uint64_t Packed(uint64_t first, uint64_t end) { return first << 32 | end; }
 
-  std::vector<Share> left_;
+  std::vector<Range> left_;
 };
 
-// work(next) by the threads there are, to which next() gives 0, …, n - 1: each its own share, and then of others'.
+// work(next) by the threads there are, to which next() gives 0, …, n - 1 and at the end -1: each its own share, and then
+// of others'. A thread that comes late may get nothing, one that is early the work of another too.
 template <class Work>
-void Share(ffi::ThreadPool& pool, int n, Work work) {
-  const int threads = std::clamp<int>(pool.num_threads(), 1, n);
+void ShareOut(ffi::ThreadPool& pool, int n, Work work) {
+  const int threads = std::max(1, std::min<int>(pool.num_threads(), n));
   auto shares = std::make_shared<Shares>(n, threads);
   Each(pool, threads, [=](int mine) { work([&] { return shares->Take(mine); }); });
 }

@@ -37,6 +37,9 @@ template <class T>
 struct FromLines {
   using value_type = T;
   static constexpr std::align_val_t kLine{64};
+  FromLines() = default;
+  template <class U>
+  FromLines(const FromLines<U>&) {}
   T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
   void deallocate(T* x, size_t) { ::operator delete(x, kLine); }
   bool operator==(const FromLines&) const { return true; }
