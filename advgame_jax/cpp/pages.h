@@ -108,7 +108,7 @@ void WeighPage(const Seen<T>& page, const __m512 (&highest)[n], float* logits, _
 // the weights' total.
 template <int n, int w, class T>
 void ReadValues(const Head<T>& head, int h, const float* weights, const __m512 (&own)[n], const bfloat16* value,
-         const __m512 (&total)[n], bfloat16* output) {
+                const __m512 (&total)[n], bfloat16* output) {
   Two sums[n][w];
   For<n>([&](auto i) { For<w>([&](auto j) { sums[i][j].first = sums[i][j].second = _mm512_setzero_ps(); }); });
   for (const Seen<T>& page : head.seen) {
@@ -220,7 +220,7 @@ void ReadByAll(ffi::ThreadPool& pool, const bfloat16* query, const bfloat16* key
         Head<T> head{seen, room, k, H, next_row};
         if (k + 1 < K && !seen.empty()) head.then = head.key(seen.front()) + H * seen.front().S;
         for (int i = 0; i < group; i += kQueries) {
-          const size_t at = (static_cast<size_t>(r) * N + k * group + i) * H, own = (static_cast<size_t>(r) * K + k) * H;
+          const size_t row = r, at = (row * N + k * group + i) * H, own = (row * K + k) * H;
           auto read = [&](auto f) { f(query + at, key + own, value + own, head, rule, output + at); };
           switch (group - i) {
             case 1: read(Read<1, T>); break;
@@ -262,8 +262,8 @@ struct Tokens {
 
 // Of one layer keys and values [X, K, H] into pages [P, K, H, S] and [P, K, S, H]; values that are not finite become 0.
 template <class T>
-void PutTokens(const Tokens& tokens, const bfloat16* new_key, const bfloat16* new_value, int P, int K, int H, int S, T* keys,
-         T* values) {
+void PutTokens(const Tokens& tokens, const bfloat16* new_key, const bfloat16* new_value, int P, int K, int H, int S,
+               T* keys, T* values) {
   auto put = [](bfloat16 x, T* to) {
     if constexpr (std::is_same_v<T, float>)
       *to = One(x);

@@ -56,7 +56,7 @@ void PutNarrow(const Sums& upper, const Sums& lower, const bfloat16* plus, int r
   for (int row = 0; row < rows; ++row) _mm512_storeu_ps(to + row * stride, pairs[row]);
 }
 
-// Of 16 rows the same without rounding.
+// The same of no more than the sums, without rounding.
 void PutWide(const Sums& upper, const Sums& lower, int rows, float* to, size_t stride) {
   for (const float* sums : {upper, lower}) {
     __m512 x[kTile];

@@ -21,8 +21,8 @@ namespace {
 using Job = std::function<void()>;
 
 // Threads that have done their part of a job stay for the next, which is a few steps away: one that sleeps comes some
-// twenty microseconds late, to products that take a hundred. While programs run one after the other: of two at once each
-// may lose its helpers to the other, and then does its job alone.
+// twenty microseconds late, to products that take a hundred. While programs run one after the other: of two at once
+// each may lose its helpers to the other, and then does its job alone.
 class Helpers {
  public:
   // As many others as the pool has, but at most `most`, are asked to do the job too: first those that stay.
@@ -112,8 +112,8 @@ void EachOf(ffi::ThreadPool& pool, int n, int numbers, F f) {
   });
 }
 
-// 0, …, n - 1 in equal shares, one for each thread: of its own it takes the next, as they lie in memory, and then of the
-// others' the last.
+// 0, …, n - 1 in equal shares, one for each thread: of its own it takes the next, as they lie in memory, and then of
+// the others' the last.
 class Shares {
  public:
   Shares(int n, int threads) : left_(threads) {
@@ -143,8 +143,8 @@ class Shares {
   std::vector<Range> left_;
 };
 
-// work(next) by the threads there are, to which next() gives 0, …, n - 1 and at the end -1: each its own share, and then
-// of others'. A thread that comes late may get nothing, one that is early the work of another too.
+// work(next) by the threads there are, to which next() gives 0, …, n - 1 and at the end -1: each its own share, and
+// then of others'. A thread that comes late may get nothing, one that is early the work of another too.
 template <class Work>
 void ShareOut(ffi::ThreadPool& pool, int n, Work work) {
   const int threads = std::max(1, std::min<int>(pool.num_threads(), n));
