@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import amx, blockwise, kernels
+from advgame_jax import blockwise, cpu, kernels
 from advgame_jax.blockwise import Rule as Rule
 from advgame_jax.blockwise import softcap as softcap
 from advgame_jax.matrices import Int8, apart
@@ -52,8 +52,8 @@ def causal(
     return blockwise.causal(query_RTNH, key_RTKH, value_RTKH, rule)
   # A row that is not finite stays so by its own queries, and spoils no other segment.
   plain = lambda query, key, value, segment: blockwise.causal(query, key, value, rule, segment)
-  kernel = functools.partial(amx.causal, scale=rule.scale, softcap=rule.softcap, window=rule.window)
-  read = amx.either(amx.attends(query_RTNH), kernel, plain)
+  kernel = functools.partial(cpu.causal, scale=rule.scale, softcap=rule.softcap, window=rule.window)
+  read = cpu.either(cpu.attends(query_RTNH), kernel, plain)
   return read(query_RTNH, key_RTKH, finite(value_RTKH), segment_RT)
 
 
@@ -213,9 +213,9 @@ def paged(
 
   def kernel(query_RNH: Any, key_RKH: Any, value_RKH: Any, place_R: Any, pools: Any, window: Any) -> jax.Array:
     new, pages = (query_RNH, key_RKH, value_RKH, place_R), [_pages(pool) for pool in pools]
-    return amx.paged(*new, pages, window, scale=rule.scale, softcap=rule.softcap)
+    return cpu.paged(*new, pages, window, scale=rule.scale, softcap=rule.softcap)
 
-  read = amx.either(amx.reads(query_RNH, [pool[:2] for pool in pools]), kernel, functools.partial(_paged, rule))
+  read = cpu.either(cpu.reads(query_RNH, [pool[:2] for pool in pools]), kernel, functools.partial(_paged, rule))
   return read(query_RNH, key_RKH, value_RKH, place_R, pools, window)
 
 
@@ -248,10 +248,10 @@ def _paged(
   return (output_RKnH / total_RKn[..., None]).reshape(R, N, H).astype(query_RNH.dtype)
 
 
-def _pages(pool: Pool) -> amx.Pages:
+def _pages(pool: Pool) -> cpu.Pages:
   index = pool.readers
   page_RJ = jnp.where(index.entry_RJ < 0, -1, index.entry_RJ // index.reader_PG.shape[1])
-  return amx.Pages(pool.key_PKHS, pool.value_PKSH, index.start_P, index.end_P, page_RJ)  # type: ignore[arg-type]
+  return cpu.Pages(pool.key_PKHS, pool.value_PKSH, index.start_P, index.end_P, page_RJ)  # type: ignore[arg-type]
 
 
 def read_pages(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import amx, attention
+from advgame_jax import attention, cpu
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.layers import Layers, each_layer
 from advgame_jax.matrices import Int8, quantise
@@ -69,9 +69,9 @@ def write(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array, layou
     return Cache(*map(jax.tree.map, (put_key, put_value), cache, for_pool(cache_of(new), cache)))
 
   def kernel(pool: Layers, new: Layers, page_R: jax.Array, slot_R: jax.Array) -> Layers:
-    return amx.write(pool, new, jnp.arange(len(page_R), dtype=jnp.int32), page_R, slot_R)
+    return cpu.write(pool, new, jnp.arange(len(page_R), dtype=jnp.int32), page_R, slot_R)
 
-  return amx.either(amx.writes(pool, new), kernel, _on_devices(of_layer, layout))(pool, new, page_R, slot_R)
+  return cpu.either(cpu.writes(pool, new), kernel, _on_devices(of_layer, layout))(pool, new, page_R, slot_R)
 
 
 def write_pages(pool: Layers, read: Layers, token_nS: jax.Array, page_n: jax.Array, layout: Layout = LOCAL) -> Layers:
@@ -85,9 +85,9 @@ def write_pages(pool: Layers, read: Layers, token_nS: jax.Array, page_n: jax.Arr
   def kernel(pool: Layers, read: Layers, token_nS: jax.Array, page_n: jax.Array) -> Layers:
     n, S = token_nS.shape
     slot_X = jnp.tile(jnp.arange(S, dtype=jnp.int32), n)
-    return amx.write(pool, read, token_nS.reshape(-1), jnp.repeat(page_n, S), slot_X)
+    return cpu.write(pool, read, token_nS.reshape(-1), jnp.repeat(page_n, S), slot_X)
 
-  return amx.either(amx.writes(pool, read), kernel, _on_devices(of_layer, layout))(pool, read, token_nS, page_n)
+  return cpu.either(cpu.writes(pool, read), kernel, _on_devices(of_layer, layout))(pool, read, token_nS, page_n)
 
 
 def _on_devices(of_layer: Callable[..., Cache], layout: Layout) -> Callable[..., Layers]:

@@ -2,7 +2,7 @@
 
 import jax
 
-from advgame_jax import amx, experts
+from advgame_jax import cpu, experts
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.matrices import Transposed, linear, linears
 from advgame_jax.sharding import Layout
@@ -27,10 +27,10 @@ def feed_forward(
 
   def kernel(x_RTM: jax.Array, inputs: Params) -> jax.Array:
     x_XM, gate_FM, up_FM = x_RTM.reshape(-1, config.width), inputs["gate"].weight, inputs["up"].weight
-    gated_XF = amx.gated(x_XM, gate_FM, up_FM, activation=config.activation)
+    gated_XF = cpu.gated(x_XM, gate_FM, up_FM, activation=config.activation)
     return gated_XF.reshape(*x_RTM.shape[:-1], -1)
 
   # All of them, so that there is no bias.
   transposed = [matrix.weight for matrix in inputs.values() if isinstance(matrix, Transposed)]
-  fits = config.activation in amx.GATES and len(transposed) == len(inputs) and amx.multiplies(x_RTM, *transposed)
-  return linear(layer, "down", amx.either(fits, kernel, plain)(x_RTM, inputs), plus=plus)
+  fits = config.activation in cpu.GATES and len(transposed) == len(inputs) and cpu.multiplies(x_RTM, *transposed)
+  return linear(layer, "down", cpu.either(fits, kernel, plain)(x_RTM, inputs), plus=plus)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from advgame_jax import amx
+from advgame_jax import cpu
 from advgame_jax.types import Params
 
 PRODUCT = "product"  # of narrow numbers: what a policy of `jax.checkpoint` may keep
@@ -60,31 +60,31 @@ def project(x: jax.Array, matrix: Matrix, inputs: int = 1) -> jax.Array:
 
 
 def project_each(x: jax.Array, matrices: Sequence[Matrix]) -> list[jax.Array]:
-  """`project` of one x by each matrix; transposed ones at once where `amx` can."""
+  """`project` of one x by each matrix; transposed ones at once where `cpu` can."""
   if not all(isinstance(matrix, Transposed) for matrix in matrices):
     return [project(x, matrix) for matrix in matrices]
   I, flat = x.shape[-1], [matrix.weight.reshape(-1, x.shape[-1]) for matrix in matrices]  # type: ignore[union-attr]
   plain = lambda x_XI, *flat: [multiply(x_XI, matrix_OI, 1) for matrix_OI in flat]
-  kernel = functools.partial(amx.multiply, dtype=x.dtype)
-  products = amx.either(amx.multiplies(x, *flat), kernel, plain)(x.reshape(-1, I), *flat)
+  kernel = functools.partial(cpu.multiply, dtype=x.dtype)
+  products = cpu.either(cpu.multiplies(x, *flat), kernel, plain)(x.reshape(-1, I), *flat)
   reshape = lambda product, matrix: product.reshape(*x.shape[:-1], *matrix.weight.shape[:-1])
   return list(map(reshape, products, matrices))
 
 
 def linear(layer: Params, name: str, x: jax.Array, inputs: int = 1, plus: jax.Array | None = None) -> jax.Array:
-  """`project` by a layer's matrix of this name, its bias if there is one, and `plus`; at once where `amx` can."""
+  """`project` by a layer's matrix of this name, its bias if there is one, and `plus`; at once where `cpu` can."""
   if plus is None:
     return _with_bias(layer, name, project(x, layer[name], inputs))
   matrix, size = layer[name], math.prod(x.shape[x.ndim - inputs :])
   flat = lambda matrix: matrix.weight.reshape(-1, size)
 
   def kernel(x: jax.Array, matrix: Transposed, plus: jax.Array) -> jax.Array:
-    return amx.added(x.reshape(-1, size), flat(matrix), plus.reshape(-1, plus.shape[-1])).reshape(plus.shape)
+    return cpu.added(x.reshape(-1, size), flat(matrix), plus.reshape(-1, plus.shape[-1])).reshape(plus.shape)
 
   plain = lambda x, matrix, plus: plus + _with_bias(layer, name, project(x, matrix, inputs))
   alone = f"{name}_bias" not in layer and plus.dtype == x.dtype
-  fits = alone and isinstance(matrix, Transposed) and amx.multiplies(x, flat(matrix))
-  return amx.either(fits, kernel, plain)(x, matrix, plus)
+  fits = alone and isinstance(matrix, Transposed) and cpu.multiplies(x, flat(matrix))
+  return cpu.either(fits, kernel, plain)(x, matrix, plus)
 
 
 def linears(layer: Params, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
@@ -107,7 +107,11 @@ def multiply(x_XI: jax.Array, matrix: jax.Array, contracted: int = 0, dtype: Any
   """
   dtype = jnp.dtype(dtype or x_XI.dtype)
   if x_XI.dtype.itemsize >= 4:
-    return jax.lax.dot_general(x_XI, matrix, (((1,), (contracted,)), ((), ())), preferred_element_type=dtype)
+    plain = lambda x_XI, matrix: jax.lax.dot_general(
+      x_XI, matrix, (((1,), (contracted,)), ((), ())), preferred_element_type=dtype
+    )
+    kernel = lambda x_XI, matrix: cpu.multiply(x_XI, matrix, dtype=dtype)[0]
+    return cpu.either(contracted == 1 and cpu.multiplies(x_XI, matrix), kernel, plain)(x_XI, matrix)
   return _multiply_narrow(contracted, dtype, x_XI, matrix)
 
 
@@ -147,8 +151,8 @@ def _dot(left: jax.Array, right: jax.Array, axes: Any, dtype: Any) -> jax.Array:
     jax.lax.dot_general, dimension_numbers=(axes, ((), ())), preferred_element_type=sums
   )
   rounded = lambda *pair: into(jnp.float32)(*pair).astype(dtype)
-  by_rows = axes == ((1,), (1,)) and amx.multiplies(left, right)
-  kernel = lambda left, right: amx.multiply(left, right, dtype=dtype)[0]
+  by_rows = axes == ((1,), (1,)) and cpu.multiplies(left, right)
+  kernel = lambda left, right: cpu.multiply(left, right, dtype=dtype)[0]
   on_cpu = kernel if by_rows else rounded
   return jax.lax.platform_dependent(left, right, cpu=on_cpu, default=into(dtype))
 

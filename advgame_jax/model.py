@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import amx, attention, caches, feed_forward, flash_decoding, kernels, rotary
+from advgame_jax import attention, caches, cpu, feed_forward, flash_decoding, kernels, rotary
 from advgame_jax.architecture import ModelConfig, ParamSpec, param_specs
 from advgame_jax.blockwise import ATTENDED
 from advgame_jax.caches import Cache, Kept
@@ -62,8 +62,8 @@ def kinds_of_layers(config: ModelConfig) -> Kind:
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, offset: float = 0.0) -> jax.Array:
   """Root-mean-square normalisation over the dimensions that the scale has, in float32."""
-  kernel, plain = (functools.partial(f, epsilon=epsilon, offset=offset) for f in (amx.norm, _rms_norm))
-  return amx.either(amx.normalises(x, scale), kernel, plain)(x, scale)
+  kernel, plain = (functools.partial(f, epsilon=epsilon, offset=offset) for f in (cpu.norm, _rms_norm))
+  return cpu.either(cpu.normalises(x, scale), kernel, plain)(x, scale)
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float, offset: float) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from advgame_jax import amx
+from advgame_jax import cpu
 from advgame_jax.architecture import ModelConfig, Rope
 
 
@@ -53,7 +53,7 @@ def rope_frequencies(rope: Rope, head_size: int) -> jax.Array:
 
 def rotate(x_RTNH: jax.Array, turn: Turn) -> jax.Array:
   """Rotary position embedding: of the first 2h dimensions, i is paired with i + h; the others stay."""
-  return amx.either(amx.rotates(x_RTNH, turn.cos_RT1h.shape[-1]), amx.rotate, _rotate)(x_RTNH, *turn)
+  return cpu.either(cpu.rotates(x_RTNH, turn.cos_RT1h.shape[-1]), cpu.rotate, _rotate)(x_RTNH, *turn)
 
 
 def _rotate(x_RTNH: jax.Array, cos_RT1h: jax.Array, sin_RT1h: jax.Array) -> jax.Array:

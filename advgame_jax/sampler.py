@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advgame_jax import amx, caches, model, scoring
+from advgame_jax import caches, cpu, model, scoring
 from advgame_jax.architecture import ModelConfig
 from advgame_jax.attention import Index
 from advgame_jax.layers import Layers, one_by_one
@@ -288,7 +288,7 @@ def _draw_next(
   generator = Generator(tuple(member.params for member in members), tuple(share))
   logits_RV = scoring.mixed_logits(config, generator, rows.hidden_RM)
   uniform_R = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(rows.key_R, rows.count_R)
-  choose = amx.either(amx.draws(rows.hidden_RM[0], logits_RV.shape[1]), amx.draw, _choose)
+  choose = cpu.either(cpu.draws(rows.hidden_RM[0], logits_RV.shape[1]), cpu.draw, _choose)
   token_R, behaviour_R, plain_R = choose(logits_RV, choice, uniform_R, rows.live_R)
   stop_state_R = stops_ZV[rows.stop_state_R, token_R].astype(jnp.int32)
   count_R = rows.count_R + rows.live_R

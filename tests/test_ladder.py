@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types settings config",
   "sharding hosts meeting cluster supervise tokenizer refusals prompts rewards preferences losses rounding optimizers "
-  "paper offline diversity tables chips collectives targets roofline amx",
+  "paper offline diversity tables chips collectives targets roofline cpu",
   "architecture matrices layers lora blockwise kernels attention caches flash_decoding fork experts "
   "feed_forward rotary model scoring sampler slots drawn programs pools engine hf_rope hf_config hf_shards hf hf_gguf "
   "peft frozen placement",

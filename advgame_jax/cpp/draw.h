@@ -163,7 +163,7 @@ ffi::Error Draw(ffi::ThreadPool pool, Float32 logits, Float32 choice, Float32 un
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_draw, Draw,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_cpu_draw, Draw,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Float32>()

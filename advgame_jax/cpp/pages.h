@@ -106,9 +106,9 @@ void WeighPage(const Seen<T>& page, const __m512 (&highest)[n], float* logits, _
 
 // Of n heads the 32 · w numbers of the output from h on: weights times values, of pages' tokens and of the own one, by
 // the weights' total.
-template <int n, int w, class T>
-void ReadValues(const Head<T>& head, int h, const float* weights, const __m512 (&own)[n], const bfloat16* value,
-                const __m512 (&total)[n], bfloat16* output) {
+template <int n, int w, class T, class Q>
+void ReadValues(const Head<T>& head, int h, const float* weights, const __m512 (&own)[n], const Q* value,
+                const __m512 (&total)[n], Q* output) {
   Two sums[n][w];
   For<n>([&](auto i) { For<w>([&](auto j) { sums[i][j].first = sums[i][j].second = _mm512_setzero_ps(); }); });
   for (const Seen<T>& page : head.seen) {
@@ -144,9 +144,8 @@ void ReadValues(const Head<T>& head, int h, const float* weights, const __m512 (
 }
 
 // n heads of one row that share a key head read its pages and the row's own new token.
-template <int n, class T>
-void Read(const bfloat16* query, const bfloat16* key, const bfloat16* value, const Head<T>& head, Rule rule,
-          bfloat16* output) {
+template <int n, class T, class Q>
+void Read(const Q* query, const Q* key, const Q* value, const Head<T>& head, Rule rule, Q* output) {
   static thread_local Lines<float> buffer;
   buffer.resize(std::max(buffer.size(), head.room * n));
   float *logits = buffer.data(), wide[n][kMostHead];
@@ -206,10 +205,9 @@ const T* FirstKeys(const std::vector<Pages>& pools, int r, int K, int H) {
   return nullptr;
 }
 
-template <class T>
-void ReadByAll(ffi::ThreadPool& pool, const bfloat16* query, const bfloat16* key, const bfloat16* value,
-               const int32_t* place, int window, const std::vector<Pages>& pools, Rule rule, int R, int N, int K, int H,
-               bfloat16* output) {
+template <class T, class Q>
+void ReadByAll(ffi::ThreadPool& pool, const Q* query, const Q* key, const Q* value, const int32_t* place, int window,
+               const std::vector<Pages>& pools, Rule rule, int R, int N, int K, int H, Q* output) {
   auto shared = std::make_shared<std::vector<Pages>>(pools);
   ShareOut(pool, R, [=](auto next) {
     static thread_local std::vector<Seen<T>> seen;
@@ -223,10 +221,10 @@ void ReadByAll(ffi::ThreadPool& pool, const bfloat16* query, const bfloat16* key
           const size_t row = r, at = (row * N + k * group + i) * H, own = (row * K + k) * H;
           auto read = [&](auto f) { f(query + at, key + own, value + own, head, rule, output + at); };
           switch (group - i) {
-            case 1: read(Read<1, T>); break;
-            case 2: read(Read<2, T>); break;
-            case 3: read(Read<3, T>); break;
-            default: read(Read<kQueries, T>);
+            case 1: read(Read<1, T, Q>); break;
+            case 2: read(Read<2, T, Q>); break;
+            case 3: read(Read<3, T, Q>); break;
+            default: read(Read<kQueries, T, Q>);
           }
         }
       }
@@ -234,23 +232,25 @@ void ReadByAll(ffi::ThreadPool& pool, const bfloat16* query, const bfloat16* key
   });
 }
 
-ffi::Error Paged(ffi::ThreadPool pool, float scale, float softcap, Narrow query, Narrow key, Narrow value, Int32 place,
-                 Int32 window, ffi::RemainingArgs pools, ffi::Result<Narrow> output) {
+ffi::Error Paged(ffi::ThreadPool pool, float scale, float softcap, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                 ffi::AnyBuffer value, Int32 place, Int32 window, ffi::RemainingArgs pools,
+                 ffi::Result<ffi::AnyBuffer> output) {
   const int R = query.dimensions()[0], N = query.dimensions()[1], H = query.dimensions()[2], K = key.dimensions()[1];
   std::vector<Pages> all;
-  bool wide = false;
   for (size_t i = 0; i < pools.size(); i += 5) {
     auto get = [&](size_t part) { return *pools.get<ffi::AnyBuffer>(i + part); };
-    auto ints = [&](size_t part) { return static_cast<const int32_t*>(get(part).untyped_data()); };
-    wide = get(0).element_type() == ffi::F32;
+    auto ints = [&](size_t part) { return Data<int32_t>(get(part)); };
     all.push_back({get(0).untyped_data(), get(1).untyped_data(), ints(2), ints(3), ints(4),
                    static_cast<int>(get(4).dimensions()[1]), static_cast<int>(get(0).dimensions()[3])});
   }
-  auto read = [&](auto f) {
-    f(pool, Data(query), Data(key), Data(value), place.typed_data(), *window.typed_data(), all, Rule{scale, softcap}, R,
-      N, K, H, Data(output));
-  };
-  wide ? read(ReadByAll<float>) : read(ReadByAll<bfloat16>);
+  ByType(query, [&](auto Q) {
+    ByType(*pools.get<ffi::AnyBuffer>(0), [&](auto T) {
+      auto data = [](ffi::AnyBuffer x) { return Data<decltype(Q)>(x); };
+      auto* read = static_cast<decltype(Q)*>(output->untyped_data());
+      ReadByAll<decltype(T)>(pool, data(query), data(key), data(value), place.typed_data(), *window.typed_data(), all,
+                             Rule{scale, softcap}, R, N, K, H, read);
+    });
+  });
   return ffi::Error::Success();
 }
 
@@ -261,11 +261,11 @@ struct Tokens {
 };
 
 // Of one layer keys and values [X, K, H] into pages [P, K, H, S] and [P, K, S, H]; values that are not finite become 0.
-template <class T>
-void PutTokens(const Tokens& tokens, const bfloat16* new_key, const bfloat16* new_value, int P, int K, int H, int S,
-               T* keys, T* values) {
-  auto put = [](bfloat16 x, T* to) {
-    if constexpr (std::is_same_v<T, float>)
+template <class T, class N>
+void PutTokens(const Tokens& tokens, const N* new_key, const N* new_value, int P, int K, int H, int S, T* keys,
+               T* values) {
+  auto put = [](N x, T* to) {
+    if constexpr (sizeof(T) > sizeof(N))
       *to = One(x);
     else
       *to = x;
@@ -290,45 +290,45 @@ ffi::Error Write(ffi::ThreadPool pool, Int32 token, Int32 page, Int32 slot, ffi:
                  ffi::RemainingRets written) {
   const int results = written.size();
   auto pools = std::make_shared<std::vector<void*>>();
-  auto fresh = std::make_shared<std::vector<const bfloat16*>>();
+  auto fresh = std::make_shared<std::vector<const void*>>();
   for (int i = 0; i < results; ++i) {
     pools->push_back((*written.get<ffi::AnyBuffer>(i))->untyped_data());
-    fresh->push_back(static_cast<const bfloat16*>((*arrays.get<ffi::AnyBuffer>(results + i)).untyped_data()));
+    fresh->push_back((*arrays.get<ffi::AnyBuffer>(results + i)).untyped_data());
     if (pools->back() != (*arrays.get<ffi::AnyBuffer>(i)).untyped_data())
       return ffi::Error::Internal("a pool's pages would be lost: what is written lies elsewhere");
   }
-  auto keys = *written.get<ffi::AnyBuffer>(0);
-  const int P = keys->dimensions()[0], K = keys->dimensions()[1], H = keys->dimensions()[2], S = keys->dimensions()[3];
-  const bool wide = keys->element_type() == ffi::F32;
-  const int R = page.element_count(), X = arrays.get<Narrow>(results)->element_count() / (K * H);
+  auto keys = *arrays.get<ffi::AnyBuffer>(0), new_keys = *arrays.get<ffi::AnyBuffer>(results);
+  const int P = keys.dimensions()[0], K = keys.dimensions()[1], H = keys.dimensions()[2], S = keys.dimensions()[3];
+  const int R = page.element_count(), X = new_keys.element_count() / (K * H);
   const Tokens tokens{token.typed_data(), page.typed_data(), slot.typed_data(), R, X};
-  Each(pool, results / 2, [=](int layer) {
-    const bfloat16 *key = (*fresh)[2 * layer], *value = (*fresh)[2 * layer + 1];
-    void *to_key = (*pools)[2 * layer], *to_value = (*pools)[2 * layer + 1];
-    auto put = [&](auto T) {
-      PutTokens(tokens, key, value, P, K, H, S, static_cast<decltype(T)*>(to_key), static_cast<decltype(T)*>(to_value));
-    };
-    wide ? put(float()) : put(bfloat16());
+  ByType(keys, [&](auto T) {
+    ByType(new_keys, [&](auto N) {
+      Each(pool, results / 2, [=](int layer) {
+        auto fresh_of = [&](int i) { return static_cast<const decltype(N)*>((*fresh)[2 * layer + i]); };
+        auto pool_of = [&](int i) { return static_cast<decltype(T)*>((*pools)[2 * layer + i]); };
+        PutTokens(tokens, fresh_of(0), fresh_of(1), P, K, H, S, pool_of(0), pool_of(1));
+      });
+    });
   });
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_paged, Paged,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_cpu_paged, Paged,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap")
-                                  .Arg<Narrow>()
-                                  .Arg<Narrow>()
-                                  .Arg<Narrow>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<Int32>()
                                   .Arg<Int32>()
                                   .RemainingArgs()
-                                  .Ret<Narrow>());
+                                  .Ret<ffi::AnyBuffer>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_amx_write, Write,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_cpu_write, Write,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Int32>()

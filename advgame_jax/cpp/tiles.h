@@ -36,6 +36,13 @@ class Tiles {
   ~Tiles() { _tile_release(); }
 };
 
+// What a thread that multiplies numbers of this type has.
+struct NoTiles {
+  NoTiles() {}
+};
+template <class T>
+using TilesOf = std::conditional_t<std::is_same_v<T, bfloat16>, Tiles, NoTiles>;
+
 // Rows of I inputs, `stride` apart, as right tiles: [rows / 16, I / 2 pairs, 16 rows, 2], zeros in the place of more.
 inline void PackRows(const bfloat16* x, int rows, int I, size_t stride, bfloat16* right) {
   for (int row = 0; row < rows; row += kTile) {
@@ -49,8 +56,9 @@ inline void PackRows(const bfloat16* x, int rows, int I, size_t stride, bfloat16
   }
 }
 
-// S inputs of H columns, `stride` apart, as right tiles: [S / 32, H / 16, 16 pairs, 16 columns, 2]; zeros likewise.
-inline void PackInputs(const bfloat16* x, int S, int H, size_t stride, bfloat16* right) {
+// S inputs of H columns, `stride` apart, as right tiles: [S / 32, H / 16, 16 pairs, 16 columns, 2]; zeros likewise. With
+// room for more behind them.
+inline void PackInputs(const bfloat16* x, int S, int H, size_t stride, int, bfloat16* right) {
   for (int s = 0; s < S; s += kInputs) {
     for (int h = 0; h < H; h += kTile, right += kTile * kInputs) {
       for (int pair = 0; pair < kTile; ++pair) {

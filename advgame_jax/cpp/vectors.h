@@ -53,6 +53,17 @@ inline const bfloat16* Data(const Narrow& x) { return reinterpret_cast<const bfl
 
 inline bfloat16* Data(ffi::Result<Narrow>& x) { return reinterpret_cast<bfloat16*>(x->untyped_data()); }
 
+template <class T>
+const T* Data(const ffi::AnyBuffer& x) {
+  return static_cast<const T*>(x.untyped_data());
+}
+
+// f of a number of the type that these are: float or bfloat16.
+template <class F>
+void ByType(const ffi::AnyBuffer& x, F f) {
+  x.element_type() == ffi::F32 ? f(float()) : f(bfloat16());
+}
+
 inline __m512 Wide(const bfloat16* x) {
   __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
@@ -72,6 +83,12 @@ inline void Store(bfloat16* to, __m512 x) {
 }
 
 inline void Store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
+
+inline void StoreSome(bfloat16* to, __mmask16 some, __m512 x) {
+  _mm256_mask_storeu_epi16(to, some, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+
+inline void StoreSome(float* to, __mmask16 some, __m512 x) { _mm512_mask_storeu_ps(to, some, x); }
 
 // Rounded and side by side: 16 pairs; and the numbers of such pairs.
 inline __m512 Pairs(__m512 first, __m512 second) {

@@ -1,4 +1,4 @@
-// Kernels in bfloat16 for CPUs with AMX, in one library; amx.py says what each computes.
+// Kernels for CPUs, in one library; cpu.py says what each computes.
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -10,4 +10,4 @@
 #include "rows.h"
 
 // Asks Linux for the tiles, which a process has to; 0 where it may use them.
-extern "C" int advgame_amx_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18); }
+extern "C" int advgame_cpu_permits_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18); }

@@ -1,9 +1,10 @@
-"""What a model computes in bfloat16, by kernels for CPUs with AMX.
+"""What a model computes, by kernels for CPUs: in float32 where they have AVX-512, in bfloat16 where they have AMX too.
 
 XLA's own take twice as long and more, in many more steps. `cpp` has them in C++ against XLA's foreign function
 interface (`jax.ffi`): the compiler that is here (`CXX`, else c++ or g++) compiles them once for each jaxlib, into the
-user's cache (`XDG_CACHE_HOME`, else ~/.cache). Without a compiler, Linux or AMX, or with several devices, over which
-XLA cannot split them, everything is XLA's. Gradients are XLA's too, but for those of products, which are products.
+user's cache (`XDG_CACHE_HOME`, else ~/.cache). Without a compiler, Linux or AVX-512, or with several devices, over
+which XLA cannot split them, everything is XLA's. So are short rows of float32, and gradients, but for those of
+bfloat16's products, which are products.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import pathlib
 import shlex
@@ -31,9 +33,11 @@ _SOURCES = pathlib.Path(__file__).with_name("cpp")
 _FLAGS = (
   "-O3 -std=c++17 -shared -fPIC -w -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mamx-tile -mamx-bf16"
 )
-_NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}
+_NEEDED = {"fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_NEEDED_BY_NARROW = {"avx512_bf16", "amx_tile", "amx_bf16"}
 _KERNELS = ("products", "added", "gated", "paged", "causal", "draw", "norm", "rotate", "write")
 _SECONDS = 300  # at most, of compiling
+_SHORT = 128  # numbers of a row
 _TILE, _LANES, _MOST_HEAD = 32, 16, 256
 GATES = ("silu", "gelu_tanh")  # activations that `gated` knows
 
@@ -48,37 +52,41 @@ class Pages(NamedTuple):
   page_RJ: jax.Array  # int32, −1 where there is no more
 
 
-def there() -> bool:
-  """Whether this process has one device, a CPU that the kernels run on."""
-  return jax.default_backend() == "cpu" and jax.device_count() == 1 and loaded()
+def there(dtype: Any) -> bool:
+  """Whether this process has one device, a CPU that the kernels for this dtype run on."""
+  return jax.default_backend() == "cpu" and jax.device_count() == 1 and jnp.dtype(dtype) in loaded()
 
 
 @functools.cache
-def loaded() -> bool:
-  """Whether the kernels are known to XLA, compiled if need be."""
+def loaded() -> frozenset[Any]:
+  """The dtypes whose kernels are known to XLA, compiled if need be."""
+  nothing: frozenset[Any] = frozenset()
   if _NEEDED - _processor():
-    return False
+    return nothing
   compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
   if not compiler[0]:
-    log.info("no C++ compiler is here: bfloat16 is left to XLA, which generates half as fast on this CPU")
-    return False
+    log.info("no C++ compiler is here: all is left to XLA, which generates half as fast on this CPU")
+    return nothing
   try:
     library = _library(compiler)
   except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # the second where nobody has a home
     lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines() or [repr(error)]
     said = next((line for line in lines if "error" in line), lines[0])
-    log.warning("the kernels for AMX cannot be compiled, or loaded (%s): bfloat16 is left to XLA", said)
-    return False
-  if library.advgame_amx_permitted():
-    log.info("Linux does not let this process use AMX: bfloat16 is left to XLA")
-    return False
+    log.warning("the kernels for CPUs cannot be compiled, or loaded (%s): all is left to XLA", said)
+    return nothing
   for name in _KERNELS:
     jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(library, _target(name))), platform="cpu")
-  return True
+  wide, narrow = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
+  if _NEEDED_BY_NARROW - _processor():
+    return frozenset({wide})
+  if library.advgame_cpu_permits_tiles():
+    log.info("Linux does not let this process use AMX: bfloat16 is left to XLA")
+    return frozenset({wide})
+  return frozenset({wide, narrow})
 
 
 def _target(name: str) -> str:
-  return f"advgame_amx_{name}"
+  return f"advgame_cpu_{name}"
 
 
 def _processor() -> set[str]:
@@ -94,7 +102,7 @@ def _place(compiler: Sequence[str]) -> pathlib.Path:
   sources = b"\0".join(path.read_bytes() for path in sorted(_SOURCES.iterdir()))
   name = hashlib.sha256(sources + made_of).hexdigest()[:16]
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "advgame_jax"
-  return folder / f"amx-{name}.so"
+  return folder / f"kernels-{name}.so"
 
 
 def _library(compiler: Sequence[str]) -> ctypes.CDLL:
@@ -105,7 +113,7 @@ def _library(compiler: Sequence[str]) -> ctypes.CDLL:
   library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
   with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
     unfinished = pathlib.Path(scratch) / library.name
-    source, headers = str(_SOURCES / "amx.cc"), jax.ffi.include_dir()
+    source, headers = str(_SOURCES / "cpu.cc"), jax.ffi.include_dir()
     command = [*compiler, *_FLAGS.split(), "-isystem", headers, source, "-o", str(unfinished)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
     unfinished.replace(library)  # whole or not at all, whoever else compiles it
@@ -125,13 +133,14 @@ def either(fits: bool, kernel: Callable[..., Any], plain: Callable[..., Any]) ->
 
 
 def multiplies(x_XI: Any, *matrices_OI: Any) -> bool:
-  """Whether `multiply` takes these."""
-  narrow = all(x.dtype == jnp.bfloat16 for x in (x_XI, *matrices_OI))
-  return narrow and all(_whole(size, _TILE) for matrix_OI in matrices_OI for size in matrix_OI.shape) and there()
+  """Whether `multiply` takes these, all of one dtype."""
+  alike = all(x.dtype == x_XI.dtype for x in matrices_OI)
+  whole = all(_whole(size, _TILE) for matrix_OI in matrices_OI for size in matrix_OI.shape)
+  return alike and whole and _takes(x_XI.dtype, matrices_OI[0].shape[1])
 
 
 def multiply(x_XI: jax.Array, *matrices_OI: jax.Array, dtype: Any) -> Sequence[jax.Array]:
-  """x · matrixᵀ → [X, O] of each matrix, sums in float32, rounded to `dtype`, bfloat16 or float32."""
+  """x · matrixᵀ → [X, O] of each matrix, sums in float32, rounded to `dtype`, x's or float32."""
   results = [jax.ShapeDtypeStruct((len(x_XI), len(matrix_OI)), dtype) for matrix_OI in matrices_OI]
   return jax.ffi.ffi_call(_target("products"), results, vmap_method="sequential")(x_XI, *matrices_OI)
 
@@ -148,10 +157,10 @@ def gated(x_XI: jax.Array, gate_OI: jax.Array, up_OI: jax.Array, *, activation: 
 
 
 def reads(query_RNH: Any, pools: Sequence[tuple[Any, Any]]) -> bool:
-  """Whether `paged` takes these queries and pools of keys [P, K, H, S] and values, all of one dtype."""
+  """Whether `paged` takes these queries and pools of keys [P, K, H, S] and values: of the queries' dtype, or wide."""
   dtypes = {getattr(x, "dtype", None) for pool in pools for x in pool}
-  narrow = query_RNH.dtype == jnp.bfloat16 and dtypes in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)})
-  return narrow and all(_whole(key.shape[3], _LANES) for key, _ in pools) and _head(query_RNH.shape[-1]) and there()
+  fits = all(_whole(key.shape[3], _LANES) for key, _ in pools) and _head(query_RNH.shape[-1])
+  return fits and _holds(dtypes, query_RNH.dtype) and _takes(query_RNH.dtype, math.prod(query_RNH.shape[1:]))
 
 
 def paged(
@@ -173,7 +182,7 @@ def paged(
 
 def attends(query_RTNH: Any) -> bool:
   """Whether `causal` takes these queries."""
-  return query_RTNH.dtype == jnp.bfloat16 and _head(query_RTNH.shape[-1]) and there()
+  return _head(query_RTNH.shape[-1]) and _takes(query_RTNH.dtype, math.prod(query_RTNH.shape[2:]))
 
 
 def causal(
@@ -196,8 +205,8 @@ def causal(
 
 
 def draws(hidden_RM: Any, vocabulary: int) -> bool:
-  """Whether `draw` takes the logits of such hidden states: only of models that compute in bfloat16."""
-  return hidden_RM.dtype == jnp.bfloat16 and _whole(vocabulary, _LANES) and there()
+  """Whether `draw` takes the logits of such hidden states."""
+  return _whole(vocabulary, _LANES) and _takes(hidden_RM.dtype, hidden_RM.shape[-1])
 
 
 def draw(
@@ -216,7 +225,7 @@ def draw(
 
 def normalises(x: Any, scale: Any) -> bool:
   """Whether `norm` takes these."""
-  return x.dtype == scale.dtype == jnp.bfloat16 and _whole(scale.size, _LANES) and there()
+  return x.dtype == scale.dtype and _whole(scale.size, _LANES) and _takes(x.dtype, scale.size)
 
 
 def norm(x: jax.Array, scale: jax.Array, *, epsilon: float, offset: float) -> jax.Array:
@@ -227,7 +236,7 @@ def norm(x: jax.Array, scale: jax.Array, *, epsilon: float, offset: float) -> ja
 
 def rotates(x_RTNH: Any, pairs: int) -> bool:
   """Whether `rotate` takes these, of which so many pairs of numbers are turned."""
-  return x_RTNH.dtype == jnp.bfloat16 and _whole(pairs, _LANES) and there()
+  return _whole(pairs, _LANES) and _takes(x_RTNH.dtype, math.prod(x_RTNH.shape[2:]))
 
 
 def rotate(x_RTNH: jax.Array, cos_RT1h: jax.Array, sin_RT1h: jax.Array) -> jax.Array:
@@ -236,10 +245,10 @@ def rotate(x_RTNH: jax.Array, cos_RT1h: jax.Array, sin_RT1h: jax.Array) -> jax.A
 
 
 def writes(pool: Any, new: Any) -> bool:
-  """Whether `write` takes these, whose layers are one by one and hold bfloat16 or float32."""
-  dtypes, new_dtypes = ({x.dtype for x in jax.tree.leaves(x)} for x in (pool, new))
-  narrow = new_dtypes == {jnp.dtype(jnp.bfloat16)} and dtypes in (new_dtypes, {jnp.dtype(jnp.float32)})
-  return narrow and type(pool) is tuple and all(_whole(key_PKHS.shape[2], _LANES) for key_PKHS, _ in pool) and there()
+  """Whether `write` takes these, whose layers are one by one: all of one dtype, or the pools wide."""
+  dtypes, token = {x.dtype for x in jax.tree.leaves(pool)}, jax.tree.leaves(new)[0]
+  fits = type(pool) is tuple and all(_whole(key_PKHS.shape[2], _LANES) for key_PKHS, _ in pool)
+  return fits and _holds(dtypes, token.dtype) and _takes(token.dtype, math.prod(token.shape[-2:]))
 
 
 def write(pool: Any, new: Any, token_R: jax.Array, page_R: jax.Array, slot_R: jax.Array) -> Any:
@@ -261,6 +270,18 @@ def _call(name: str, like: Any) -> Callable[..., Any]:
 def _head(size: int) -> bool:
   """Whether queries of this size are read."""
   return _whole(size, _TILE) and size <= _MOST_HEAD
+
+
+def _holds(dtypes: set[Any], dtype: Any) -> bool:
+  """Whether pools of these dtypes hold tokens of this one."""
+  return dtypes in ({dtype}, {jnp.dtype(jnp.float32)})
+
+
+def _takes(dtype: Any, size: int) -> bool:
+  """Whether rows of so many numbers are computed here. Short ones of float32 are XLA's: what the microworld's players
+  learn does not depend on whether a compiler is here.
+  """
+  return (dtype == jnp.bfloat16 or (dtype == jnp.float32 and size > _SHORT)) and there(dtype)
 
 
 def _whole(size: int, unit: int) -> bool:

@@ -1,6 +1,7 @@
-"""The kernels for CPUs with AMX against XLA's forms, on the processors that have it."""
+"""The kernels for CPUs against XLA's forms, on processors that have what they need."""
 
 import concurrent.futures
+import functools
 import os
 import shutil
 import subprocess
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 
 from advgame_jax import (
-  amx,
   architecture,
   attention,
   blockwise,
   caches,
+  cpu,
   feed_forward,
   layers,
   matrices,
@@ -35,16 +36,25 @@ from advgame_jax.engine import Engine, Load
 from advgame_jax.sampler import Member, Rows
 from advgame_jax.scoring import Generator
 
-HERE = not amx._NEEDED - amx._processor() and (shutil.which("c++") or shutil.which("g++"))
-needs_amx = pytest.mark.skipif(not HERE, reason="needs Linux, a CPU with AMX, and a C++ compiler")
 NARROW, WIDE = jnp.bfloat16, jnp.float32
+COMPILER = shutil.which("c++") or shutil.which("g++")
+HERE = COMPILER and not cpu._NEEDED - cpu._processor()  # those of float32
+needs_avx512 = pytest.mark.skipif(not HERE, reason="needs Linux, a CPU with AVX-512, and a C++ compiler")
+without_amx = not HERE or cpu._NEEDED_BY_NARROW - cpu._processor()
+needs_amx = pytest.mark.skipif(bool(without_amx), reason="needs Linux, a CPU with AMX, and a C++ compiler")
+BOTH = [pytest.param(NARROW, marks=needs_amx), pytest.param(WIDE, marks=needs_avx512)]
+PAIRS = [  # of what is new and what is kept, or comes out
+  pytest.param(NARROW, NARROW, marks=needs_amx),
+  pytest.param(NARROW, WIDE, marks=needs_amx),
+  pytest.param(WIDE, WIDE, marks=needs_avx512),
+]
 
 
 @pytest.fixture
 def one_cpu(monkeypatch):
   """As in a process of one device: by fake ones all is XLA's. Nobody else gets the programs."""
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  assert amx.there() or not HERE
+  assert cpu.there(WIDE) or not HERE
   programs.compiled.cache_clear()
   yield
   programs.compiled.cache_clear()
@@ -58,39 +68,41 @@ def wide(x: jax.Array) -> np.ndarray:
   return np.asarray(x, np.float32)
 
 
-def rounded(x: np.ndarray) -> float:
-  """How far off what is rounded to bfloat16 may be: half a unit of its last place, and the order of sums."""
-  return float(np.abs(x).max()) * 2**-8
+def rounded(x: np.ndarray, dtype=NARROW) -> float:
+  """How far off what is rounded to bfloat16 may be: half a unit of its last place, and the order of sums, which is all
+  of float32.
+  """
+  return float(np.abs(x).max()) * (2**-8 if dtype == NARROW else 2**-20)
 
 
-@needs_amx
 @pytest.mark.parametrize("X", [1, 16, 17, 33, 64, 65, 300])
-@pytest.mark.parametrize("dtype", [NARROW, WIDE])
-def test_products_are_those_of_float32_rounded_once(X, dtype, one_cpu):
-  x, outputs = normal(0, X, 96), (32, 192, 64)
-  parts = [normal(i, size, 96) for i, size in enumerate(outputs, 1)]
-  assert amx.multiplies(x, *parts)
-  products = jax.jit(lambda x, *parts: amx.multiply(x, *parts, dtype=dtype))(x, *parts)
+@pytest.mark.parametrize(("of", "dtype"), PAIRS)
+def test_products_are_those_of_float64_rounded_once(X, of, dtype, one_cpu):
+  x, outputs = normal(0, X, 160, dtype=of), (32, 192, 64)
+  parts = [normal(i, size, 160, dtype=of) for i, size in enumerate(outputs, 1)]
+  assert cpu.multiplies(x, *parts)
+  products = jax.jit(lambda x, *parts: cpu.multiply(x, *parts, dtype=dtype))(x, *parts)
   for part, product in zip(parts, products):
-    expected = wide(x) @ wide(part).T
+    expected = np.asarray(x, np.float64) @ np.asarray(part, np.float64).T
     assert product.dtype == dtype
-    np.testing.assert_allclose(wide(product), expected, atol=rounded(expected) if dtype == NARROW else 1e-4)
+    np.testing.assert_allclose(wide(product), expected, atol=rounded(expected, dtype))
+    np.testing.assert_array_equal(matrices.multiply(x, part, 1, dtype), product)
 
 
-@needs_amx
-def test_rows_of_many_inputs_are_taken_in_parts(one_cpu):
-  x, matrix = normal(0, 100, 2**15), normal(1, 64, 2**15)
-  (product,) = jax.jit(lambda x, matrix: amx.multiply(x, matrix, dtype=WIDE))(x, matrix)
+@pytest.mark.parametrize("dtype", BOTH)
+def test_rows_of_many_inputs_are_taken_in_parts(dtype, one_cpu):
+  x, matrix = normal(0, 100, 2**15, dtype=dtype), normal(1, 64, 2**15, dtype=dtype)
+  (product,) = jax.jit(lambda x, matrix: cpu.multiply(x, matrix, dtype=WIDE))(x, matrix)
   np.testing.assert_allclose(product, wide(x) @ wide(matrix).T, rtol=1e-5, atol=1e-3)
 
 
-@needs_amx
-def test_a_row_s_product_is_the_same_bits_in_any_company(one_cpu):
+@pytest.mark.parametrize("dtype", BOTH)
+def test_a_row_s_product_is_the_same_bits_in_any_company(dtype, one_cpu):
   """By whatever thread and in whatever order, too: whoever is done helps the others, so now and then."""
-  matrix = normal(1, 8192, 64)
-  multiply = jax.jit(lambda x: amx.multiply(x, matrix, dtype=WIDE)[0])
+  matrix = normal(1, 8192, 64, dtype=dtype)
+  multiply = jax.jit(lambda x: cpu.multiply(x, matrix, dtype=WIDE)[0])
   for seed in range(20):
-    x = normal(seed, 300, 64)
+    x = normal(seed, 300, 64, dtype=dtype)
     whole = np.asarray(multiply(x))
     for first, end in ((0, 1), (3, 40), (250, 300)):
       np.testing.assert_array_equal(np.asarray(multiply(x[first:end])), whole[first:end])
@@ -99,7 +111,7 @@ def test_a_row_s_product_is_the_same_bits_in_any_company(one_cpu):
 @needs_amx
 def test_two_programs_at_once_have_their_own_products(one_cpu):
   x, matrix = normal(0, 40, 64), normal(1, 8192, 64)
-  multiply = jax.jit(lambda x: amx.multiply(x, matrix, dtype=WIDE)[0])
+  multiply = jax.jit(lambda x: cpu.multiply(x, matrix, dtype=WIDE)[0])
   inputs = [x, -x]
   expected = [np.asarray(multiply(x)) for x in inputs]
 
@@ -110,110 +122,126 @@ def test_two_programs_at_once_have_their_own_products(one_cpu):
     assert all(threads.map(often, (0, 1)))
 
 
-@needs_amx
 @pytest.mark.parametrize("X", [1, 3, 2000])
-@pytest.mark.parametrize(("shape", "offset"), [((96,), 0.0), ((16,), 1.0), ((3, 32), 0.0)])
-def test_rows_are_normalised_as_in_float32(X, shape, offset, one_cpu):
-  size = jnp.array([5, 0.002], NARROW).reshape(2, *(1,) * len(shape))  # of the second as much as epsilon
-  x, scale = size * normal(0, X, 2, *shape), normal(1, *shape)
-  assert amx.normalises(x, scale)
-  expected = wide(model.rms_norm(x.astype(WIDE), scale.astype(WIDE), 1e-5, offset))
-  np.testing.assert_allclose(wide(model.rms_norm(x, scale, 1e-5, offset)), expected, rtol=2**-8)
+@pytest.mark.parametrize(("shape", "offset"), [((160,), 0.0), ((144,), 1.0), ((5, 32), 0.0)])
+@pytest.mark.parametrize("dtype", BOTH)
+def test_rows_are_normalised_as_in_float32(X, shape, offset, dtype, one_cpu):
+  size = jnp.array([5, 0.002], dtype).reshape(2, *(1,) * len(shape))  # of the second as much as epsilon
+  x, scale = size * normal(0, X, 2, *shape, dtype=dtype), normal(1, *shape, dtype=dtype)
+  assert cpu.normalises(x, scale)
+  expected = wide(model._rms_norm(x.astype(WIDE), scale.astype(WIDE), epsilon=1e-5, offset=offset))
+  read = wide(model.rms_norm(x, scale, 1e-5, offset))
+  np.testing.assert_allclose(read, expected, rtol=2**-8 if dtype == NARROW else 1e-6)
 
 
-@needs_amx
 @pytest.mark.parametrize(("rows", "pairs"), [(1, 32), (3, 16)])
-def test_tokens_are_turned_as_in_float32(rows, pairs, one_cpu):
-  x, angle = normal(0, 3, 50, 5, 64), 7 * normal(1, rows, 50, 1, pairs, dtype=WIDE)
+@pytest.mark.parametrize("dtype", BOTH)
+def test_tokens_are_turned_as_in_float32(rows, pairs, dtype, one_cpu):
+  x, angle = normal(0, 3, 50, 5, 64, dtype=dtype), 7 * normal(1, rows, 50, 1, pairs, dtype=WIDE)
   turn = rotary.Turn(1.3 * jnp.cos(angle), 1.3 * jnp.sin(angle))
-  assert amx.rotates(x, pairs) and not amx.rotates(x, 0) and not amx.rotates(x, 24)
-  expected = wide(rotary.rotate(x.astype(WIDE), turn))
+  assert cpu.rotates(x, pairs) and not cpu.rotates(x, 0) and not cpu.rotates(x, 24)
+  expected = wide(rotary._rotate(x.astype(WIDE), *turn))
   read = wide(rotary.rotate(x, turn))
-  np.testing.assert_allclose(read, expected, atol=rounded(expected))
+  np.testing.assert_allclose(read, expected, atol=rounded(expected, dtype))
   np.testing.assert_array_equal(read[..., 2 * pairs :], wide(x)[..., 2 * pairs :])
 
 
-@needs_amx
 @pytest.mark.parametrize("X", [1, 33, 300])
-def test_what_is_added_to_a_product_is_added_before_it_is_rounded(X, one_cpu):
-  x, matrix, plus = normal(0, X, 64), normal(1, 96, 64), 30 * normal(2, X, 96)
+@pytest.mark.parametrize("dtype", BOTH)
+def test_what_is_added_to_a_product_is_added_before_it_is_rounded(X, dtype, one_cpu):
+  x, matrix = normal(0, X, 160, dtype=dtype), normal(1, 96, 160, dtype=dtype)
+  plus = 30 * normal(2, X, 96, dtype=dtype)
   expected = wide(x) @ wide(matrix).T + wide(plus)
-  added = wide(jax.jit(amx.added)(x, matrix, plus))
-  np.testing.assert_allclose(added, expected, rtol=2**-8, atol=1e-3)
+  added = wide(jax.jit(cpu.added)(x, matrix, plus))
+  np.testing.assert_allclose(added, expected, rtol=2**-8 if dtype == NARROW else 1e-6, atol=1e-3)
   layer = {"down": matrices.Transposed(matrix)}
   np.testing.assert_array_equal(wide(matrices.linear(layer, "down", x, plus=plus)), added)
 
 
-@needs_amx
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("X", [1, 33, 300])
-def test_gated_products_are_those_of_float64_rounded_once(X, activation, one_cpu):
-  x, gate, up = normal(0, X, 64), normal(1, 96, 64), normal(2, 96, 64)
+@pytest.mark.parametrize("dtype", BOTH)
+def test_gated_products_are_those_of_float64_rounded_once(X, activation, dtype, one_cpu):
+  x, gate, up = (normal(seed, size, 64, dtype=dtype) for seed, size in enumerate((X, 96, 96)))
   gate = gate.at[:2].set(30 * gate[:2])  # most gates are shut or open
   wide_x, exact = np.asarray(x, np.float64), np.asarray(x, np.float64) @ np.asarray(gate, np.float64).T
   with np.errstate(over="ignore"):
     silu = exact / (1 + np.exp(-exact))
   normal_cdf = 1 + np.tanh((2 / np.pi) ** 0.5 * (exact + 0.044715 * exact**3))
   expected = (silu if activation == "silu" else exact / 2 * normal_cdf) * (wide_x @ np.asarray(up, np.float64).T)
-  gated = wide(jax.jit(lambda *args: amx.gated(*args, activation=activation))(x, gate, up))
-  np.testing.assert_allclose(gated, expected, rtol=2**-8, atol=1e-4)
-  spoilt = wide(amx.gated(x.at[0, 0].set(jnp.nan), gate, up, activation=activation))
+  gated = wide(jax.jit(lambda *args: cpu.gated(*args, activation=activation))(x, gate, up))
+  np.testing.assert_allclose(gated, expected, rtol=2**-8 if dtype == NARROW else 1e-5, atol=1e-4)
+  spoilt = wide(cpu.gated(x.at[0, 0].set(jnp.nan), gate, up, activation=activation))
   assert np.isnan(spoilt[0]).all()
   np.testing.assert_array_equal(spoilt[1:], gated[1:])
 
 
-@needs_amx
-@pytest.mark.parametrize("kept", [NARROW, WIDE])
-def test_tokens_are_written_where_they_belong_and_nowhere_else(kept, one_cpu, monkeypatch):
-  R, P, K, H, S = 5, 7, 3, 32, 16
+@pytest.mark.parametrize(("new", "kept"), PAIRS)
+def test_tokens_are_written_where_they_belong_and_nowhere_else(new, kept, one_cpu, monkeypatch):
+  R, P, K, H, S = 5, 7, 5, 32, 16
   pool = tuple(Cache(normal(i, P, K, H, S, dtype=kept), normal(i + 9, P, K, S, H, dtype=kept)) for i in range(3))
-  new = tuple(
-    Kept(normal(20 + i, R, 1, K, H), normal(30 + i, R, 1, K, H).at[1, 0, 0, 3].set(jnp.nan)) for i in range(3)
-  )
+  drawn = lambda i: normal(i, R, 1, K, H, dtype=new)
+  tokens = tuple(Kept(drawn(20 + i), drawn(30 + i).at[1, 0, 0, 3].set(jnp.nan)) for i in range(3))
   page, slot = jnp.array([6, 0, P, 3, 2], jnp.int32), jnp.array([0, 15, 1, 7, 8], jnp.int32)
-  assert amx.writes(pool, new) and not amx.writes(pool, jax.tree.map(lambda x: x.astype(WIDE), new))
-  written = jax.tree.map(wide, jax.jit(caches.write)(pool, new, page, slot))
-  monkeypatch.setattr(amx, "writes", lambda *_: False)
-  expected = jax.tree.map(wide, caches.write(pool, jax.tree.map(lambda x: x.astype(kept), new), page, slot))
+  assert cpu.writes(pool, tokens)
+  written = jax.tree.map(wide, jax.jit(caches.write)(pool, tokens, page, slot))
+  monkeypatch.setattr(cpu, "writes", lambda *_: False)
+  expected = jax.tree.map(wide, caches.write(pool, jax.tree.map(lambda x: x.astype(kept), tokens), page, slot))
   jax.tree.map(np.testing.assert_array_equal, written, expected)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(written))
 
 
-@needs_amx
-@pytest.mark.parametrize("kept", [NARROW, WIDE])
-def test_whole_pages_are_written_of_the_tokens_that_belong_there(kept, one_cpu, monkeypatch):
-  P, K, H, S = 5, 2, 32, 16
+@pytest.mark.parametrize(("new", "kept"), PAIRS)
+def test_whole_pages_are_written_of_the_tokens_that_belong_there(new, kept, one_cpu, monkeypatch):
+  P, K, H, S = 5, 5, 32, 16
   pool = tuple(Cache(normal(i, P, K, H, S, dtype=kept), normal(i + 9, P, K, S, H, dtype=kept)) for i in range(2))
-  read = tuple(Kept(normal(20 + i, 3, 20, K, H), normal(30 + i, 3, 20, K, H).at[1, 4].set(jnp.inf)) for i in range(2))
+  drawn = lambda i: normal(i, 3, 20, K, H, dtype=new)
+  read = tuple(Kept(drawn(20 + i), drawn(30 + i).at[1, 4].set(jnp.inf)) for i in range(2))
   token, page = jnp.arange(64, dtype=jnp.int32)[::-1].reshape(4, S), jnp.array([4, 0, P, 2], jnp.int32)  # 60 are there
+  assert cpu.writes(pool, read)
   written = jax.tree.map(wide, jax.jit(caches.write_pages)(pool, read, token, page))
-  monkeypatch.setattr(amx, "writes", lambda *_: False)
+  monkeypatch.setattr(cpu, "writes", lambda *_: False)
   expected = caches.write_pages(pool, jax.tree.map(lambda x: x.astype(kept), read), token, page)
   jax.tree.map(np.testing.assert_array_equal, written, jax.tree.map(wide, expected))
 
 
-@needs_amx
 @pytest.mark.parametrize(("T", "N", "K", "H", "window", "cap"), [
-  (150, 9, 3, 64, 0, 0.0), (70, 4, 4, 32, 20, 0.0), (37, 8, 2, 128, 0, 5.0), (16, 2, 1, 256, 7, 0.0),
+  (150, 9, 3, 64, 0, 0.0), (70, 5, 5, 32, 20, 0.0), (37, 8, 2, 128, 0, 5.0), (16, 2, 1, 256, 7, 0.0),
 ])  # fmt: skip
-def test_packed_rows_are_attended_to_as_by_xla(T, N, K, H, window, cap, one_cpu):
-  query, key, value = (normal(seed, 2, T, heads, H) for seed, heads in enumerate((N, K, K)))
+@pytest.mark.parametrize("dtype", BOTH)
+def test_packed_rows_are_attended_to_as_by_xla(T, N, K, H, window, cap, dtype, one_cpu):
+  query, key, value = (normal(seed, 2, T, heads, H, dtype=dtype) for seed, heads in enumerate((N, K, K)))
   segment = jnp.cumsum((jax.random.uniform(jax.random.key(3), (2, T)) < 0.05).astype(jnp.int32), -1)
   rule = blockwise.Rule(H**-0.5, cap, window)
-  assert amx.attends(query)
+  assert cpu.attends(query)
   read = jax.jit(lambda *args: attention.causal(*args[:3], rule, segment_RT=args[3]))(query, key, value, segment)
   expected = wide(blockwise.causal(*(x.astype(WIDE) for x in (query, key, value)), rule, segment))
-  np.testing.assert_allclose(wide(read), expected, atol=2 * rounded(expected))  # weights are rounded, too
+  np.testing.assert_allclose(wide(read), expected, atol=2 * rounded(expected, dtype))  # weights are rounded, too
 
 
-@needs_amx
-@pytest.mark.parametrize(("N", "K", "H", "window", "cap", "kept"), [
-  (9, 3, 64, 1000, 0.0, NARROW), (7, 1, 32, 1000, 0.0, NARROW), (4, 4, 256, 20, 0.0, NARROW), (4, 2, 64, 9, 5.0, WIDE),
-  (6, 2, 96, 1000, 0.0, NARROW), (7, 1, 96, 1000, 0.0, WIDE),
+@needs_avx512
+@pytest.mark.parametrize("window", [0, 50])
+def test_what_a_text_reads_is_the_same_bits_wherever_it_lies(window, one_cpu):
+  texts = [normal(i, 1, 700, 5, 32, dtype=WIDE) for i in range(3)]
+  rule = blockwise.Rule(0.2, window=window)
+
+  def read(before: int, after: int) -> np.ndarray:
+    others = lambda x: jnp.concatenate([x[:, :before] + 1, x, x[:, :after] - 1], 1)
+    segment = jnp.repeat(jnp.arange(3), jnp.array([before, 700, after]), total_repeat_length=before + 700 + after)
+    return np.asarray(attention.causal(*map(others, texts), rule, segment_RT=segment[None]))[0, before : before + 700]
+
+  alone = read(0, 0)
+  for before, after in ((1, 0), (37, 5), (600, 64)):
+    np.testing.assert_array_equal(read(before, after), alone)
+
+
+@pytest.mark.parametrize(("N", "K", "H", "window", "cap"), [
+  (9, 3, 64, 1000, 0.0), (7, 1, 32, 1000, 0.0), (4, 4, 256, 20, 0.0), (4, 2, 64, 9, 5.0), (6, 2, 96, 1000, 0.0),
 ])  # fmt: skip
-def test_pages_are_read_as_by_xla(N, K, H, window, cap, kept, one_cpu, monkeypatch):
+@pytest.mark.parametrize(("dtype", "kept"), PAIRS)
+def test_pages_are_read_as_by_xla(N, K, H, window, cap, dtype, kept, one_cpu, monkeypatch):
   R, rng = 5, np.random.default_rng(0)
-  query, key, value = normal(0, R, N, H), normal(1, R, K, H), normal(2, R, K, H)
+  query, key, value = (normal(seed, R, heads, H, dtype=dtype) for seed, heads in enumerate((N, K, K)))
   place = jnp.array([3, 40, 64, 0, 90], jnp.int32)  # one row sees no page
 
   def pool(S: int, G: int, P: int, first: np.ndarray, end: np.ndarray) -> Pool:
@@ -231,20 +259,20 @@ def test_pages_are_read_as_by_xla(N, K, H, window, cap, kept, one_cpu, monkeypat
   own = pool(16, 1, 20, np.array([3, 3, 40, 9, 9]), np.asarray(place))
   rule = blockwise.Rule(H**-0.5, cap)
   args = (query, key, value, place, [prompts, own], rule, jnp.int32(window))
-  assert amx.reads(query, [pool[:2] for pool in args[4]])
+  assert cpu.reads(query, [pool[:2] for pool in args[4]])
   read = wide(attention.paged(*args))
   spoilt = wide(attention.paged(query.at[1, 0, 3].set(jnp.nan), *args[1:]))
   assert np.isnan(spoilt[1, 0]).all()
   np.testing.assert_array_equal(np.delete(spoilt, 1, 0), np.delete(read, 1, 0))
-  monkeypatch.setattr(amx, "reads", lambda *_: False)
+  monkeypatch.setattr(cpu, "reads", lambda *_: False)
   widened = [
     part._replace(key_PKHS=part.key_PKHS.astype(WIDE), value_PKSH=part.value_PKSH.astype(WIDE)) for part in args[4]
   ]
   expected = wide(attention.paged(*(x.astype(WIDE) for x in args[:3]), place, widened, *args[5:]))
-  np.testing.assert_allclose(read, expected, atol=rounded(expected))
+  np.testing.assert_allclose(read, expected, atol=rounded(expected, dtype))
 
 
-@needs_amx
+@needs_avx512
 @pytest.mark.parametrize("choice", [
   (1, 1, 0, 0), (1, 0.9, 0, 0), (0.7, 0.9, 50, 0), (1.3, 1, 20, 0), (1, 1, 0, 0.05), (0, 1, 0, 0), (1, 0.5, 7, 0.1),
   (1, 0, 0, 0),
@@ -253,13 +281,13 @@ def test_tokens_lie_at_their_quantiles_of_the_density_that_they_are_scored_by(ch
   logits = 4 * normal(0, 300, 4112, dtype=WIDE)
   logits = logits.at[0, jnp.array([9, 7])].set(logits.max() + 1).at[1, :40].set(-jnp.inf)
   uniform = jax.random.uniform(jax.random.key(1), (300,)).at[2].set(0).at[3].set(1 - 2**-24)
-  assert amx.draws(normal(0, 300, 32), 4112) and not amx.draws(normal(0, 300, 32, dtype=WIDE), 4112)
+  assert cpu.draws(normal(0, 300, 160, dtype=WIDE), 4112)
   live = jnp.arange(300) != 5
   token, behaviour, plain = map(
-    np.asarray, amx.draw(logits.at[6, 77].set(jnp.nan), scoring.Choice(*choice), uniform, live)
+    np.asarray, cpu.draw(logits.at[6, 77].set(jnp.nan), scoring.Choice(*choice), uniform, live)
   )
   assert token[5] == 0 and np.isnan(behaviour[6]) and np.isnan(plain[6])
-  token, behaviour, plain = map(np.asarray, amx.draw(logits, scoring.Choice(*choice), uniform, live | True))
+  token, behaviour, plain = map(np.asarray, cpu.draw(logits, scoring.Choice(*choice), uniform, live | True))
   density = np.asarray(scoring.behaviour_weight(logits, scoring.Choice(*choice)), np.float64)
   density /= density.sum(-1, keepdims=True)
   own = density[np.arange(300), token]
@@ -270,33 +298,35 @@ def test_tokens_lie_at_their_quantiles_of_the_density_that_they_are_scored_by(ch
   np.testing.assert_allclose(plain, scoring.plain_logprob(logits, token), atol=1e-5)
 
 
-@needs_amx
-def test_a_generation_by_kernels_says_what_float32_says_in_any_slots(one_cpu, monkeypatch):
+@pytest.mark.parametrize("dtype", BOTH)
+def test_a_generation_by_kernels_says_what_xla_s_float32_says_in_any_slots(dtype, one_cpu, monkeypatch):
   config = ModelConfig(
-    vocab=256, width=64, layers=2, heads=4, kv_heads=2, head_size=32, feed_forward=96, tied=True, max_positions=256
+    vocab=256, width=160, layers=2, heads=10, kv_heads=5, head_size=32, feed_forward=192, tied=True, max_positions=256
   )
   params, rng = layers.unstack(config, architecture.init(config, jax.random.key(0))), np.random.default_rng(0)
   prompts = [rng.integers(0, 256, length).tolist() for length in (5, 40, 17, 33, 64, 9)]
   mesh, never = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1]), np.zeros((2, 256), np.int16)
 
-  def drawn(slots: int, dtype: str = "bfloat16"):
+  def drawn(slots: int):
     how = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 20, "prompt_buckets": (64,), "slots": slots}
     engine = Engine(config, Sampling(**how), mesh, sharding.LOCAL, jnp.dtype(dtype), "auto", never)
     generator = Generator((matrices.cast(params, dtype),))
     return engine.generate(Load(generator, prompts, np.arange(6, dtype=np.uint32), 2, jax.random.key(1)))
 
+  jax.clear_caches()  # of traces of the kernels, which are to be seen
   called, call = set(), jax.ffi.ffi_call
   monkeypatch.setattr(jax.ffi, "ffi_call", lambda name, *args, **how: called.add(name) or call(name, *args, **how))
   few, many = drawn(4), drawn(12)
-  assert called == set(map(amx._target, amx._KERNELS))
+  assert called == set(map(cpu._target, cpu._KERNELS))
   np.testing.assert_array_equal(few.tokens_RT, many.tokens_RT)
   np.testing.assert_array_equal(few.plain_logprob_RT, many.plain_logprob_RT)
+  monkeypatch.setattr(cpu, "there", lambda dtype: False)
   for r, tokens in enumerate(many.tokens_RT):
     row = jnp.array([*prompts[r // 2], *tokens])[None]
     mask = jnp.arange(row.shape[1])[None] >= len(prompts[r // 2])
     stacked = architecture.init(config, jax.random.key(0))
     scored = np.asarray(scoring.score(config, stacked, row, mask))[np.asarray(mask)]
-    np.testing.assert_allclose(many.plain_logprob_RT[r], scored, atol=0.1)
+    np.testing.assert_allclose(many.plain_logprob_RT[r], scored, atol=0.1 if dtype == NARROW else 1e-4)
 
 
 @needs_amx
@@ -335,20 +365,21 @@ def test_what_stands_in_for_a_function_has_its_gradients(one_cpu):
       np.testing.assert_allclose(wide(slope), wide(exact), atol=4 * rounded(wide(exact)))
 
 
-@needs_amx
-@pytest.mark.parametrize(("platform", "called"), [("cpu", 9), ("cuda", 0), ("tpu", 0)])
-def test_programs_for_other_platforms_have_no_kernel_of_this_one(platform, called, one_cpu):
+@pytest.mark.parametrize(("platform", "called"), [("cpu", set(cpu._KERNELS)), ("cuda", set()), ("tpu", set())])
+@pytest.mark.parametrize("dtype", BOTH)
+def test_programs_for_other_platforms_have_no_kernel_of_this_one(platform, called, dtype, one_cpu):
   """As plans for machines that are not there lower them."""
-  config, one = ModelConfig(256, 64, 1, 2, 1, 32, 64, True, max_positions=256), jnp.ones(2)
-  x, matrix, scale = normal(0, 2, 64), matrices.Transposed(normal(1, 64, 64)), normal(6, 64)
-  query, key, segment = normal(2, 1, 32, 2, 32), normal(3, 1, 32, 1, 32), jnp.zeros((1, 32), jnp.int32)
-  zeros, cache = jnp.zeros((2, 1), jnp.int32), Cache(normal(4, 2, 1, 32, 16), normal(5, 2, 1, 16, 32))
+  config, one = ModelConfig(256, 160, 1, 5, 5, 32, 160, True, max_positions=256), jnp.ones(2)
+  some = functools.partial(normal, dtype=dtype)
+  x, matrix, scale = some(0, 2, 160), matrices.Transposed(some(1, 160, 160)), some(6, 160)
+  query, key, segment = some(2, 1, 32, 5, 32), some(3, 1, 32, 5, 32), jnp.zeros((1, 32), jnp.int32)
+  zeros, cache = jnp.zeros((2, 1), jnp.int32), Cache(some(4, 2, 5, 32, 16), some(5, 2, 5, 16, 32))
   pool, rule = Pool(*cache, Index(zeros, zeros[:, 0], zeros[:, 0], zeros)), blockwise.Rule(1)
 
   def everything(x, query, key):
     new, turn = (query[0, :2], key[0, :2], key[0, :2]), rotary.Turn(*[jnp.ones((1, 32, 1, 16))] * 2)
     rows = Rows((x,), jax.random.split(jax.random.key(0), 2), *[zeros[:, 0]] * 4, one > 0)
-    params = {"embed": normal(7, 256, 64)}
+    params = {"embed": some(7, 256, 160)}
     return (
       model.rms_norm(x, scale, 1e-5),
       rotary.rotate(query, turn),
@@ -362,17 +393,50 @@ def test_programs_for_other_platforms_have_no_kernel_of_this_one(platform, calle
     )
 
   text = jax.jit(everything).trace(x, query, key).lower(lowering_platforms=(platform,)).as_text()
-  assert len({name for name in map(amx._target, amx._KERNELS) if name in text}) == called
+  assert {name for name in cpu._KERNELS if cpu._target(name) in text} == called
 
 
 def test_what_kernels_cannot_do_is_left_to_xla(one_cpu):
   odd, fine = normal(0, 4, 64), normal(1, 32, 64)
-  assert not amx.multiplies(odd, normal(1, 33, 64)) and not amx.multiplies(odd.astype(WIDE), fine)
-  assert not amx.attends(normal(0, 1, 4, 2, 48)) and not amx.attends(normal(0, 1, 4, 2, 512))
+  assert not cpu.multiplies(odd, normal(1, 33, 64)) and not cpu.multiplies(odd.astype(WIDE), fine)
+  assert not cpu.attends(normal(0, 1, 4, 2, 48)) and not cpu.attends(normal(0, 1, 4, 2, 512))
   narrow = (normal(0, 3, 2, 64, 8), normal(0, 3, 2, 8, 64))
-  assert not amx.reads(normal(0, 4, 2, 64), [narrow]) and not amx.draws(odd, 1001)
+  assert not cpu.reads(normal(0, 4, 2, 64), [narrow]) and not cpu.draws(odd, 1001)
   product = matrices.multiply(odd, normal(1, 33, 64), 1)
   assert product.shape == (4, 33)
+
+
+@needs_avx512
+def test_short_rows_of_float32_and_those_of_two_kinds_are_left_to_xla(one_cpu):
+  some = lambda *shape: normal(0, *shape, dtype=WIDE)
+  long, short = some(4, 160), some(4, 128)
+  assert cpu.multiplies(long, some(32, 160)) and not cpu.multiplies(short, some(32, 128))
+  assert not cpu.multiplies(long, normal(0, 32, 160)) and not cpu.multiplies(normal(0, 4, 160), some(32, 160))
+  assert cpu.draws(long, 256) and not cpu.draws(short, 256)
+  assert cpu.normalises(long, long[0]) and not cpu.normalises(short, short[0])
+  assert cpu.rotates(some(1, 3, 5, 32), 16) and not cpu.rotates(some(1, 3, 4, 32), 16)
+  pool = some(2, 5, 32, 16), some(2, 5, 16, 32)
+  assert cpu.reads(some(4, 5, 32), [pool]) and not cpu.reads(some(4, 4, 32), [pool])
+  assert not cpu.reads(some(4, 5, 32), [tuple(x.astype(NARROW) for x in pool)])
+  assert cpu.writes((pool,), some(2, 1, 5, 32)) and not cpu.writes((pool,), some(2, 1, 4, 32))
+  assert not cpu.writes((tuple(x.astype(NARROW) for x in pool),), some(2, 1, 5, 32))
+
+
+@needs_avx512
+def test_a_processor_without_amx_has_the_kernels_of_float32(monkeypatch):
+  monkeypatch.setattr(cpu, "_processor", lambda: cpu._NEEDED)
+  assert cpu.loaded.__wrapped__() == {jnp.dtype(WIDE)}
+  monkeypatch.setattr(cpu, "_processor", lambda: cpu._NEEDED_BY_NARROW)
+  assert cpu.loaded.__wrapped__() == set()
+
+
+@needs_avx512
+def test_a_gradient_of_float32_is_xla_s(one_cpu, monkeypatch):
+  x, matrix, cotangent = (normal(i, *shape, dtype=WIDE) for i, shape in enumerate(((40, 160), (96, 160), (40, 96))))
+  slopes = lambda: jax.vjp(lambda x, matrix: matrices.multiply(x, matrix, 1), x, matrix)[1](cotangent)
+  ours = slopes()
+  monkeypatch.setattr(cpu, "multiplies", lambda *_: False)
+  jax.tree.map(np.testing.assert_array_equal, ours, slopes())
 
 
 @needs_amx
@@ -393,30 +457,31 @@ def test_an_activation_that_the_kernel_does_not_know_is_xla_s(one_cpu, monkeypat
 @needs_amx
 def test_a_library_that_does_not_load_is_compiled_anew(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  monkeypatch.setattr(amx, "_FLAGS", "-shared -fPIC -x c")  # of a smaller one
-  monkeypatch.setattr(amx, "_SOURCES", tmp_path / "cpp")
-  amx._SOURCES.mkdir()
-  (amx._SOURCES / "amx.cc").write_text("int answer() { return 42; }\n")
-  library = amx._place([HERE])
+  monkeypatch.setattr(cpu, "_FLAGS", "-shared -fPIC -x c")  # of a smaller one
+  monkeypatch.setattr(cpu, "_SOURCES", tmp_path / "cpp")
+  cpu._SOURCES.mkdir()
+  (cpu._SOURCES / "cpu.cc").write_text("int answer() { return 42; }\n")
+  library = cpu._place([COMPILER])
   library.parent.mkdir()
   library.write_bytes(b"of another machine")
-  assert amx._library([HERE]).answer() == 42
+  assert cpu._library([COMPILER]).answer() == 42
 
 
 def test_several_devices_are_left_to_xla():
-  assert jax.device_count() == 8 and not amx.there()
+  assert jax.device_count() == 8 and not cpu.there(WIDE)
 
 
 @pytest.mark.parametrize(
-  ("compiler", "said"), [("false", "kernels for AMX cannot be compiled"), ("/no/such/compiler", "cannot be compiled")]
+  ("compiler", "said"), [("false", "kernels for CPUs cannot be compiled"), ("/no/such/compiler", "cannot be compiled")]
 )
 def test_without_a_compiler_that_works_all_is_xla_s(compiler, said, tmp_path):
   script = """
 import logging, jax.numpy as jnp
 logging.basicConfig()
-from advgame_jax import amx, matrices
-amx._processor = lambda: amx._NEEDED
-print(amx.there(), matrices.multiply(jnp.ones((2, 32), jnp.bfloat16), jnp.ones((64, 32), jnp.bfloat16), 1)[0, 0])
+from advgame_jax import cpu, matrices
+cpu._processor = lambda: cpu._NEEDED | cpu._NEEDED_BY_NARROW
+x, matrix = jnp.ones((2, 32), jnp.bfloat16), jnp.ones((64, 32), jnp.bfloat16)
+print(cpu.there(x.dtype), matrices.multiply(x, matrix, 1)[0, 0])
 """
   alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   environment = alone | {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path)}
