@@ -26,8 +26,8 @@ inline void PackRows(const float* x, int rows, int I, size_t stride, float* righ
 
 // S inputs of H columns, `stride` apart, as right tiles with room for more: [H / 16, room, 16 columns].
 inline void PackInputs(const float* x, int S, int H, size_t stride, int room, float* right) {
-  for (int s = 0; s < S; ++s)
-    for (int h = 0; h < H; h += kTile) Store(right + (static_cast<size_t>(h) / kTile * room + s) * kTile, Wide(x + s * stride + h));
+  for (int h = 0; h < H; h += kTile, right += static_cast<size_t>(room) * kTile)
+    for (int s = 0; s < S; ++s) Store(right + s * kTile, Wide(x + s * stride + h));
 }
 
 // A block of I inputs times n right tiles, which lie `apart` inputs apart → sums of each, [8, 16], whose rows lie
