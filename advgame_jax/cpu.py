@@ -123,13 +123,21 @@ def _library(compiler: Sequence[str]) -> ctypes.CDLL:
 def either(fits: bool, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
   """The kernel, in programs for this CPU, if it fits; else what it stands for, whose gradients it has.
 
-  Where there are gradients too the value is the kernel's: equal weights score alike whether they learn or not.
+  Where there are gradients too the value of bfloat16 is the kernel's: equal weights score alike whether they learn or
+  not. That of float32, where nobody would see it, is not, so that nothing is computed once more for its gradients.
   """
   if not fits:
     return plain
-  value = jax.custom_vjp(lambda *args: jax.lax.platform_dependent(*args, cpu=kernel, default=plain))
-  value.defvjp(lambda *args: (value(*args), args), lambda args, slope: jax.vjp(plain, *args)[1](slope))
-  return value
+
+  def chosen(*args: Any) -> Any:
+    value = jax.custom_vjp(lambda *args: jax.lax.platform_dependent(*args, cpu=kernel, default=plain))
+    if jax.tree.leaves(args)[0].dtype == jnp.bfloat16:
+      value.defvjp(lambda *args: (value(*args), args), lambda args, slope: jax.vjp(plain, *args)[1](slope))
+    else:
+      value.defvjp(functools.partial(jax.vjp, plain), lambda back, slope: back(slope))
+    return value(*args)
+
+  return chosen
 
 
 def multiplies(x_XI: Any, *matrices_OI: Any) -> bool:
