@@ -329,9 +329,9 @@ def test_a_generation_by_kernels_says_what_xla_s_float32_says_in_any_slots(dtype
     np.testing.assert_allclose(many.plain_logprob_RT[r], scored, atol=0.1 if dtype == NARROW else 1e-4)
 
 
-@needs_amx
-def test_what_is_not_a_number_stays_so_and_spoils_no_other_segment(one_cpu):
-  query, key, value = (normal(seed, 1, 40, heads, 32) for seed, heads in enumerate((4, 2, 2)))
+@pytest.mark.parametrize("dtype", BOTH)
+def test_what_is_not_a_number_stays_so_and_spoils_no_other_segment(dtype, one_cpu):
+  query, key, value = (normal(seed, 1, 40, heads, 32, dtype=dtype) for seed, heads in enumerate((6, 2, 2)))
   segment, rule = (jnp.arange(40) // 20)[None], blockwise.Rule(0.2)
   fine = wide(attention.causal(query, key, value, rule, segment_RT=segment))
   spoilt = wide(attention.causal(query, key.at[0, 5].set(jnp.nan), value, rule, segment_RT=segment))
@@ -431,12 +431,20 @@ def test_a_processor_without_amx_has_the_kernels_of_float32(monkeypatch):
 
 
 @needs_avx512
-def test_a_gradient_of_float32_is_xla_s(one_cpu, monkeypatch):
-  x, matrix, cotangent = (normal(i, *shape, dtype=WIDE) for i, shape in enumerate(((40, 160), (96, 160), (40, 96))))
-  slopes = lambda: jax.vjp(lambda x, matrix: matrices.multiply(x, matrix, 1), x, matrix)[1](cotangent)
-  ours = slopes()
-  monkeypatch.setattr(cpu, "multiplies", lambda *_: False)
-  jax.tree.map(np.testing.assert_array_equal, ours, slopes())
+def test_what_learns_in_float32_is_xla_s(one_cpu, monkeypatch):
+  x, scale, cotangent = (normal(i, *shape, dtype=WIDE) for i, shape in enumerate(((40, 160), (160,), (40, 96))))
+  matrix = normal(3, 96, 160, dtype=WIDE)
+  f = lambda x, scale, matrix: matrices.multiply(model.rms_norm(x, scale, 1e-5), matrix, 1)
+
+  def learnt():
+    value, back = jax.jit(lambda *args: jax.vjp(f, *args))(x, scale, matrix)
+    return value, back(cotangent)
+
+  ours, frozen = learnt(), jax.jit(f)(x, scale, matrix)
+  monkeypatch.setattr(cpu, "there", lambda dtype: False)
+  jax.clear_caches()
+  jax.tree.map(np.testing.assert_array_equal, ours, learnt())
+  assert (np.asarray(frozen) != ours[0]).any()  # by kernels, whose sums are in another order
 
 
 @needs_amx

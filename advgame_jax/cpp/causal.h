@@ -152,7 +152,7 @@ ffi::Error Causal(ffi::ThreadPool pool, float scale, float softcap, int32_t wind
   ByType(query, [&](auto T) {
     auto data = [](ffi::AnyBuffer x) { return Data<decltype(T)>(x); };
     auto *queries = data(query), *keys = data(key), *values = data(value);
-    auto* read = static_cast<decltype(T)*>(output->untyped_data());
+    auto* read = Data<decltype(T)>(output);
     Each(pool, R * K * parts, [=](int part) {
       const int r = part / (K * parts), k = part / parts % K, begin = part % parts * each;
       Past<decltype(T)> past{};

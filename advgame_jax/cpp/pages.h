@@ -246,7 +246,7 @@ ffi::Error Paged(ffi::ThreadPool pool, float scale, float softcap, ffi::AnyBuffe
   ByType(query, [&](auto Q) {
     ByType(*pools.get<ffi::AnyBuffer>(0), [&](auto T) {
       auto data = [](ffi::AnyBuffer x) { return Data<decltype(Q)>(x); };
-      auto* read = static_cast<decltype(Q)*>(output->untyped_data());
+      auto* read = Data<decltype(Q)>(output);
       ReadByAll<decltype(T)>(pool, data(query), data(key), data(value), place.typed_data(), *window.typed_data(), all,
                              Rule{scale, softcap}, R, N, K, H, read);
     });

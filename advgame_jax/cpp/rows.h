@@ -24,7 +24,7 @@ ffi::Error Norm(ffi::ThreadPool pool, float epsilon, float offset, ffi::AnyBuffe
   const int M = scale.element_count(), X = x.element_count() / M;
   ByType(x, [&](auto T) {
     auto *rows = Data<decltype(T)>(x), *weights = Data<decltype(T)>(scale);
-    auto* out = static_cast<decltype(T)*>(y->untyped_data());
+    auto* out = Data<decltype(T)>(y);
     EachOf(pool, X, M, [=](size_t row) { NormRow(rows + row * M, weights, M, epsilon, offset, out + row * M); });
   });
   return ffi::Error::Success();
@@ -49,7 +49,7 @@ ffi::Error Rotate(ffi::ThreadPool pool, ffi::AnyBuffer x, Float32 cos, Float32 s
   const float *cosines = cos.typed_data(), *sines = sin.typed_data();
   ByType(x, [&](auto T) {
     auto* tokens = Data<decltype(T)>(x);
-    auto* out = static_cast<decltype(T)*>(y->untyped_data());
+    auto* out = Data<decltype(T)>(y);
     EachOf(pool, X, N * H, [=](size_t token) {
       const size_t at = token * N * H, turn = token % turns * h;
       RotateToken(tokens + at, cosines + turn, sines + turn, N, H, h, out + at);

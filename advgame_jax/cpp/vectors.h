@@ -17,7 +17,6 @@
 namespace ffi = xla::ffi;
 
 using bfloat16 = uint16_t;
-using Narrow = ffi::Buffer<ffi::BF16>;
 using Float32 = ffi::Buffer<ffi::F32>;
 using Int32 = ffi::Buffer<ffi::S32>;
 
@@ -49,13 +48,14 @@ struct FromLines {
 template <class T>
 using Lines = std::vector<T, FromLines<T>>;
 
-inline const bfloat16* Data(const Narrow& x) { return reinterpret_cast<const bfloat16*>(x.untyped_data()); }
-
-inline bfloat16* Data(ffi::Result<Narrow>& x) { return reinterpret_cast<bfloat16*>(x->untyped_data()); }
-
 template <class T>
 const T* Data(const ffi::AnyBuffer& x) {
   return static_cast<const T*>(x.untyped_data());
+}
+
+template <class T>
+T* Data(ffi::Result<ffi::AnyBuffer>& x) {
+  return static_cast<T*>(x->untyped_data());
 }
 
 // f of a number of the type that these are: float or bfloat16.
