@@ -167,8 +167,8 @@ def gated(x_XI: jax.Array, gate_OI: jax.Array, up_OI: jax.Array, *, activation: 
 def reads(query_RNH: Any, pools: Sequence[tuple[Any, Any]]) -> bool:
   """Whether `paged` takes these queries and pools of keys [P, K, H, S] and values: of the queries' dtype, or wide."""
   dtypes = {getattr(x, "dtype", None) for pool in pools for x in pool}
-  fits = all(_whole(key.shape[3], _LANES) for key, _ in pools) and _head(query_RNH.shape[-1])
-  return fits and _holds(dtypes, query_RNH.dtype) and _takes(query_RNH.dtype, math.prod(query_RNH.shape[1:]))
+  fits = _holds(dtypes, query_RNH.dtype) and all(_whole(key.shape[3], _LANES) for key, _ in pools)
+  return fits and _head(query_RNH.shape[-1]) and _takes(query_RNH.dtype, math.prod(query_RNH.shape[1:]))
 
 
 def paged(
@@ -255,8 +255,9 @@ def rotate(x_RTNH: jax.Array, cos_RT1h: jax.Array, sin_RT1h: jax.Array) -> jax.A
 def writes(pool: Any, new: Any) -> bool:
   """Whether `write` takes these, whose layers are one by one: all of one dtype, or the pools wide."""
   dtypes, token = {x.dtype for x in jax.tree.leaves(pool)}, jax.tree.leaves(new)[0]
-  fits = type(pool) is tuple and all(_whole(key_PKHS.shape[2], _LANES) for key_PKHS, _ in pool)
-  return fits and _holds(dtypes, token.dtype) and _takes(token.dtype, math.prod(token.shape[-2:]))
+  one_by_one = type(pool) is tuple and _holds(dtypes, token.dtype)
+  fits = one_by_one and all(_whole(key_PKHS.shape[2], _LANES) for key_PKHS, _ in pool)
+  return fits and _takes(token.dtype, math.prod(token.shape[-2:]))
 
 
 def write(pool: Any, new: Any, token_R: jax.Array, page_R: jax.Array, slot_R: jax.Array) -> Any:

@@ -420,6 +420,8 @@ def test_short_rows_of_float32_and_those_of_two_kinds_are_left_to_xla(one_cpu):
   assert not cpu.reads(some(4, 5, 32), [tuple(x.astype(NARROW) for x in pool)])
   assert cpu.writes((pool,), some(2, 1, 5, 32)) and not cpu.writes((pool,), some(2, 1, 4, 32))
   assert not cpu.writes((tuple(x.astype(NARROW) for x in pool),), some(2, 1, 5, 32))
+  int8 = caches.narrow(Cache(*pool))
+  assert not cpu.writes((int8,), some(2, 1, 5, 32)) and not cpu.reads(some(4, 5, 32), [int8])
 
 
 @needs_avx512
