@@ -111,7 +111,8 @@ def multiply(x_XI: jax.Array, matrix: jax.Array, contracted: int = 0, dtype: Any
       x_XI, matrix, (((1,), (contracted,)), ((), ())), preferred_element_type=dtype
     )
     kernel = lambda x_XI, matrix: cpu.multiply(x_XI, matrix, dtype=dtype)[0]
-    return cpu.either(contracted == 1 and cpu.multiplies(x_XI, matrix), kernel, plain)(x_XI, matrix)
+    fits = contracted == 1 and dtype == x_XI.dtype and cpu.multiplies(x_XI, matrix)
+    return cpu.either(fits, kernel, plain)(x_XI, matrix)
   return _multiply_narrow(contracted, dtype, x_XI, matrix)
 
 

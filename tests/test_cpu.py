@@ -412,6 +412,9 @@ def test_short_rows_of_float32_and_those_of_two_kinds_are_left_to_xla(one_cpu):
   long, short = some(4, 160), some(4, 128)
   assert cpu.multiplies(long, some(32, 160)) and not cpu.multiplies(short, some(32, 128))
   assert not cpu.multiplies(long, normal(0, 32, 160)) and not cpu.multiplies(normal(0, 4, 160), some(32, 160))
+  np.testing.assert_allclose(
+    wide(matrices.multiply(long, some(32, 160), 1, NARROW)), wide(long) @ wide(some(32, 160)).T, rtol=2**-8
+  )
   assert cpu.draws(long, 256) and not cpu.draws(short, 256)
   assert cpu.normalises(long, long[0]) and not cpu.normalises(short, short[0])
   assert cpu.rotates(some(1, 3, 5, 32), 16) and not cpu.rotates(some(1, 3, 4, 32), 16)
