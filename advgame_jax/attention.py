@@ -53,7 +53,8 @@ def causal(
   # A row that is not finite stays so by its own queries, and spoils no other segment.
   plain = lambda query, key, value, segment: blockwise.causal(query, key, value, rule, segment)
   kernel = functools.partial(cpu.causal, scale=rule.scale, softcap=rule.softcap, window=rule.window)
-  read = cpu.either(cpu.attends(query_RTNH), kernel, plain)
+  alike = query_RTNH.dtype == key_RTKH.dtype == value_RTKH.dtype
+  read = cpu.either(alike and cpu.attends(query_RTNH), kernel, plain)
   return read(query_RTNH, key_RTKH, finite(value_RTKH), segment_RT)
 
 
@@ -215,7 +216,9 @@ def paged(
     new, pages = (query_RNH, key_RKH, value_RKH, place_R), [_pages(pool) for pool in pools]
     return cpu.paged(*new, pages, window, scale=rule.scale, softcap=rule.softcap)
 
-  read = cpu.either(cpu.reads(query_RNH, [pool[:2] for pool in pools]), kernel, functools.partial(_paged, rule))
+  alike = query_RNH.dtype == key_RKH.dtype == value_RKH.dtype
+  fits = alike and cpu.reads(query_RNH, [pool[:2] for pool in pools])
+  read = cpu.either(fits, kernel, functools.partial(_paged, rule))
   return read(query_RNH, key_RKH, value_RKH, place_R, pools, window)
 
 

@@ -121,10 +121,10 @@ def _library(compiler: Sequence[str]) -> ctypes.CDLL:
 
 
 def either(fits: bool, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-  """The kernel, in programs for this CPU, if it fits; else what it stands for, whose gradients it has.
+  """The kernel, in programs for this CPU, if it fits; else what it stands for, whose gradients it has, in reverse only.
 
-  Where there are gradients too the value of bfloat16 is the kernel's: equal weights score alike whether they learn or
-  not. That of float32, where nobody would see it, is not, so that nothing is computed once more for its gradients.
+  Where there are gradients too the value is the kernel's if the first argument is bfloat16: equal weights score alike
+  whether they learn or not. Of float32, where nobody would see it, it is not, so that nothing is computed once more.
   """
   if not fits:
     return plain
@@ -149,6 +149,7 @@ def multiplies(x_XI: Any, *matrices_OI: Any) -> bool:
 
 def multiply(x_XI: jax.Array, *matrices_OI: jax.Array, dtype: Any) -> Sequence[jax.Array]:
   """x · matrixᵀ → [X, O] of each matrix, sums in float32, rounded to `dtype`, x's or float32."""
+  assert dtype in (x_XI.dtype, jnp.float32), dtype  # what is written would not fit
   results = [jax.ShapeDtypeStruct((len(x_XI), len(matrix_OI)), dtype) for matrix_OI in matrices_OI]
   return jax.ffi.ffi_call(_target("products"), results, vmap_method="sequential")(x_XI, *matrices_OI)
 
@@ -254,8 +255,8 @@ def rotate(x_RTNH: jax.Array, cos_RT1h: jax.Array, sin_RT1h: jax.Array) -> jax.A
 
 def writes(pool: Any, new: Any) -> bool:
   """Whether `write` takes these, whose layers are one by one: all of one dtype, or the pools wide."""
-  dtypes, token = {x.dtype for x in jax.tree.leaves(pool)}, jax.tree.leaves(new)[0]
-  one_by_one = type(pool) is tuple and _holds(dtypes, token.dtype)
+  (dtypes, new_dtypes), token = ({x.dtype for x in jax.tree.leaves(x)} for x in (pool, new)), jax.tree.leaves(new)[0]
+  one_by_one = type(pool) is tuple and new_dtypes == {token.dtype} and _holds(dtypes, token.dtype)
   fits = one_by_one and all(_whole(key_PKHS.shape[2], _LANES) for key_PKHS, _ in pool)
   return fits and _takes(token.dtype, math.prod(token.shape[-2:]))
 

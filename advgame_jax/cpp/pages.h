@@ -261,13 +261,13 @@ struct Tokens {
 };
 
 // Of one layer keys and values [X, K, H] into pages [P, K, H, S] and [P, K, S, H]; values that are not finite become 0.
-template <class T, class N>
-void PutTokens(const Tokens& tokens, const N* new_key, const N* new_value, int P, int K, int H, int S, T* keys,
+template <class T, class New>
+void PutTokens(const Tokens& tokens, const New* new_key, const New* new_value, int P, int K, int H, int S, T* keys,
                T* values) {
-  auto put = [](N x, T* to) {
-    if constexpr (sizeof(T) > sizeof(N))
+  auto put = [](New x, T* to) {
+    if constexpr (sizeof(T) > sizeof(New))
       *to = One(x);
-    else
+    else if constexpr (std::is_same_v<T, New>)  // narrower pools are not written
       *to = x;
   };
   for (int r = 0; r < tokens.R; ++r) {
@@ -302,9 +302,9 @@ ffi::Error Write(ffi::ThreadPool pool, Int32 token, Int32 page, Int32 slot, ffi:
   const int R = page.element_count(), X = new_keys.element_count() / (K * H);
   const Tokens tokens{token.typed_data(), page.typed_data(), slot.typed_data(), R, X};
   ByType(keys, [&](auto T) {
-    ByType(new_keys, [&](auto N) {
+    ByType(new_keys, [&](auto New) {
       Each(pool, results / 2, [=](int layer) {
-        auto fresh_of = [&](int i) { return static_cast<const decltype(N)*>((*fresh)[2 * layer + i]); };
+        auto fresh_of = [&](int i) { return static_cast<const decltype(New)*>((*fresh)[2 * layer + i]); };
         auto pool_of = [&](int i) { return static_cast<decltype(T)*>((*pools)[2 * layer + i]); };
         PutTokens(tokens, fresh_of(0), fresh_of(1), P, K, H, S, pool_of(0), pool_of(1));
       });

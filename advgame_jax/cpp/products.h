@@ -99,6 +99,7 @@ void PutGated(const PassSums& sums, bool gelu, int rows, bfloat16* to, size_t st
   }
 }
 
+// Likewise of all rows of a pass.
 void PutGated(const PassSums& sums, bool gelu, int rows, float* to, size_t stride) {
   for (int tile = 0, first = 0; first < rows; ++tile, first += kTile) {
     __m512 x[kTile];
