@@ -53,8 +53,7 @@ def causal(
   # A row that is not finite stays so by its own queries, and spoils no other segment.
   plain = lambda query, key, value, segment: blockwise.causal(query, key, value, rule, segment)
   kernel = functools.partial(cpu.causal, scale=rule.scale, softcap=rule.softcap, window=rule.window)
-  alike = query_RTNH.dtype == key_RTKH.dtype == value_RTKH.dtype
-  read = cpu.either(alike and cpu.attends(query_RTNH), kernel, plain)
+  read = cpu.either(cpu.attends(query_RTNH, key_RTKH, value_RTKH), kernel, plain)
   return read(query_RTNH, key_RTKH, finite(value_RTKH), segment_RT)
 
 
@@ -216,8 +215,7 @@ def paged(
     new, pages = (query_RNH, key_RKH, value_RKH, place_R), [_pages(pool) for pool in pools]
     return cpu.paged(*new, pages, window, scale=rule.scale, softcap=rule.softcap)
 
-  alike = query_RNH.dtype == key_RKH.dtype == value_RKH.dtype
-  fits = alike and cpu.reads(query_RNH, [pool[:2] for pool in pools])
+  fits = cpu.reads(query_RNH, [pool[:2] for pool in pools], key_RKH, value_RKH)
   read = cpu.either(fits, kernel, functools.partial(_paged, rule))
   return read(query_RNH, key_RKH, value_RKH, place_R, pools, window)
 

@@ -142,9 +142,8 @@ def either(fits: bool, kernel: Callable[..., Any], plain: Callable[..., Any]) ->
 
 def multiplies(x_XI: Any, *matrices_OI: Any) -> bool:
   """Whether `multiply` takes these, all of one dtype."""
-  alike = all(x.dtype == x_XI.dtype for x in matrices_OI)
   whole = all(_whole(size, _TILE) for matrix_OI in matrices_OI for size in matrix_OI.shape)
-  return alike and whole and _takes(x_XI.dtype, matrices_OI[0].shape[1])
+  return whole and _alike(x_XI, *matrices_OI) and _takes(x_XI.dtype, matrices_OI[0].shape[1])
 
 
 def multiply(x_XI: jax.Array, *matrices_OI: jax.Array, dtype: Any) -> Sequence[jax.Array]:
@@ -165,11 +164,14 @@ def gated(x_XI: jax.Array, gate_OI: jax.Array, up_OI: jax.Array, *, activation: 
   return _call("gated", like)(x_XI, gate_OI, up_OI, gelu=np.bool_(activation == "gelu_tanh"))
 
 
-def reads(query_RNH: Any, pools: Sequence[tuple[Any, Any]]) -> bool:
-  """Whether `paged` takes these queries and pools of keys [P, K, H, S] and values: of the queries' dtype, or wide."""
+def reads(query_RNH: Any, pools: Sequence[tuple[Any, Any]], *new: Any) -> bool:
+  """Whether `paged` takes these queries, pools of keys [P, K, H, S] and values, of the queries' dtype or wide, and new
+  keys and values.
+  """
   dtypes = {getattr(x, "dtype", None) for pool in pools for x in pool}
   fits = _holds(dtypes, query_RNH.dtype) and all(_whole(key.shape[3], _LANES) for key, _ in pools)
-  return fits and _head(query_RNH.shape[-1]) and _takes(query_RNH.dtype, math.prod(query_RNH.shape[1:]))
+  fits &= _alike(query_RNH, *new) and _head(query_RNH.shape[-1])
+  return fits and _takes(query_RNH.dtype, math.prod(query_RNH.shape[1:]))
 
 
 def paged(
@@ -189,9 +191,10 @@ def paged(
   return _call("paged", query_RNH)(query_RNH, key_RKH, value_RKH, place_R, window, *arrays, **how)
 
 
-def attends(query_RTNH: Any) -> bool:
-  """Whether `causal` takes these queries."""
-  return _head(query_RTNH.shape[-1]) and _takes(query_RTNH.dtype, math.prod(query_RTNH.shape[2:]))
+def attends(query_RTNH: Any, *read: Any) -> bool:
+  """Whether `causal` takes these queries, keys and values."""
+  fits = _alike(query_RTNH, *read) and _head(query_RTNH.shape[-1])
+  return fits and _takes(query_RTNH.dtype, math.prod(query_RTNH.shape[2:]))
 
 
 def causal(
@@ -234,7 +237,7 @@ def draw(
 
 def normalises(x: Any, scale: Any) -> bool:
   """Whether `norm` takes these."""
-  return x.dtype == scale.dtype and _whole(scale.size, _LANES) and _takes(x.dtype, scale.size)
+  return _alike(x, scale) and _whole(scale.size, _LANES) and _takes(x.dtype, scale.size)
 
 
 def norm(x: jax.Array, scale: jax.Array, *, epsilon: float, offset: float) -> jax.Array:
@@ -255,9 +258,9 @@ def rotate(x_RTNH: jax.Array, cos_RT1h: jax.Array, sin_RT1h: jax.Array) -> jax.A
 
 def writes(pool: Any, new: Any) -> bool:
   """Whether `write` takes these, whose layers are one by one: all of one dtype, or the pools wide."""
-  (dtypes, new_dtypes), token = ({x.dtype for x in jax.tree.leaves(x)} for x in (pool, new)), jax.tree.leaves(new)[0]
-  one_by_one = type(pool) is tuple and new_dtypes == {token.dtype} and _holds(dtypes, token.dtype)
-  fits = one_by_one and all(_whole(key_PKHS.shape[2], _LANES) for key_PKHS, _ in pool)
+  dtypes, (token, *others) = {x.dtype for x in jax.tree.leaves(pool)}, jax.tree.leaves(new)
+  fits = type(pool) is tuple and _alike(token, *others) and _holds(dtypes, token.dtype)
+  fits = fits and all(_whole(key_PKHS.shape[2], _LANES) for key_PKHS, _ in pool)
   return fits and _takes(token.dtype, math.prod(token.shape[-2:]))
 
 
@@ -280,6 +283,11 @@ def _call(name: str, like: Any) -> Callable[..., Any]:
 def _head(size: int) -> bool:
   """Whether queries of this size are read."""
   return _whole(size, _TILE) and size <= _MOST_HEAD
+
+
+def _alike(*arrays: Any) -> bool:
+  """Whether these are of one dtype."""
+  return len({x.dtype for x in arrays}) == 1
 
 
 def _holds(dtypes: set[Any], dtype: Any) -> bool:

@@ -11,19 +11,6 @@ namespace {
 
 constexpr int kBlockRows = 8;
 
-// Rows of I inputs, `stride` apart, as right tiles: [rows / 16, I, 16 rows], zeros in the place of more.
-inline void PackRows(const float* x, int rows, int I, size_t stride, float* right) {
-  for (int row = 0; row < rows; row += kTile) {
-    for (int i = 0; i < I; i += kTile, right += kTile * kTile) {
-      __m512 block[16];
-      for (int r = 0; r < kTile; ++r)
-        block[r] = row + r < rows ? _mm512_loadu_ps(x + (row + r) * stride + i) : _mm512_setzero_ps();
-      Transpose(block);
-      for (int input = 0; input < kTile; ++input) _mm512_store_ps(right + input * kTile, block[input]);
-    }
-  }
-}
-
 // S inputs of H columns, `stride` apart, as right tiles with room for more: [H / 16, room, 16 columns].
 inline void PackInputs(const float* x, int S, int H, size_t stride, int room, float* right) {
   for (int h = 0; h < H; h += kTile, right += static_cast<size_t>(room) * kTile)

@@ -37,21 +37,22 @@ class Tiles {
 };
 
 // What a thread that multiplies numbers of this type has.
-struct NoTiles {
-  NoTiles() {}
-};
+struct NoTiles {};
 template <class T>
 using TilesOf = std::conditional_t<std::is_same_v<T, bfloat16>, Tiles, NoTiles>;
 
-// Rows of I inputs, `stride` apart, as right tiles: [rows / 16, I / 2 pairs, 16 rows, 2], zeros in the place of more.
-inline void PackRows(const bfloat16* x, int rows, int I, size_t stride, bfloat16* right) {
+// Rows of I inputs, `stride` apart, as right tiles, zeros in the place of more: [rows / 16, I / 2 pairs, 16 rows, 2], of
+// float32 [rows / 16, I, 16 rows].
+template <class T>
+void PackRows(const T* x, int rows, int I, size_t stride, T* right) {
+  constexpr int kLine = 64 / sizeof(T);
   for (int row = 0; row < rows; row += kTile) {
-    for (int i = 0; i < I; i += kInputs, right += kTile * kInputs) {
-      __m512 tile[16];
+    for (int i = 0; i < I; i += kLine, right += kTile * kLine) {
+      __m512 tile[kTile];
       for (int r = 0; r < kTile; ++r)
         tile[r] = row + r < rows ? _mm512_loadu_ps(x + (row + r) * stride + i) : _mm512_setzero_ps();
       Transpose(tile);
-      for (int pair = 0; pair < kTile; ++pair) _mm512_storeu_ps(right + pair * kInputs, tile[pair]);
+      for (int line = 0; line < kTile; ++line) _mm512_storeu_ps(right + line * kLine, tile[line]);
     }
   }
 }
