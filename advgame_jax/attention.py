@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from advgame_jax import blockwise, cpu, kernels
+from advgame_jax.blockwise import ATTENDED
 from advgame_jax.blockwise import Rule as Rule
 from advgame_jax.blockwise import softcap as softcap
 from advgame_jax.matrices import Int8, apart
@@ -48,13 +50,15 @@ def causal(
     return kernels.splash(query_RTNH, key_RTKH, value_RTKH, rule, segment_RT, layout=layout)
   if chosen == "cudnn":
     return kernels.cudnn(query_RTNH, key_RTKH, value_RTKH, rule)
-  if segment_RT is None:
-    return blockwise.causal(query_RTNH, key_RTKH, value_RTKH, rule)
-  # A row that is not finite stays so by its own queries, and spoils no other segment.
+  if packed:
+    # A row that is not finite stays so by its own queries, and spoils no other segment.
+    value_RTKH = finite(value_RTKH)
   plain = lambda query, key, value, segment: blockwise.causal(query, key, value, rule, segment)
-  kernel = functools.partial(cpu.causal, scale=rule.scale, softcap=rule.softcap, window=rule.window)
-  read = cpu.either(cpu.attends(query_RTNH, key_RTKH, value_RTKH), kernel, plain)
-  return read(query_RTNH, key_RTKH, finite(value_RTKH), segment_RT)
+  how = {"scale": rule.scale, "softcap": rule.softcap, "window": rule.window}
+  kernel, slopes = (functools.partial(f, **how) for f in (cpu.causal, cpu.causal_slopes))
+  fits = cpu.attends(query_RTNH, key_RTKH, value_RTKH)
+  read_RTNH = cpu.either(fits, kernel, plain, slopes)(query_RTNH, key_RTKH, value_RTKH, segment_RT)
+  return checkpoint_name(read_RTNH, ATTENDED) if fits else read_RTNH
 
 
 def keys_of_cache(key_RTKH: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ _FLAGS = (
 )
 _NEEDED = {"fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _NEEDED_BY_NARROW = {"avx512_bf16", "amx_tile", "amx_bf16"}
-_KERNELS = ("products", "added", "gated", "paged", "causal", "draw", "norm", "rotate", "write")
+_KERNELS = ("products", "added", "gated", "paged", "causal", "causal_slopes", "draw", "norm", "rotate", "write")
 _SECONDS = 300  # at most, of compiling
 _SHORT = 128  # numbers of a row
 _TILE, _LANES, _MOST_HEAD = 32, 16, 256
@@ -120,19 +120,36 @@ def _library(compiler: Sequence[str]) -> ctypes.CDLL:
   return ctypes.CDLL(str(library))
 
 
-def either(fits: bool, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def either(
+  fits: bool, kernel: Callable[..., Any], plain: Callable[..., Any], slopes: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
   """The kernel, in programs for this CPU, if it fits; else what it stands for, whose gradients it has, in reverse only.
 
-  Where there are gradients too the value is the kernel's if the first argument is bfloat16: equal weights score alike
-  whether they learn or not. Of float32, where nobody would see it, it is not, so that nothing is computed once more.
+  Where there are gradients too the value is the kernel's if there is one of the gradients as well, or if the first
+  argument is bfloat16: equal weights score alike whether they learn or not. Else, of float32, where nobody would see
+  it, it is not, so that nothing is computed once more.
+
+  Args:
+    slopes: the kernel of the gradients: of the arguments and the value's slope those of the first arguments, in a
+      sequence; the others' are the plain function's.
   """
   if not fits:
     return plain
 
   def chosen(*args: Any) -> Any:
     value = jax.custom_vjp(lambda *args: jax.lax.platform_dependent(*args, cpu=kernel, default=plain))
-    if jax.tree.leaves(args)[0].dtype == jnp.bfloat16:
-      value.defvjp(lambda *args: (value(*args), args), lambda args, slope: jax.vjp(plain, *args)[1](slope))
+
+    def backward(args: Any, slope: jax.Array) -> Any:
+      if not slopes:
+        return jax.vjp(plain, *args)[1](slope)
+      count = len(jax.eval_shape(slopes, *args, slope))
+      of_first = lambda *args: jax.vjp(lambda *first: plain(*first, *args[count:-1]), *args[:count])[1](args[-1])
+      of_kernel = lambda *args: tuple(slopes(*args))
+      _, of_others = jax.vjp(lambda *others: plain(*args[:count], *others), *args[count:])
+      return (*jax.lax.platform_dependent(*args, slope, cpu=of_kernel, default=of_first), *of_others(slope))
+
+    if slopes or jax.tree.leaves(args)[0].dtype == jnp.bfloat16:
+      value.defvjp(lambda *args: (value(*args), args), backward)
     else:
       value.defvjp(functools.partial(jax.vjp, plain), lambda back, slope: back(slope))
     return value(*args)
@@ -201,19 +218,42 @@ def causal(
   query_RTNH: jax.Array,
   key_RTKH: jax.Array,
   value_RTKH: jax.Array,
-  segment_RT: jax.Array,
+  segment_RT: jax.Array | None,
   *,
   scale: float,
   softcap: float,
   window: int,
 ) -> jax.Array:
-  """As `attention.causal` of packed rows → [R, T, N, H]; values are finite."""
-  how = {
-    "scale": np.float32(scale),
-    "softcap": np.float32(softcap),
-    "window": np.int32(window or np.iinfo(np.int32).max),
-  }
+  """As `attention.causal` → [R, T, N, H]; values of packed rows are finite."""
+  segment_RT, how = _segments(query_RTNH, segment_RT), _of_rule(scale, softcap, window)
   return _call("causal", query_RTNH)(query_RTNH, key_RTKH, value_RTKH, segment_RT, **how)
+
+
+def causal_slopes(
+  query_RTNH: jax.Array,
+  key_RTKH: jax.Array,
+  value_RTKH: jax.Array,
+  segment_RT: jax.Array | None,
+  slope_RTNH: jax.Array,
+  *,
+  scale: float,
+  softcap: float,
+  window: int,
+) -> Sequence[jax.Array]:
+  """Of `causal`'s slope those of queries, keys and values; sums in float32, of bfloat16 too."""
+  results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query_RTNH, key_RTKH, value_RTKH)]
+  call = jax.ffi.ffi_call(_target("causal_slopes"), results, vmap_method="sequential")
+  segment_RT, how = _segments(query_RTNH, segment_RT), _of_rule(scale, softcap, window)
+  return call(query_RTNH, key_RTKH, value_RTKH, segment_RT, slope_RTNH, **how)
+
+
+def _segments(query_RTNH: jax.Array, segment_RT: jax.Array | None) -> jax.Array:
+  return jnp.zeros(query_RTNH.shape[:2], jnp.int32) if segment_RT is None else segment_RT
+
+
+def _of_rule(scale: float, softcap: float, window: int) -> dict[str, Any]:
+  window = window or np.iinfo(np.int32).max
+  return {"scale": np.float32(scale), "softcap": np.float32(softcap), "window": np.int32(window)}
 
 
 def draws(hidden_RM: Any, vocabulary: int) -> bool:

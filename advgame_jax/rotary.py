@@ -53,7 +53,9 @@ def rope_frequencies(rope: Rope, head_size: int) -> jax.Array:
 
 def rotate(x_RTNH: jax.Array, turn: Turn) -> jax.Array:
   """Rotary position embedding: of the first 2h dimensions, i is paired with i + h; the others stay."""
-  return cpu.either(cpu.rotates(x_RTNH, turn.cos_RT1h.shape[-1]), cpu.rotate, _rotate)(x_RTNH, *turn)
+  turned_back = lambda _, cos_RT1h, sin_RT1h, slope_RTNH: [cpu.rotate(slope_RTNH, cos_RT1h, -sin_RT1h)]
+  fits = cpu.rotates(x_RTNH, turn.cos_RT1h.shape[-1])
+  return cpu.either(fits, cpu.rotate, _rotate, turned_back)(x_RTNH, *turn)
 
 
 def _rotate(x_RTNH: jax.Array, cos_RT1h: jax.Array, sin_RT1h: jax.Array) -> jax.Array:

@@ -145,18 +145,18 @@ def _gradient(recipe: Recipe, state: PlayerState, batch: PreferenceBatch, bases:
 
   differentiate = lambda part: rounding.widen(jax.grad(loss, has_aux=True)(state.params, part))
 
-  def add(total: Any, part: PreferenceBatch) -> tuple[Any, None]:
-    # A micro-batch without a comparison adds nothing, and costs nothing.
-    plus = lambda total: jax.tree.map(jnp.add, total, differentiate(part))
-    return jax.lax.cond(jnp.any(part.weight_PC > 0), plus, lambda total: total, total), None
-
   parts = micro_batches(batch, recipe.player.accumulate)
-  first = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], parts))
-  gradient, metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+  first = jax.tree.map(lambda x: x[0], parts)
+  gradient, metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, first))
   # Zeros have no layout of their own, and would be whole on every device.
   gradient = jax.tree.map(lambda spec, x: recipe.layout.constrain(x, *spec.axes), recipe.specs, gradient)
-  (gradient, metrics), _ = jax.lax.scan(add, (gradient, metrics), parts)
-  return gradient, metrics
+  nothing = gradient, metrics
+  # A micro-batch without a comparison costs nothing.
+  of_part = lambda part: jax.lax.cond(jnp.any(part.weight_PC > 0), differentiate, lambda _: nothing, part)
+  if recipe.player.accumulate == 1:
+    return of_part(first)
+  add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)
+  return jax.lax.scan(add, nothing, parts)[0]
 
 
 def micro_batches(batch: PreferenceBatch, parts: int) -> PreferenceBatch:

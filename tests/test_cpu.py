@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,10 @@ def test_tokens_are_turned_as_in_float32(rows, pairs, dtype, one_cpu):
   read = wide(rotary.rotate(x, turn))
   np.testing.assert_allclose(read, expected, atol=rounded(expected, dtype))
   np.testing.assert_array_equal(read[..., 2 * pairs :], wide(x)[..., 2 * pairs :])
+  slope = normal(2, *x.shape, dtype=dtype)
+  turned_back = lambda rotate, x: wide(jax.vjp(lambda x: rotate(x), x)[1](slope.astype(x.dtype))[0])
+  expected = turned_back(lambda x: rotary._rotate(x, *turn), x.astype(WIDE))
+  np.testing.assert_allclose(turned_back(lambda x: rotary.rotate(x, turn), x), expected, atol=rounded(expected, dtype))
 
 
 @pytest.mark.parametrize("X", [1, 33, 300])
@@ -217,6 +222,35 @@ def test_packed_rows_are_attended_to_as_by_xla(T, N, K, H, window, cap, dtype, o
   read = jax.jit(lambda *args: attention.causal(*args[:3], rule, segment_RT=args[3]))(query, key, value, segment)
   expected = wide(blockwise.causal(*(x.astype(WIDE) for x in (query, key, value)), rule, segment))
   np.testing.assert_allclose(wide(read), expected, atol=2 * rounded(expected, dtype))  # weights are rounded, too
+
+
+@pytest.mark.parametrize(("T", "N", "K", "H", "window", "cap"), [
+  (150, 9, 3, 64, 0, 0.0), (105, 5, 5, 32, 20, 2.0), (37, 8, 2, 128, 0, 5.0), (16, 2, 1, 256, 7, 0.0),
+])  # fmt: skip
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", BOTH)
+def test_attention_learns_as_by_xla_in_float32(T, N, K, H, window, cap, packed, dtype, one_cpu, monkeypatch):
+  *read, slope = (normal(seed, 3, T, heads, H, dtype=dtype) for seed, heads in enumerate((N, K, K, N)))
+  segment = jnp.cumsum((jax.random.uniform(jax.random.key(4), (3, T)) < 0.05).astype(jnp.int32), -1)
+  segment, rule = segment if packed else None, blockwise.Rule(H**-0.5, cap, window)
+
+  def learn(slope: jax.Array, *read: jax.Array) -> list[np.ndarray]:
+    """The value, and the slopes of what it is of."""
+
+    def both(slope: jax.Array, *read: jax.Array) -> Any:
+      value, back = jax.vjp(lambda *args: attention.causal(*args, rule, segment_RT=segment), *read)
+      return [value, *back(slope)]
+
+    return list(map(wide, jax.jit(both)(slope, *read)))
+
+  learnt = learn(slope, *read)
+  np.testing.assert_array_equal(learnt[0], wide(attention.causal(*read, rule, segment_RT=segment)))
+  if not packed:
+    for alone, among in zip(learn(*(x[1:2] for x in (slope, *read))), learnt):
+      np.testing.assert_array_equal(alone, among[1:2])
+  monkeypatch.setattr(cpu, "attends", lambda *_: False)
+  for part, exact in zip(learnt, learn(*(x.astype(WIDE) for x in (slope, *read)))):
+    np.testing.assert_allclose(part, exact, atol=2 * rounded(exact, dtype))
 
 
 @needs_avx512
@@ -317,7 +351,7 @@ def test_a_generation_by_kernels_says_what_xla_s_float32_says_in_any_slots(dtype
   called, call = set(), jax.ffi.ffi_call
   monkeypatch.setattr(jax.ffi, "ffi_call", lambda name, *args, **how: called.add(name) or call(name, *args, **how))
   few, many = drawn(4), drawn(12)
-  assert called == set(map(cpu._target, cpu._KERNELS))
+  assert called == {cpu._target(name) for name in cpu._KERNELS if name != "causal_slopes"}
   np.testing.assert_array_equal(few.tokens_RT, many.tokens_RT)
   np.testing.assert_array_equal(few.plain_logprob_RT, many.plain_logprob_RT)
   monkeypatch.setattr(cpu, "there", lambda dtype: False)
@@ -386,7 +420,7 @@ def test_programs_for_other_platforms_have_no_kernel_of_this_one(platform, calle
       feed_forward.feed_forward(
         config, sharding.LOCAL, dict.fromkeys(("gate", "up", "down"), matrix), x[:, None], x[:, None]
       ),
-      attention.causal(query, key, key, rule, segment_RT=segment),
+      jax.grad(lambda query: jnp.sum(attention.causal(query, key, key, rule, segment_RT=segment)).astype(WIDE))(query),
       attention.paged(*new, zeros[:, 0], [pool], rule, jnp.int32(9)),
       caches.write((cache,), (Kept(key[:, :2].swapaxes(0, 1), key[:, :2].swapaxes(0, 1)),), zeros[:, 0], zeros[:, 0]),
       sampler._draw_next(config, [Member(params, None, (), ())], one[:1], rows, scoring.Choice(), jnp.zeros((2, 256))),

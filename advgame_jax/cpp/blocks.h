@@ -18,11 +18,11 @@ inline void PackInputs(const float* x, int S, int H, size_t stride, int room, fl
 }
 
 // A block of I inputs times n right tiles, which lie `apart` inputs apart → sums of each, [8, 16], whose rows lie
-// `stride` apart. Only so many inputs are summed `together`, since rounding grows with what is added to. Asks for the
-// block that is read `then`.
+// `stride` apart; or `onto` what is there. Only so many inputs are summed `together`, since rounding grows with what is
+// added to. Asks for the block that is read `then`.
 template <int n>
 void ContractBlock(const float* block, int I, int together, const float* then, const float* right, int apart,
-                   float* const (&sums)[n], int stride) {
+                   float* const (&sums)[n], int stride, bool onto = false) {
   for (int from = 0; from < I; from += together) {
     __m512 sum[kBlockRows][n];
     For<kBlockRows>([&](auto row) { For<n>([&](auto tile) { sum[row][tile] = _mm512_setzero_ps(); }); });
@@ -42,7 +42,7 @@ void ContractBlock(const float* block, int I, int together, const float* then, c
     For<kBlockRows>([&](auto row) {
       For<n>([&](auto tile) {
         float* to = sums[tile] + static_cast<size_t>(row) * stride;
-        _mm512_storeu_ps(to, from ? _mm512_add_ps(_mm512_loadu_ps(to), sum[row][tile]) : sum[row][tile]);
+        _mm512_storeu_ps(to, from || onto ? _mm512_add_ps(_mm512_loadu_ps(to), sum[row][tile]) : sum[row][tile]);
       });
     });
   }

@@ -63,7 +63,44 @@ struct Past {
   const int32_t* segment;
   int base, room, tokens, H, window;
   Rule rule;
+
+  // The first token of the same segment as one of those from `begin` on, of which a window leaves the newest.
+  int FirstSeen(int begin, int end) const {
+    int first = begin;
+    for (int s = 0; s < first; ++s)
+      if (std::find(segment + begin, segment + end, segment[s]) != segment + end) first = s;
+    return std::max(first, window > begin ? 0 : begin - window + 1);
+  }
 };
+
+// Of the query at a place its products with the keys there are from `first` on → their logits, and weights, which are
+// rounded, and 0 of what it does not see. Returns the weights' sum.
+template <class T>
+float Weigh(const Past<T>& past, int place, int first, float* products, T* weights) {
+  const int own = past.segment[place];
+  int oldest = std::max(first, past.window > place ? 0 : place - past.window + 1);
+  while (past.segment[oldest] != own) ++oldest;  // sums begin with the first that is seen, wherever that is
+  float highest = kLeast;
+  auto seen = [&](int s) {
+    const __mmask16 near = Between(0, place + 1 - s);
+    const __m512i others = _mm512_maskz_loadu_epi32(near, past.segment + s);
+    return _mm512_mask_cmpeq_epi32_mask(near, others, _mm512_set1_epi32(own));
+  };
+  for (int s = oldest; s <= place; s += kLanes) {
+    const __m512 masked = Masked(seen(s), Logits(_mm512_loadu_ps(products + s), past.rule));
+    highest = std::max(highest, _mm512_reduce_max_ps(masked));
+    _mm512_mask_storeu_ps(products + s, Between(0, place + 1 - s), masked);
+  }
+  __m512 sum = _mm512_setzero_ps();
+  for (int s = oldest; s <= place; s += kLanes) {
+    const __mmask16 near = Between(0, place + 1 - s);
+    const __m512 weight = Exp(_mm512_sub_ps(_mm512_maskz_loadu_ps(near, products + s), _mm512_set1_ps(highest)));
+    const __m512 of_seen = _mm512_maskz_mov_ps(seen(s), weight);
+    sum = _mm512_add_ps(sum, of_seen);
+    StoreSome(weights + s, near, of_seen);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
 
 // Queries of 16 tokens from `begin` on, one head; none sees what is before `first`.
 template <class T>
@@ -80,31 +117,8 @@ void ReadBlock(const T* query, size_t stride, const Past<T>& past, int begin, in
   Stored();
   Compare(queries, past.keys + static_cast<size_t>(from - past.base) * H, H, width, logits.data());
   for (int t = 0; t < rows; ++t) {
-    const int place = begin + t, own = past.segment[place];
-    int oldest = std::max(first, past.window > place ? 0 : place - past.window + 1);
-    while (past.segment[oldest] != own) ++oldest;  // sums begin with the first that is seen, wherever that is
     const size_t at = static_cast<size_t>(t) * width;
-    float *mine = logits.data() + at - from, highest = kLeast;
-    T* given = weights.data() + at - from;
-    auto seen = [&](int s) {
-      const __mmask16 near = Between(0, place + 1 - s);
-      const __m512i others = _mm512_maskz_loadu_epi32(near, past.segment + s);
-      return _mm512_mask_cmpeq_epi32_mask(near, others, _mm512_set1_epi32(own));
-    };
-    for (int s = oldest; s <= place; s += kLanes) {
-      const __m512 masked = Masked(seen(s), Logits(_mm512_loadu_ps(mine + s), past.rule));
-      highest = std::max(highest, _mm512_reduce_max_ps(masked));
-      _mm512_mask_storeu_ps(mine + s, Between(0, place + 1 - s), masked);
-    }
-    __m512 sum = _mm512_setzero_ps();
-    for (int s = oldest; s <= place; s += kLanes) {
-      const __mmask16 near = Between(0, place + 1 - s);
-      const __m512 weight = Exp(_mm512_sub_ps(_mm512_maskz_loadu_ps(near, mine + s), _mm512_set1_ps(highest)));
-      const __m512 of_seen = _mm512_maskz_mov_ps(seen(s), weight);
-      sum = _mm512_add_ps(sum, of_seen);
-      StoreSome(given + s, near, of_seen);
-    }
-    total[t] = _mm512_reduce_add_ps(sum);
+    total[t] = Weigh(past, begin + t, first, logits.data() + at - from, weights.data() + at - from);
   }
   Stored();
   Gather(weights.data(), past.values, from - past.base, past.room, H, width, read);
@@ -119,14 +133,7 @@ void ReadPart(const T* query, const T* key, const T* value, int r, int begin, in
               T* output) {
   static thread_local Lines<T> keys, values;
   const int H = past.H;
-  // The first token of the same segment as one of those from `t` on, of which a window leaves the newest.
-  auto first_seen = [&](int t, int end) {
-    int first = t;
-    for (int s = 0; s < first; ++s)
-      if (std::find(past.segment + t, past.segment + end, past.segment[s]) != past.segment + end) first = s;
-    return std::max(first, past.window > t ? 0 : t - past.window + 1);
-  };
-  past.base = first_seen(begin, end) / kInputs * kInputs;
+  past.base = past.FirstSeen(begin, end) / kInputs * kInputs;
   past.room = Ceil(end - past.base, kInputs) * kInputs + kInputs;
   const size_t at = ((static_cast<size_t>(r) * past.tokens + past.base) * K + k) * H;
   const size_t stride = static_cast<size_t>(K) * H, numbers = static_cast<size_t>(past.room) * H;
@@ -136,7 +143,7 @@ void ReadPart(const T* query, const T* key, const T* value, int r, int begin, in
   past.keys = keys.data(), past.values = values.data();
   TilesOf<T> tiles;
   for (int t = begin; t < end; t += kTile) {
-    const int first = first_seen(t, std::min(end, t + kTile)), group = N / K;
+    const int first = past.FirstSeen(t, std::min(end, t + kTile)), group = N / K;
     for (int head = k * group; head < (k + 1) * group; ++head) {
       const size_t mine = ((static_cast<size_t>(r) * past.tokens + t) * N + head) * H;
       ReadBlock(query + mine, static_cast<size_t>(N) * H, past, t, first, output + mine);
