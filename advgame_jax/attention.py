@@ -2,6 +2,7 @@
 pool.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -54,11 +55,11 @@ def causal(
     # A row that is not finite stays so by its own queries, and spoils no other segment.
     value_RTKH = finite(value_RTKH)
   plain = lambda query, key, value, segment: blockwise.causal(query, key, value, rule, segment)
-  how = {"scale": rule.scale, "softcap": rule.softcap, "window": rule.window}
-  kernel, slopes = (functools.partial(f, **how) for f in (cpu.causal, cpu.causal_slopes))
+  how: dict[str, Any] = dataclasses.asdict(rule)
+  kernel, slopes = functools.partial(cpu.causal, **how), functools.partial(cpu.causal_slopes, **how)
   fits = cpu.attends(query_RTNH, key_RTKH, value_RTKH)
   read_RTNH = cpu.either(fits, kernel, plain, slopes)(query_RTNH, key_RTKH, value_RTKH, segment_RT)
-  return checkpoint_name(read_RTNH, ATTENDED) if fits else read_RTNH
+  return checkpoint_name(read_RTNH, ATTENDED) if fits else read_RTNH  # else `blockwise` has named it
 
 
 def keys_of_cache(key_RTKH: jax.Array) -> jax.Array:
