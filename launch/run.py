@@ -8,9 +8,10 @@ on, by itself with --max-restarts=N.
 
 import sys
 
-from advgame_jax import supervise
+from advgame_jax import large_pages, supervise
 
 if __name__ == "__main__":
+  large_pages.ask()
   supervise.supervise(sys.argv)  # by a process that knows no jax
 
 from absl import flags

@@ -12,8 +12,8 @@ import advgame_jax
 PACKAGE = pathlib.Path(advgame_jax.__file__).parent
 LEVELS = (
   "types settings config",
-  "sharding hosts meeting cluster supervise tokenizer refusals prompts rewards preferences losses rounding optimizers "
-  "paper offline diversity tables chips collectives targets roofline cpu",
+  "sharding hosts meeting cluster supervise large_pages tokenizer refusals prompts rewards preferences losses rounding "
+  "optimizers paper offline diversity tables chips collectives targets roofline cpu",
   "architecture matrices layers lora blockwise kernels attention caches flash_decoding fork experts "
   "feed_forward rotary model scoring sampler slots drawn programs pools engine hf_rope hf_config hf_shards hf hf_gguf "
   "peft frozen placement",
