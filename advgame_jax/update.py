@@ -151,7 +151,7 @@ def _gradient(recipe: Recipe, state: PlayerState, batch: PreferenceBatch, bases:
   # Zeros have no layout of their own, and would be whole on every device.
   gradient = jax.tree.map(lambda spec, x: recipe.layout.constrain(x, *spec.axes), recipe.specs, gradient)
   nothing = gradient, metrics
-  # A micro-batch without a comparison costs nothing.
+  # A micro-batch without a comparison computes nothing.
   of_part = lambda part: jax.lax.cond(jnp.any(part.weight_PC > 0), differentiate, lambda _: nothing, part)
   if recipe.player.accumulate == 1:
     return of_part(first)
