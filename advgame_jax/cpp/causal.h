@@ -73,6 +73,12 @@ struct Past {
   }
 };
 
+// Row r's, before a key head's tokens are in their tiles.
+template <class T>
+Past<T> PastOfRow(const int32_t* segments, int r, int tokens, int H, int window, Rule rule) {
+  return {nullptr, nullptr, segments + static_cast<size_t>(r) * tokens, 0, 0, tokens, H, window, rule};
+}
+
 // Of the query at a place its products with the keys there are from `first` on → their logits, and weights, which are
 // rounded, and 0 of what it does not see. Returns the weights' sum.
 template <class T>
@@ -129,8 +135,8 @@ void ReadBlock(const T* query, size_t stride, const Past<T>& past, int begin, in
 
 // The queries of row r that read key head k, from `begin` on and below `end`.
 template <class T>
-void ReadPart(const T* query, const T* key, const T* value, int r, int begin, int end, int k, int N, int K, Past<T> past,
-              T* output) {
+void ReadPart(const T* query, const T* key, const T* value, int r, int begin, int end, int k, int N, int K,
+              Past<T> past, T* output) {
   static thread_local Lines<T> keys, values;
   const int H = past.H;
   past.base = past.FirstSeen(begin, end) / kInputs * kInputs;
@@ -162,9 +168,7 @@ ffi::Error Causal(ffi::ThreadPool pool, float scale, float softcap, int32_t wind
     auto* read = Data<decltype(T)>(output);
     Each(pool, R * K * parts, [=](int part) {
       const int r = part / (K * parts), k = part / parts % K, begin = part % parts * each;
-      Past<decltype(T)> past{};
-      past.segment = segments + static_cast<size_t>(r) * tokens, past.tokens = tokens, past.H = H;
-      past.window = window, past.rule = {scale, softcap};
+      const auto past = PastOfRow<decltype(T)>(segments, r, tokens, H, window, {scale, softcap});
       ReadPart(queries, keys, values, r, begin, std::min(tokens, begin + each), k, N, K, past, read);
     });
   });

@@ -45,8 +45,8 @@ __m512 Activated(__m512 x, bool gelu) {
   return _mm512_mul_ps(x, _mm512_mul_ps(over, inverse));
 }
 
-// What has been summed: [16 outputs, 16 rows of x]; of a pass: of each tile of rows those of the upper outputs and of the
-// lower ones.
+// What has been summed: [16 outputs, 16 rows of x]; of a pass: of each tile of rows those of the upper outputs and of
+// the lower ones.
 using Sums = float[kTile * kTile];
 using PassSums = Sums[3][2];
 
@@ -120,8 +120,9 @@ void Put(const PassSums& sums, const Factor<T>& factor, int row, int rows, int p
     const Sums &upper = sums[tile][0], &lower = sums[tile][1];
     const int count = std::min(kTile, rows - first);
     const T* plus = factor.plus ? factor.plus + at + first * O : nullptr;
+    const float* nothing = nullptr;
     if (factor.finish == Finish::kWide)
-      PutSums(upper, lower, static_cast<float*>(nullptr), count, static_cast<float*>(factor.product) + at + first * O, O);
+      PutSums(upper, lower, nothing, count, static_cast<float*>(factor.product) + at + first * O, O);
     else
       PutSums(upper, lower, plus, count, product + first * O, O);
   }
@@ -135,9 +136,9 @@ struct Panel {
   int I, pass, passes;
 };
 
-// The sums of a panel and of x's rows in so many right tiles; the thread has its `Tiles`. What is read soon is asked for
-// now, little by little, since the hardware guesses tiles' rows badly: of few rows inputs of this panel, of more the
-// next panel.
+// The sums of a panel and of x's rows in so many right tiles; the thread has its `Tiles`. What is read soon is asked
+// for now, little by little, since the hardware guesses tiles' rows badly: of few rows inputs of this panel, of more
+// the next panel.
 void Contract(const Panel<bfloat16>& panel, const bfloat16* right, int tiles, PassSums& sums) {
   const int I = panel.I, ahead = panel.passes == 1 ? kAhead : I;
   const bfloat16* beside = right + static_cast<size_t>(kTile) * I;

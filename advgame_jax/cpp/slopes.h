@@ -58,15 +58,16 @@ void SlopesOfProducts(const Past<float>& past, int place, int first, float* prod
   }
 }
 
-// Adds [X, width] turned over times [X, H] to a sum [width, H]; `turned` and `right` have room for them as they are read.
+// Adds [X, width] turned over times [X, H] to a sum [width, H]; `turned` and `right` have room for both as they are
+// read.
 void AddTurned(const float* x, int X, int width, const float* y, int H, float* turned, float* right, float* sum) {
   TurnOver(x, X, width, turned);
   PackInputs(y, X, H, H, X, right);
   for (int s = 0; s < width; s += kBlockRows) {
-    const float* block = turned + static_cast<size_t>(s) * X;
+    const float *block = turned + static_cast<size_t>(s) * X, *then = block + kBlockRows * X;
     for (int h = 0; h < H; h += 2 * kTile) {
       float* to = sum + static_cast<size_t>(s) * H + h;
-      ContractBlock(block, X, X, block + kBlockRows * X, right + static_cast<size_t>(h) * X, X, {to, to + kTile}, H, true);
+      ContractBlock(block, X, X, then, right + static_cast<size_t>(h) * X, X, {to, to + kTile}, H, true);
     }
   }
 }
@@ -128,9 +129,10 @@ ffi::Error CausalSlopes(ffi::ThreadPool pool, float scale, float softcap, int32_
   const int32_t* segments = segment.typed_data();
   ByType(query, [&](auto T) {
     auto data = [](auto& x) { return Data<decltype(T)>(x); };
-    const KeyHead<decltype(T)> all{data(query),     data(key),         data(value),
-                                   data(slope),     data(query_slope), data(key_slope),
-                                   data(value_slope), static_cast<size_t>(N) * H, static_cast<size_t>(K) * H, N / K};
+    KeyHead<decltype(T)> all{};
+    all.query = data(query), all.key = data(key), all.value = data(value), all.slope = data(slope);
+    all.query_slope = data(query_slope), all.key_slope = data(key_slope), all.value_slope = data(value_slope);
+    all.queries = static_cast<size_t>(N) * H, all.keys = static_cast<size_t>(K) * H, all.group = N / K;
     Each(pool, R * K, [=](int part) {
       const int r = part / K, k = part % K;
       const size_t q = (static_cast<size_t>(r) * tokens * N + k * all.group) * H;
@@ -138,10 +140,7 @@ ffi::Error CausalSlopes(ffi::ThreadPool pool, float scale, float softcap, int32_
       auto head = all;
       head.query += q, head.slope += q, head.query_slope += q;
       head.key += kv, head.value += kv, head.key_slope += kv, head.value_slope += kv;
-      Past<float> past{};
-      past.segment = segments + static_cast<size_t>(r) * tokens, past.tokens = tokens, past.H = H;
-      past.window = window, past.rule = {scale, softcap};
-      SlopesOfHead(head, past);
+      SlopesOfHead(head, PastOfRow<float>(segments, r, tokens, H, window, {scale, softcap}));
     });
   });
   return ffi::Error::Success();

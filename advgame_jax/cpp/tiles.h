@@ -41,8 +41,8 @@ struct NoTiles {};
 template <class T>
 using TilesOf = std::conditional_t<std::is_same_v<T, bfloat16>, Tiles, NoTiles>;
 
-// Rows of I inputs, `stride` apart, as right tiles, zeros in the place of more: [rows / 16, I / 2 pairs, 16 rows, 2], of
-// float32 [rows / 16, I, 16 rows].
+// Rows of I inputs, `stride` apart, as right tiles, zeros in the place of more: [rows / 16, I / 2 pairs, 16 rows, 2],
+// of float32 [rows / 16, I, 16 rows].
 template <class T>
 void PackRows(const T* x, int rows, int I, size_t stride, T* right) {
   constexpr int kLine = 64 / sizeof(T);
@@ -57,8 +57,8 @@ void PackRows(const T* x, int rows, int I, size_t stride, T* right) {
   }
 }
 
-// S inputs of H columns, `stride` apart, as right tiles: [S / 32, H / 16, 16 pairs, 16 columns, 2]; zeros likewise. With
-// room for more behind them.
+// S inputs of H columns, `stride` apart, as right tiles: [S / 32, H / 16, 16 pairs, 16 columns, 2]; zeros likewise.
+// With room for more behind them.
 inline void PackInputs(const bfloat16* x, int S, int H, size_t stride, int, bfloat16* right) {
   for (int s = 0; s < S; s += kInputs) {
     for (int h = 0; h < H; h += kTile, right += kTile * kInputs) {
