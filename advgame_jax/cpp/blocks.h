@@ -20,9 +20,9 @@ inline void PackInputs(const float* x, int S, int H, size_t stride, int room, fl
 // A block of I inputs times n right tiles, which lie `apart` inputs apart → sums of each, [8, 16], whose rows lie
 // `stride` apart; or `onto` what is there. Only so many inputs are summed `together`, since rounding grows with what is
 // added to. Asks for the block that is read `then`.
-template <int n>
+template <bool onto = false, int n>
 void ContractBlock(const float* block, int I, int together, const float* then, const float* right, int apart,
-                   float* const (&sums)[n], int stride, bool onto = false) {
+                   float* const (&sums)[n], int stride) {
   for (int from = 0; from < I; from += together) {
     __m512 sum[kBlockRows][n];
     For<kBlockRows>([&](auto row) { For<n>([&](auto tile) { sum[row][tile] = _mm512_setzero_ps(); }); });

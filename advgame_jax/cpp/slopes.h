@@ -67,7 +67,7 @@ void AddTurned(const float* x, int X, int width, const float* y, int H, float* t
     const float *block = turned + static_cast<size_t>(s) * X, *then = block + kBlockRows * X;
     for (int h = 0; h < H; h += 2 * kTile) {
       float* to = sum + static_cast<size_t>(s) * H + h;
-      ContractBlock(block, X, X, then, right + static_cast<size_t>(h) * X, X, {to, to + kTile}, H, true);
+      ContractBlock<true>(block, X, X, then, right + static_cast<size_t>(h) * X, X, {to, to + kTile}, H);
     }
   }
 }
