@@ -154,7 +154,7 @@ def _gradient(recipe: Recipe, state: PlayerState, batch: PreferenceBatch, bases:
   # A micro-batch without a comparison computes nothing.
   of_part = lambda part: jax.lax.cond(jnp.any(part.weight_PC > 0), differentiate, lambda _: nothing, part)
   if recipe.player.accumulate == 1:
-    return of_part(first)
+    return of_part(first)  # to be added to zeros is a pass over all of the gradient
   add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)
   return jax.lax.scan(add, nothing, parts)[0]
 

@@ -175,16 +175,19 @@ ffi::Error Causal(ffi::ThreadPool pool, float scale, float softcap, int32_t wind
   return ffi::Error::Success();
 }
 
+// A rule, and queries, keys, values and segments.
+inline auto BindRows() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Attr<float>("scale")
+      .Attr<float>("softcap")
+      .Attr<int32_t>("window")
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<Int32>();
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_cpu_causal, Causal,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<float>("scale")
-                                  .Attr<float>("softcap")
-                                  .Attr<int32_t>("window")
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<Int32>()
-                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_cpu_causal, Causal, BindRows().Ret<ffi::AnyBuffer>());

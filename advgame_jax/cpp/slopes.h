@@ -149,15 +149,7 @@ ffi::Error CausalSlopes(ffi::ThreadPool pool, float scale, float softcap, int32_
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(advgame_cpu_causal_slopes, CausalSlopes,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<float>("scale")
-                                  .Attr<float>("softcap")
-                                  .Attr<int32_t>("window")
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<Int32>()
+                              BindRows()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
